@@ -1,0 +1,215 @@
+"""Integers only: output sizes, paddings, the widths of an Inception module and where its slices lie."""
+
+from dataclasses import dataclass
+from math import prod
+
+ALIGN = 8  # channels: 16 bytes in 16-bit types, the widest vector load
+AUX_CHANNELS = 128  # filters of the 1x1 convolution in an auxiliary head
+
+
+def align_up(n: int, multiple: int = ALIGN) -> int:
+    """The smallest multiple of `multiple` that is not below `n`."""
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class InceptionDims:
+    """Widths of one Inception module with dimension reduction (figure 2b of the paper).
+
+    Two numberings of channels exist. *Offsets* are exact and describe the output: branch after branch with no
+    gap. *Slots* are private to scratch tensors (reduced maps, masked gradients, masks): each branch starts at a
+    multiple of 8 channels, so that every access there can be 16 bytes wide; for GoogLeNet's widths both agree.
+    """
+
+    in_channels: int
+    ch1x1: int
+    ch3x3red: int
+    ch3x3: int
+    ch5x5red: int
+    ch5x5: int
+    pool_proj: int
+    kernel_5x5: int = 5
+
+    @property
+    def widths(self) -> tuple[int, int, int, int, int, int, int]:
+        """The seven widths in the order in which `Inception` takes them."""
+        return (
+            self.in_channels,
+            self.ch1x1,
+            self.ch3x3red,
+            self.ch3x3,
+            self.ch5x5red,
+            self.ch5x5,
+            self.pool_proj,
+        )
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the concatenation."""
+        return self.ch1x1 + self.ch3x3 + self.ch5x5 + self.pool_proj
+
+    @property
+    def branch_widths(self) -> tuple[int, int, int, int]:
+        """Widths of the four branches in the order of the concatenation."""
+        return self.ch1x1, self.ch3x3, self.ch5x5, self.pool_proj
+
+    @property
+    def offsets(self) -> tuple[int, int, int, int]:
+        """First output channel of the 1x1, 3x3, 5x5 and pool branch."""
+        return _starts(self.branch_widths)
+
+    @property
+    def slots(self) -> tuple[int, int, int, int]:
+        """First channel of each branch in a scratch tensor of the output (masked gradient, mask bits)."""
+        return _starts(tuple(align_up(n) for n in self.branch_widths))
+
+    @property
+    def slot_channels(self) -> int:
+        """Channels of such a scratch tensor."""
+        return sum(align_up(n) for n in self.branch_widths)
+
+    @property
+    def reduced_slots(self) -> tuple[int, int]:
+        """First channel of the 3x3 and the 5x5 reduction in their common scratch tensor."""
+        return 0, align_up(self.ch3x3red)
+
+    @property
+    def reduced_channels(self) -> int:
+        """Channels of the scratch tensor that holds both reductions."""
+        return align_up(self.ch3x3red) + align_up(self.ch5x5red)
+
+    @property
+    def filter_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Shapes of the six filters: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection."""
+        c, k = self.in_channels, self.kernel_5x5
+        return (
+            (self.ch1x1, c, 1, 1),
+            (self.ch3x3red, c, 1, 1),
+            (self.ch3x3, self.ch3x3red, 3, 3),
+            (self.ch5x5red, c, 1, 1),
+            (self.ch5x5, self.ch5x5red, k, k),
+            (self.pool_proj, c, 1, 1),
+        )
+
+    @property
+    def paddings(self) -> tuple[int, int, int, int, int, int]:
+        """Zero padding of each filter, in the order of `filter_shapes`; it keeps height and width."""
+        return 0, 0, 1, 0, self.kernel_5x5 // 2, 0
+
+    @property
+    def weights(self) -> int:
+        """Elements of the six filters together."""
+        return sum(prod(shape) for shape in self.filter_shapes)
+
+    @property
+    def biases(self) -> int:
+        """Elements of the six biases together."""
+        return sum(shape[0] for shape in self.filter_shapes)
+
+    def multiply_adds(self, height: int, width: int) -> int:
+        """Multiply-adds of one image; taps that fall on the padding count, as the paper counts them."""
+        return self.weights * height * width
+
+
+@dataclass(frozen=True)
+class GoogLeNetSizes:
+    """Sides of the maps of GoogLeNet; each field is named after the layer that makes it.
+
+    The convolutions behind the first one and the Inception modules keep the side: 3a and 3b work at
+    `maxpool2`, 4a to 4e and the auxiliary heads at `maxpool3`, 5a and 5b at `maxpool4`.
+    """
+
+    conv1: int
+    maxpool1: int
+    maxpool2: int
+    maxpool3: int
+    maxpool4: int
+
+    def module(self, name: str) -> int:
+        """Side of the map that the Inception module `name` ("3a" to "5b") reads and writes."""
+        return {"3": self.maxpool2, "4": self.maxpool3, "5": self.maxpool4}[name[0]]
+
+
+def googlenet_sizes(image_size: int, pool4_kernel: int = 3) -> GoogLeNetSizes:
+    """Sides of the maps for images of side `image_size`; `pool4_kernel` is 2 in torchvision's network.
+
+    Raises:
+        ValueError: the image is too small (below 31 for the paper's network, 15 for torchvision's).
+    """
+    try:
+        conv1 = conv_out(image_size, kernel=7, stride=2, padding=3)
+        maxpool1 = pool_out(conv1, kernel=3, stride=2, ceil_mode=True)
+        maxpool2 = pool_out(maxpool1, kernel=3, stride=2, ceil_mode=True)
+        maxpool3 = pool_out(maxpool2, kernel=3, stride=2, ceil_mode=True)
+        maxpool4 = pool_out(maxpool3, kernel=pool4_kernel, stride=2, ceil_mode=True)
+    except ValueError as error:
+        raise ValueError(f"GoogLeNet needs larger images than {image_size}: {error}") from None
+    return GoogLeNetSizes(conv1, maxpool1, maxpool2, maxpool3, maxpool4)
+
+
+def aux_features(map_size: int) -> int:
+    """Inputs of the first linear layer of the paper's auxiliary head for an incoming map of that side.
+
+    A 5x5 average pool of stride 3 (ceil rule) and 128 1x1 filters: 14 -> 4 -> 128 * 4 * 4 = 2048.
+
+    Raises:
+        ValueError: `map_size` is below 3.
+    """
+    return AUX_CHANNELS * pool_out(map_size, kernel=5, stride=3, ceil_mode=True) ** 2
+
+
+def conv_out(size: int, kernel: int, stride: int = 1, padding: int = 0) -> int:
+    """Output side of a convolution: floor((size + 2 padding - kernel) / stride) + 1.
+
+    Raises:
+        ValueError: the window is larger than the padded input.
+    """
+    return _at_least_one((size + 2 * padding - kernel) // stride + 1, size, kernel, padding)
+
+
+def pool_out(size: int, kernel: int, stride: int, padding: int = 0, ceil_mode: bool = False) -> int:
+    """Output side of a pooling window, by the rule that Caffe and PyTorch share.
+
+    floor or, with `ceil_mode`, ceil of (size + 2 padding - kernel) / stride, plus 1; a last window that would
+    start beyond the input and its left padding is dropped.
+
+    Raises:
+        ValueError: no window is left.
+    """
+    span = size + 2 * padding - kernel
+    windows = (-(-span // stride) if ceil_mode else span // stride) + 1
+    if ceil_mode and (windows - 1) * stride >= size + padding:
+        windows -= 1
+    return _at_least_one(windows, size, kernel, padding)
+
+
+def googlenet_dims(kernel_5x5: int = 5) -> dict[str, InceptionDims]:
+    """The nine modules of table 1 of the paper, by name; `kernel_5x5=3` is torchvision's network."""
+    table = {
+        # in, 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection
+        "3a": (192, 64, 96, 128, 16, 32, 32),
+        "3b": (256, 128, 128, 192, 32, 96, 64),
+        "4a": (480, 192, 96, 208, 16, 48, 64),
+        "4b": (512, 160, 112, 224, 24, 64, 64),
+        "4c": (512, 128, 128, 256, 24, 64, 64),
+        "4d": (512, 112, 144, 288, 32, 64, 64),
+        "4e": (528, 256, 160, 320, 32, 128, 128),
+        "5a": (832, 256, 160, 320, 32, 128, 128),
+        "5b": (832, 384, 192, 384, 48, 128, 128),
+    }
+    return {name: InceptionDims(*widths, kernel_5x5=kernel_5x5) for name, widths in table.items()}
+
+
+def _at_least_one(windows: int, size: int, kernel: int, padding: int) -> int:
+    if windows < 1:
+        raise ValueError(
+            f"a window of {kernel} does not fit a side of {size} with padding {padding}"
+        )
+    return windows
+
+
+def _starts(widths: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sum(widths[:i]) for i in range(len(widths)))
+
+
+GOOGLENET = googlenet_dims()
