@@ -1,4 +1,4 @@
-"""Integers only: output sizes, paddings, the widths of an Inception module and where its slices lie."""
+"""Integers only: output sizes, paddings, the widths of an Inception module, its slices."""
 
 from dataclasses import dataclass
 from math import prod
@@ -16,9 +16,10 @@ def align_up(n: int, multiple: int = ALIGN) -> int:
 class InceptionDims:
     """Widths of one Inception module with dimension reduction (figure 2b of the paper).
 
-    Two numberings of channels exist. *Offsets* are exact and describe the output: branch after branch with no
-    gap. *Slots* are private to scratch tensors (reduced maps, masked gradients, masks): each branch starts at a
-    multiple of 8 channels, so that every access there can be 16 bytes wide; for GoogLeNet's widths both agree.
+    Two numberings of channels exist. *Offsets* are exact and describe the output: branch after
+    branch with no gap. *Slots* are private to scratch tensors (reduced maps, masked gradients,
+    masks): each branch starts at a multiple of 8 channels, so that every access there can be 16
+    bytes wide; for GoogLeNet's widths both agree.
     """
 
     in_channels: int
@@ -54,13 +55,13 @@ class InceptionDims:
         return self.ch1x1, self.ch3x3, self.ch5x5, self.pool_proj
 
     @property
-    def offsets(self) -> tuple[int, int, int, int]:
+    def offsets(self) -> tuple[int, ...]:
         """First output channel of the 1x1, 3x3, 5x5 and pool branch."""
         return _starts(self.branch_widths)
 
     @property
-    def slots(self) -> tuple[int, int, int, int]:
-        """First channel of each branch in a scratch tensor of the output (masked gradient, mask bits)."""
+    def slots(self) -> tuple[int, ...]:
+        """First channel of each branch in a scratch tensor (masked gradient, mask bits)."""
         return _starts(tuple(align_up(n) for n in self.branch_widths))
 
     @property
@@ -93,7 +94,7 @@ class InceptionDims:
 
     @property
     def paddings(self) -> tuple[int, int, int, int, int, int]:
-        """Zero padding of each filter, in the order of `filter_shapes`; it keeps height and width."""
+        """Zero padding of each filter, in the order of `filter_shapes`; keeps the size."""
         return 0, 0, 1, 0, self.kernel_5x5 // 2, 0
 
     @property
@@ -107,7 +108,7 @@ class InceptionDims:
         return sum(shape[0] for shape in self.filter_shapes)
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Multiply-adds of one image; taps that fall on the padding count, as the paper counts them."""
+        """Multiply-adds of one image, taps on the padding included, as the paper counts."""
         return self.weights * height * width
 
 
@@ -131,7 +132,7 @@ class GoogLeNetSizes:
 
 
 def googlenet_sizes(image_size: int, pool4_kernel: int = 3) -> GoogLeNetSizes:
-    """Sides of the maps for images of side `image_size`; `pool4_kernel` is 2 in torchvision's network.
+    """Sides of the maps for images of side `image_size`; torchvision has a `pool4_kernel` of 2.
 
     Raises:
         ValueError: the image is too small (below 31 for the paper's network, 15 for torchvision's).
@@ -148,9 +149,10 @@ def googlenet_sizes(image_size: int, pool4_kernel: int = 3) -> GoogLeNetSizes:
 
 
 def aux_features(map_size: int) -> int:
-    """Inputs of the first linear layer of the paper's auxiliary head for an incoming map of that side.
+    """Inputs of the first linear layer of the paper's auxiliary head.
 
-    A 5x5 average pool of stride 3 (ceil rule) and 128 1x1 filters: 14 -> 4 -> 128 * 4 * 4 = 2048.
+    `map_size` is the side of the incoming map. A 5x5 average pool of stride 3 (ceil rule) and
+    128 1x1 filters follow: 14 -> 4 -> 128 * 4 * 4 = 2048.
 
     Raises:
         ValueError: `map_size` is below 3.
@@ -170,8 +172,8 @@ def conv_out(size: int, kernel: int, stride: int = 1, padding: int = 0) -> int:
 def pool_out(size: int, kernel: int, stride: int, padding: int = 0, ceil_mode: bool = False) -> int:
     """Output side of a pooling window, by the rule that Caffe and PyTorch share.
 
-    floor or, with `ceil_mode`, ceil of (size + 2 padding - kernel) / stride, plus 1; a last window that would
-    start beyond the input and its left padding is dropped.
+    floor or, with `ceil_mode`, ceil of (size + 2 padding - kernel) / stride, plus 1; a last window
+    that would start beyond the input and its left padding is dropped.
 
     Raises:
         ValueError: no window is left.
@@ -184,7 +186,7 @@ def pool_out(size: int, kernel: int, stride: int, padding: int = 0, ceil_mode: b
 
 
 def googlenet_dims(kernel_5x5: int = 5) -> dict[str, InceptionDims]:
-    """The nine modules of table 1 of the paper, by name; `kernel_5x5=3` is torchvision's network."""
+    """The nine modules of the paper's table 1 by name; `kernel_5x5=3` is torchvision's network."""
     table = {
         # in, 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection
         "3a": (192, 64, 96, 128, 16, 32, 32),
