@@ -1,0 +1,186 @@
+"""Every function of the library in plain PyTorch, any floating dtype, any device."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv2d_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """relu(conv(x) + bias). x: [N, C_in, H, W]; weight: [C_out, C_in, K, K]; bias: [C_out]."""
+    return F.relu(F.conv2d(x, weight, bias, stride, padding))
+
+
+def parallel_conv1x1_relu(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """1x1 convolutions of one input, with ReLU: channel slices of one buffer, in filter order.
+
+    x: [N, C_in, H, W]; weights: each [C_i, C_in, 1, 1]; biases: each [C_i].
+    """
+    outputs = [conv2d_relu(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return torch.cat(outputs, dim=1).split([y.shape[1] for y in outputs], dim=1)
+
+
+def inception(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3r: Tensor,
+    b3r: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    w5r: Tensor,
+    b5r: Tensor,
+    w5: Tensor,
+    b5: Tensor,
+    wp: Tensor,
+    bp: Tensor,
+) -> Tensor:
+    """The Inception module with dimension reduction (figure 2b of the paper), ReLU everywhere.
+
+    cat(1x1(x), 3x3(3x3 reduce(x)), 5x5(5x5 reduce(x)), projection(3x3 max pool of stride 1(x))).
+    The padding of the 3x3 and of the "5x5", which may also be a 3x3, keeps height and width.
+    """
+    branches = [
+        conv2d_relu(x, w1, b1),
+        conv2d_relu(conv2d_relu(x, w3r, b3r), w3, b3, padding=w3.shape[-1] // 2),
+        conv2d_relu(conv2d_relu(x, w5r, b5r), w5, b5, padding=w5.shape[-1] // 2),
+        conv2d_relu(F.max_pool2d(x, 3, stride=1, padding=1), wp, bp),
+    ]
+    return torch.cat(branches, dim=1)
+
+
+def inception_naive(
+    x: Tensor, w1: Tensor, b1: Tensor, w3: Tensor, b3: Tensor, w5: Tensor, b5: Tensor
+) -> Tensor:
+    """The naive Inception module (figure 2a): no reductions, the pooled input is not projected."""
+    branches = [
+        conv2d_relu(x, w1, b1),
+        conv2d_relu(x, w3, b3, padding=w3.shape[-1] // 2),
+        conv2d_relu(x, w5, b5, padding=w5.shape[-1] // 2),
+        F.max_pool2d(x, 3, stride=1, padding=1),
+    ]
+    return torch.cat(branches, dim=1)
+
+
+def conv2d_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+) -> Tensor:
+    """relu(gamma * (conv(x) - mean) / sqrt(var + eps) + beta), a convolution with BatchNorm.
+
+    In training the statistics are the batch's (biased variance), and the running ones, if given,
+    are updated in place with the unbiased variance; otherwise they are the running ones.
+    """
+    y = F.conv2d(x, weight, None, stride, padding)
+    return F.relu(F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps))
+
+
+def inception_bn(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+) -> Tensor:
+    """`inception` with BatchNorm in place of biases, as `conv2d_bn_relu` defines it.
+
+    Every sequence holds six entries: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
+    """
+
+    def conv(index: int, x: Tensor) -> Tensor:
+        return conv2d_bn_relu(
+            x,
+            filters[index],
+            running_means[index],
+            running_vars[index],
+            gammas[index],
+            betas[index],
+            padding=filters[index].shape[-1] // 2,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+        )
+
+    pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+    return torch.cat([conv(0, x), conv(2, conv(1, x)), conv(4, conv(3, x)), conv(5, pooled)], dim=1)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Max pooling with torch's signature; padding is -inf, the last NaN of a window wins."""
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """y[c] = x[c] / (k + alpha/size * sum of x[c']**2 over `size` channels around c) ** beta."""
+    if input.dtype == torch.float16 and input.device.type == "cpu":
+        # the window sum has no fp16 kernel there
+        return F.local_response_norm(input.float(), size, alpha, beta, k).half()
+    return F.local_response_norm(input, size, alpha, beta, k)
+
+
+def lrn_max_pool2d(
+    x: Tensor,
+    size: int,
+    kernel_size: int,
+    stride: int,
+    *,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    padding: int = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`local_response_norm`, then `max_pool2d`."""
+    y = local_response_norm(x, size, alpha, beta, k)
+    return max_pool2d(y, kernel_size, stride, padding, ceil_mode=ceil_mode)
+
+
+def max_pool2d_lrn(
+    x: Tensor,
+    size: int,
+    kernel_size: int,
+    stride: int,
+    *,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    padding: int = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`max_pool2d`, then `local_response_norm`."""
+    y = max_pool2d(x, kernel_size, stride, padding, ceil_mode=ceil_mode)
+    return local_response_norm(y, size, alpha, beta, k)
+
+
+def global_avg_pool2d(x: Tensor) -> Tensor:
+    """Mean over height and width: [N, C, H, W] -> [N, C, 1, 1]."""
+    return F.adaptive_avg_pool2d(x, 1)
