@@ -141,9 +141,9 @@ def local_response_norm(
     input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
     """y[c] = x[c] / (k + alpha/size * sum of x[c']**2 over `size` channels around c) ** beta."""
-    if input.dtype == torch.float16 and input.device.type == "cpu":
-        # the window sum has no fp16 kernel there
-        return F.local_response_norm(input.float(), size, alpha, beta, k).half()
+    if input.dtype in (torch.float16, torch.bfloat16) and input.device.type == "cpu":
+        # the window sum has no 16-bit kernel there
+        return F.local_response_norm(input.float(), size, alpha, beta, k).to(input.dtype)
     return F.local_response_norm(input, size, alpha, beta, k)
 
 
