@@ -1,0 +1,205 @@
+"""Launch B: the 3x3 and 5x5 branches as implicit GEMMs that store straight into their slices."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.layout import PackedLayout
+from fused_inception.kernels.tiles import relu, store_slice, tap_validity
+from fused_inception.tuning.configs import BranchesConfig
+
+
+@triton.jit
+def _conv_tile(
+    # tensors
+    x_ptr,  # [P, X_STRIDE] first channel of the input slot
+    w_ptr,  # [C_OUT, K * K, C_IN]
+    b_ptr,  # [C_OUT] fp32
+    y_ptr,  # [P, Y_STRIDE] first channel of the output slice
+    mask_ptr,  # [P, MASK_STRIDE] first byte of the slice
+    # sizes
+    pid_p,
+    pid_co,
+    n_pixels,
+    height,
+    width,
+    # problem
+    K: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    MASK_STRIDE: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # tile
+    BLOCK_P: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """y[p, o] = relu(sum over taps and i of x[p + tap, i] * w[o, tap, i] + b[o]), stride 1, "same"
+    padding."""
+    local_p = tl.arange(0, BLOCK_P)
+    offs_p = pid_p * BLOCK_P + local_p
+    offs_co = pid_co * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    offs_ci = tl.arange(0, BLOCK_CI)
+    valid = tap_validity(offs_p, n_pixels, height, width, K)
+    mask_co = offs_co < C_OUT
+    p0 = (pid_p * BLOCK_P).to(tl.int64)
+    x_tile_ptr = x_ptr + p0 * X_STRIDE
+    x_offs = (local_p * X_STRIDE)[:, None] + offs_ci[None, :]
+    w_offs = offs_co[None, :] * (K * K * C_IN) + offs_ci[:, None]
+
+    # one flat loop over taps and channel blocks: nested loops pipeline badly
+    BLOCKS_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
+    acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+    for step in tl.range(0, K * K * BLOCKS_CI, num_stages=NUM_STAGES):
+        tap = step // BLOCKS_CI
+        ci0 = (step - tap * BLOCKS_CI) * BLOCK_CI
+        r = tap // K
+        s = tap - r * K
+        x_mask = (((valid >> tap) & 1) != 0)[:, None]
+        w_mask = mask_co[None, :]
+        if C_IN % BLOCK_CI != 0:
+            mask_ci = offs_ci < C_IN - ci0
+            x_mask = x_mask & mask_ci[None, :]
+            w_mask = w_mask & mask_ci[:, None]
+        shift = ((r - K // 2) * width + (s - K // 2)) * X_STRIDE + ci0
+        x_tile = tl.load(x_tile_ptr + shift + x_offs, mask=x_mask, other=0.0)
+        w_tile = tl.load(w_ptr + (tap * C_IN + ci0) + w_offs, mask=w_mask, other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+
+    bias = tl.load(b_ptr + offs_co, mask=mask_co, other=0.0)
+    y_tile = relu(acc + bias[None, :]).to(y_ptr.dtype.element_ty)
+    store_slice(
+        y_tile, y_ptr, mask_ptr, p0, pid_co * BLOCK_CO, n_pixels,
+        C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, BLOCK_P, BLOCK_CO,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_pixels", "height", "width"])
+def _branches_kernel(
+    # tensors
+    r_ptr,  # [P, R_STRIDE] both reduced maps
+    # packed filters: [N3, 9, S3R] from element FILTER_3 on, [N5, K5 * K5, S5R] from FILTER_5 on
+    w_ptr,
+    b_ptr,  # packed biases, fp32: [N3] from BIAS_3 on, [N5] from BIAS_5 on
+    y_ptr,  # [P, Y_STRIDE]
+    mask_ptr,  # [P, MASK_STRIDE]
+    # sizes
+    n_pixels,
+    height,
+    width,
+    # problem
+    N3: tl.constexpr,
+    N5: tl.constexpr,
+    K5: tl.constexpr,
+    S3R: tl.constexpr,
+    S5R: tl.constexpr,
+    FILTER_3: tl.constexpr,
+    FILTER_5: tl.constexpr,
+    BIAS_3: tl.constexpr,
+    BIAS_5: tl.constexpr,
+    OFFSET_3: tl.constexpr,
+    OFFSET_5: tl.constexpr,
+    SLOT_3: tl.constexpr,
+    SLOT_5: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    MASK_STRIDE: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # tile
+    P3: tl.constexpr,
+    CO3: tl.constexpr,
+    CI3: tl.constexpr,
+    P5: tl.constexpr,
+    CO5: tl.constexpr,
+    CI5: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Program ranges: the tiles of the 3x3 branch, then (shorter) those of the 5x5 branch."""
+    pid = tl.program_id(0)
+    TILES_3: tl.constexpr = (N3 + CO3 - 1) // CO3
+    TILES_5: tl.constexpr = (N5 + CO5 - 1) // CO5
+    R_STRIDE: tl.constexpr = S3R + S5R
+    end3 = tl.cdiv(n_pixels, P3) * TILES_3
+    if pid < end3:
+        _conv_tile(
+            r_ptr, w_ptr + FILTER_3, b_ptr + BIAS_3, y_ptr + OFFSET_3, mask_ptr + SLOT_3 // 8,
+            pid // TILES_3, pid % TILES_3, n_pixels, height, width,
+            3, S3R, N3, R_STRIDE, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
+            P3, CO3, CI3, NUM_STAGES,
+        )  # fmt: skip
+    else:
+        _conv_tile(
+            r_ptr + S3R, w_ptr + FILTER_5, b_ptr + BIAS_5, y_ptr + OFFSET_5, mask_ptr + SLOT_5 // 8,
+            (pid - end3) // TILES_5, (pid - end3) % TILES_5, n_pixels, height, width,
+            K5, S5R, N5, R_STRIDE, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
+            P5, CO5, CI5, NUM_STAGES,
+        )  # fmt: skip
+
+
+def launch_branches(
+    dims: InceptionDims,
+    r: torch.Tensor,
+    packed_w: torch.Tensor,
+    packed_b: torch.Tensor,
+    y: torch.Tensor,
+    mask: torch.Tensor,
+    config: BranchesConfig,
+    *,
+    save: bool,
+    precision: str,
+) -> None:
+    """Fill the 3x3 and 5x5 slices of `y` from the reduced maps `r`; with `save` those of `mask`
+    too."""
+    layout = PackedLayout(dims)
+    n, _, height, width = r.shape
+    n_pixels = n * height * width
+    c3, c5 = config.conv3, config.conv5
+    programs = cdiv(n_pixels, c3.block_m) * cdiv(dims.ch3x3, c3.block_n)
+    programs += cdiv(n_pixels, c5.block_m) * cdiv(dims.ch5x5, c5.block_n)
+    run(
+        _branches_kernel,
+        (programs,),
+        (
+            r,
+            packed_w,
+            packed_b,
+            y,
+            mask,
+            n_pixels,
+            height,
+            width,
+        ),
+        dict(
+            N3=dims.ch3x3,
+            N5=dims.ch5x5,
+            K5=dims.kernel_5x5,
+            S3R=align_up(dims.ch3x3red),
+            S5R=align_up(dims.ch5x5red),
+            FILTER_3=layout.w3,
+            FILTER_5=layout.w5,
+            BIAS_3=layout.b3,
+            BIAS_5=layout.b5,
+            OFFSET_3=dims.offsets[1],
+            OFFSET_5=dims.offsets[2],
+            SLOT_3=dims.slots[1],
+            SLOT_5=dims.slots[2],
+            Y_STRIDE=dims.out_channels,
+            MASK_STRIDE=dims.slot_channels // 8,
+            SAVE=save,
+            PRECISION=precision,
+            P3=c3.block_m,
+            CO3=c3.block_n,
+            CI3=c3.block_k,
+            P5=c5.block_m,
+            CO5=c5.block_n,
+            CI5=c5.block_k,
+            NUM_STAGES=config.num_stages,
+        ),
+        num_warps=config.num_warps,
+    )

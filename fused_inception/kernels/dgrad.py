@@ -1,0 +1,256 @@
+"""Launch L1: gradients of both reduced maps (masked by their ReLU, with bias partials) and of the
+pooled map."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.layout import PackedLayout
+from fused_inception.kernels.tiles import is_open, tap_validity
+from fused_inception.tuning.configs import DgradConfig
+
+
+@triton.jit
+def _dgrad_tile(
+    # tensors
+    dz_ptr,  # [P, DZ_STRIDE] first channel of the branch's slot
+    w_ptr,  # [C_OUT, K * K, C_IN]
+    x_ptr,  # [P, DX_STRIDE] rounded output of the ReLU before this convolution, with GATED
+    dx_ptr,  # [P, DX_STRIDE]
+    partial_ptr,  # [tiles of pixels, DX_STRIDE] fp32, with GATED
+    # sizes
+    pid_p,
+    pid_ci,
+    n_pixels,
+    height,
+    width,
+    # problem
+    K: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    DZ_STRIDE: tl.constexpr,
+    DX_STRIDE: tl.constexpr,
+    GATED: tl.constexpr,
+    REAL_IN: tl.constexpr,  # channels of C_IN that are no padding
+    PRECISION: tl.constexpr,
+    # tile
+    BLOCK_P: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """dx[p, i] = sum over taps and o of dz[p - tap, o] * w[o, tap, i], where x was not <= 0 with
+    GATED."""
+    local_p = tl.arange(0, BLOCK_P)
+    offs_p = pid_p * BLOCK_P + local_p
+    offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
+    offs_co = tl.arange(0, BLOCK_CO)
+    valid = tap_validity(offs_p, n_pixels, height, width, K)
+    mask_p = offs_p < n_pixels
+    mask_ci = offs_ci < C_IN
+    p0 = (pid_p * BLOCK_P).to(tl.int64)
+    dz_tile_ptr = dz_ptr + p0 * DZ_STRIDE
+    dz_offs = (local_p * DZ_STRIDE)[:, None] + offs_co[None, :]
+    w_offs = (offs_co * (K * K * C_IN))[:, None] + offs_ci[None, :]
+
+    BLOCKS_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
+    acc = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
+    for step in tl.range(0, K * K * BLOCKS_CO, num_stages=NUM_STAGES):
+        tap = step // BLOCKS_CO
+        co0 = (step - tap * BLOCKS_CO) * BLOCK_CO
+        r = tap // K
+        s = tap - r * K
+        dz_mask = (((valid >> tap) & 1) != 0)[:, None]
+        w_mask = mask_ci[None, :]
+        if C_OUT % BLOCK_CO != 0:
+            mask_co = offs_co < C_OUT - co0
+            dz_mask = dz_mask & mask_co[None, :]
+            w_mask = w_mask & mask_co[:, None]
+        shift = ((r - K // 2) * width + (s - K // 2)) * DZ_STRIDE + co0
+        dz_tile = tl.load(dz_tile_ptr + shift + dz_offs, mask=dz_mask, other=0.0)
+        # the window is walked forwards, so the filter backwards
+        w_shift = co0 * (K * K * C_IN) + (K * K - 1 - tap) * C_IN
+        w_tile = tl.load(w_ptr + w_shift + w_offs, mask=w_mask, other=0.0)
+        acc = tl.dot(dz_tile, w_tile, acc, input_precision=PRECISION)
+
+    dx_offs = (local_p * DX_STRIDE)[:, None] + offs_ci[None, :]
+    dx_mask = mask_p[:, None] & mask_ci[None, :]
+    if GATED:
+        x_tile = tl.load(x_ptr + p0 * DX_STRIDE + dx_offs, mask=dx_mask, other=0.0)
+        acc = tl.where(dx_mask & is_open(x_tile), acc, 0.0)
+    if REAL_IN != C_IN:
+        # padding channels of the scratch hold zeros whatever dz is
+        acc = tl.where((offs_ci < REAL_IN)[None, :], acc, 0.0)
+    tl.store(dx_ptr + p0 * DX_STRIDE + dx_offs, acc.to(dx_ptr.dtype.element_ty), mask=dx_mask)
+    if GATED:
+        tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, tl.sum(acc, axis=0), mask=mask_ci)
+
+
+@triton.jit(do_not_specialize=["n_pixels", "height", "width", "programs3", "programs5"])
+def _dgrad_kernel(
+    # tensors
+    dz_ptr,  # [P, DZ_STRIDE]
+    # packed filters: [S3, 9, S3R] from FILTER_3 on, [S5, K5 * K5, S5R] from FILTER_5, [SP, S_IN]
+    # from FILTER_P
+    w_ptr,
+    r_ptr,  # [P, S3R + S5R]
+    dr_ptr,  # [P, S3R + S5R]
+    dp_ptr,  # [P, S_IN] gradient of the pooled map
+    partial3_ptr,  # [tiles, S3R + S5R] fp32
+    partial5_ptr,
+    # sizes
+    n_pixels,
+    height,
+    width,
+    programs3,
+    programs5,
+    # problem
+    S_IN: tl.constexpr,
+    R3: tl.constexpr,
+    R5: tl.constexpr,
+    S3R: tl.constexpr,
+    S5R: tl.constexpr,
+    S3: tl.constexpr,
+    S5: tl.constexpr,
+    SP: tl.constexpr,
+    K5: tl.constexpr,
+    FILTER_3: tl.constexpr,
+    FILTER_5: tl.constexpr,
+    FILTER_P: tl.constexpr,
+    SLOT_3: tl.constexpr,
+    SLOT_5: tl.constexpr,
+    SLOT_P: tl.constexpr,
+    DZ_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # tile
+    P3: tl.constexpr,
+    CI3: tl.constexpr,
+    CO3: tl.constexpr,
+    P5: tl.constexpr,
+    CI5: tl.constexpr,
+    CO5: tl.constexpr,
+    PP: tl.constexpr,
+    CIP: tl.constexpr,
+    COP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Program ranges: 3x3 branch (none if programs3 is 0), 5x5 branch (likewise), projection."""
+    pid = tl.program_id(0)
+    R_STRIDE: tl.constexpr = S3R + S5R
+    TILES_3: tl.constexpr = (S3R + CI3 - 1) // CI3
+    TILES_5: tl.constexpr = (S5R + CI5 - 1) // CI5
+    TILES_P: tl.constexpr = (S_IN + CIP - 1) // CIP
+    if pid < programs3:
+        _dgrad_tile(
+            dz_ptr + SLOT_3, w_ptr + FILTER_3, r_ptr, dr_ptr, partial3_ptr,
+            pid // TILES_3, pid % TILES_3, n_pixels, height, width,
+            3, S3R, S3, DZ_STRIDE, R_STRIDE, True, R3, PRECISION,
+            P3, CI3, CO3, NUM_STAGES,
+        )  # fmt: skip
+    elif pid < programs3 + programs5:
+        pid5 = pid - programs3
+        _dgrad_tile(
+            dz_ptr + SLOT_5, w_ptr + FILTER_5, r_ptr + S3R, dr_ptr + S3R, partial5_ptr + S3R,
+            pid5 // TILES_5, pid5 % TILES_5, n_pixels, height, width,
+            K5, S5R, S5, DZ_STRIDE, R_STRIDE, True, R5, PRECISION,
+            P5, CI5, CO5, NUM_STAGES,
+        )  # fmt: skip
+    else:
+        pidp = pid - programs3 - programs5
+        _dgrad_tile(
+            dz_ptr + SLOT_P, w_ptr + FILTER_P, dp_ptr, dp_ptr, partial3_ptr,
+            pidp // TILES_P, pidp % TILES_P, n_pixels, height, width,
+            1, S_IN, SP, DZ_STRIDE, S_IN, False, S_IN, PRECISION,
+            PP, CIP, COP, NUM_STAGES,
+        )  # fmt: skip
+
+
+def launch_dgrad(
+    dims: InceptionDims,
+    dz: torch.Tensor,
+    packed_w: torch.Tensor,
+    r: torch.Tensor,
+    config: DgradConfig,
+    *,
+    reduce3: bool,
+    reduce5: bool,
+    pooled: bool,
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the reduced maps and of the pooled map from the masked gradient `dz`.
+
+    Returns (dr like r, dp [N, slots of C_IN, H, W], partial3, partial5), the partials being column
+    sums of dr over each tile of pixels, [tiles, reduced_channels]. What is not asked for is not
+    computed: its part of dr is left unwritten, dp is empty.
+    """
+    layout = PackedLayout(dims)
+    n, _, height, width = r.shape
+    n_pixels = n * height * width
+    s_in = layout.slots_in
+    c3, c5, cp = config.conv3, config.conv5, config.pool
+    s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
+    dr = torch.empty_like(r)
+    dp = torch.empty_strided(
+        (n if pooled else 0, s_in, height, width),
+        (height * width * s_in, 1, width * s_in, s_in),
+        dtype=dz.dtype,
+        device=dz.device,
+    )
+    tiles3 = cdiv(n_pixels, c3.block_m) if reduce3 else 0
+    tiles5 = cdiv(n_pixels, c5.block_m) if reduce5 else 0
+    partial3 = torch.empty((tiles3, s3r + s5r), dtype=torch.float32, device=dz.device)
+    partial5 = torch.empty((tiles5, s3r + s5r), dtype=torch.float32, device=dz.device)
+    programs3 = tiles3 * cdiv(s3r, c3.block_n)
+    programs5 = tiles5 * cdiv(s5r, c5.block_n)
+    programs_p = cdiv(n_pixels, cp.block_m) * cdiv(s_in, cp.block_n) if pooled else 0
+    run(
+        _dgrad_kernel,
+        (programs3 + programs5 + programs_p,),
+        (
+            dz,
+            packed_w,
+            r,
+            dr,
+            dp,
+            partial3,
+            partial5,
+            n_pixels,
+            height,
+            width,
+            programs3,
+            programs5,
+        ),
+        dict(
+            S_IN=s_in,
+            R3=dims.ch3x3red,
+            R5=dims.ch5x5red,
+            S3R=s3r,
+            S5R=s5r,
+            S3=align_up(dims.ch3x3),
+            S5=align_up(dims.ch5x5),
+            SP=align_up(dims.pool_proj),
+            K5=dims.kernel_5x5,
+            FILTER_3=layout.w3,
+            FILTER_5=layout.w5,
+            FILTER_P=layout.wp,
+            SLOT_3=dims.slots[1],
+            SLOT_5=dims.slots[2],
+            SLOT_P=dims.slots[3],
+            DZ_STRIDE=dims.slot_channels,
+            PRECISION=precision,
+            P3=c3.block_m,
+            CI3=c3.block_n,
+            CO3=c3.block_k,
+            P5=c5.block_m,
+            CI5=c5.block_n,
+            CO5=c5.block_k,
+            PP=cp.block_m,
+            CIP=cp.block_n,
+            COP=cp.block_k,
+            NUM_STAGES=config.num_stages,
+        ),
+        num_warps=config.num_warps,
+    )
+    return dr, dp, partial3, partial5

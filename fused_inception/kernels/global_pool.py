@@ -1,0 +1,102 @@
+"""Global average pooling, forward and backward."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_inception.kernels.launch import cdiv, run
+from fused_inception.tuning.configs import GlobalPoolConfig
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _global_pool_fwd_kernel(
+    # tensors
+    x_ptr,  # [N, C, H, W] any strides
+    y_ptr,  # [N, C]
+    # sizes
+    height,
+    width,
+    # strides, in elements
+    x_image_stride,
+    x_channel_stride,
+    x_row_stride,
+    x_column_stride,
+    # problem
+    C: tl.constexpr,
+    # tile
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y[n, c] = sum of x[n, c] over all pixels / (H * W); one program per (image, block of channels)."""
+    image = tl.program_id(0)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    x_image_ptr = x_ptr + image.to(tl.int64) * x_image_stride
+    x_channel = offs_c.to(tl.int64) * x_channel_stride
+    n_pixels = height * width
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for p0 in tl.range(0, n_pixels, BLOCK_P):
+        offs_p = p0 + tl.arange(0, BLOCK_P)
+        pixel = (offs_p // width).to(tl.int64) * x_row_stride
+        pixel += (offs_p % width).to(tl.int64) * x_column_stride
+        mask = (offs_p < n_pixels)[:, None] & mask_c[None, :]
+        x_tile = tl.load(x_image_ptr + pixel[:, None] + x_channel[None, :], mask=mask, other=0.0)
+        total += x_tile.to(tl.float32)
+    # x is not empty (the launcher sees to it), so the number of pixels is no zero
+    mean = tl.sum(total, axis=0) / n_pixels.to(tl.float32)
+    tl.store(y_ptr + image.to(tl.int64) * C + offs_c, mean.to(y_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["n_pixels"])
+def _global_pool_bwd_kernel(
+    # tensors
+    dy_ptr,  # [N, C] any strides
+    dx_ptr,  # [N, P, C]
+    # sizes
+    n_pixels,
+    # strides, in elements
+    dy_image_stride,
+    dy_channel_stride,
+    # problem
+    C: tl.constexpr,
+    # tile
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx[n, p, c] = dy[n, c] / (H * W); one program per (image, block of channels)."""
+    image = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    dy_offs = image * dy_image_stride + offs_c.to(tl.int64) * dy_channel_stride
+    dy_row = tl.load(dy_ptr + dy_offs, mask=mask_c, other=0.0).to(tl.float32)
+    dx_row = (dy_row / n_pixels.to(tl.float32)).to(dx_ptr.dtype.element_ty)
+    dx_image_ptr = dx_ptr + image * n_pixels * C
+    for p0 in tl.range(0, n_pixels, BLOCK_P):
+        offs_p = p0 + tl.arange(0, BLOCK_P)
+        mask = (offs_p < n_pixels)[:, None] & mask_c[None, :]
+        dx_tile = tl.broadcast_to(dx_row[None, :], (BLOCK_P, BLOCK_C))
+        tl.store(dx_image_ptr + (offs_p * C)[:, None] + offs_c[None, :], dx_tile, mask=mask)
+
+
+def launch_global_pool_fwd(x: torch.Tensor, y: torch.Tensor, config: GlobalPoolConfig) -> None:
+    """Fill `y`, [N, C, 1, 1] dense, from `x`, [N, C, H, W] of any strides; H and W are not 0."""
+    n, c, height, width = x.shape
+    run(
+        _global_pool_fwd_kernel,
+        (n, cdiv(c, config.block_c)),
+        (x, y, height, width, *x.stride()),
+        dict(C=c, BLOCK_P=config.block_p, BLOCK_C=config.block_c),
+        num_warps=config.num_warps,
+    )
+
+
+def launch_global_pool_bwd(dy: torch.Tensor, dx: torch.Tensor, config: GlobalPoolConfig) -> None:
+    """Fill `dx`, [N, C, H, W] exactly channels last, from `dy`, [N, C, 1, 1] of any strides."""
+    n, c, height, width = dx.shape
+    run(
+        _global_pool_bwd_kernel,
+        (n, cdiv(c, config.block_c)),
+        (dy, dx, height * width, dy.stride(0), dy.stride(1)),
+        dict(C=c, BLOCK_P=config.block_p, BLOCK_C=config.block_c),
+        num_warps=config.num_warps,
+    )

@@ -1,0 +1,143 @@
+"""Launch L2: the gradient of x, one GEMM over the concatenated 1x1 filters behind the gather of the
+pool gradient."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.layout import PackedLayout
+from fused_inception.kernels.tiles import tap_validity
+from fused_inception.tuning.configs import InputGradConfig
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    g_ptr,  # [P, G_STRIDE] at the first pixel of the tile
+    w_ptr,  # [C_OUT, C_IN]
+    mask_p,
+    pid_ci,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
+    G_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """acc[p, i] += sum_o g[p, o] * w[o, i]."""
+    offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
+    offs_co = tl.arange(0, BLOCK_CO)
+    g_offs = (tl.arange(0, BLOCK_P) * G_STRIDE)[:, None] + offs_co[None, :]
+    w_offs = (offs_co * C_IN)[:, None] + offs_ci[None, :]
+    for co0 in tl.range(0, C_OUT, BLOCK_CO, num_stages=NUM_STAGES):
+        g_mask = mask_p[:, None]
+        w_mask = (offs_ci < C_IN)[None, :]
+        if C_OUT % BLOCK_CO != 0:
+            mask_co = offs_co < C_OUT - co0
+            g_mask = g_mask & mask_co[None, :]
+            w_mask = w_mask & mask_co[:, None]
+        g_tile = tl.load(g_ptr + co0 + g_offs, mask=g_mask, other=0.0)
+        w_tile = tl.load(w_ptr + co0 * C_IN + w_offs, mask=w_mask, other=0.0)
+        acc = tl.dot(g_tile, w_tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["n_pixels", "height", "width"])
+def _input_grad_kernel(
+    # tensors
+    dz_ptr,  # [P, DZ_STRIDE] masked gradient, 1x1 branch first
+    dr_ptr,  # [P, SR] gradients of both reduced maps
+    dp_ptr,  # [P, S_IN] gradient of the pooled map
+    index_ptr,  # [P, S_IN] uint8, winning tap of each window
+    w_ptr,  # [S1 + SR, S_IN]
+    dx_ptr,  # [P, C_IN]
+    # sizes
+    n_pixels,
+    height,
+    width,
+    # problem
+    C_IN: tl.constexpr,
+    S_IN: tl.constexpr,
+    S1: tl.constexpr,
+    SR: tl.constexpr,
+    DZ_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # tile
+    BLOCK_P: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """dx[p, i] = sum over windows that p won of dp + sum_o [dz1 | dr][p, o] * w[o, i]; one program
+    per tile of dx."""
+    TILES_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
+    pid_p = tl.program_id(0) // TILES_CI
+    pid_ci = tl.program_id(0) % TILES_CI
+    local_p = tl.arange(0, BLOCK_P)
+    offs_p = pid_p * BLOCK_P + local_p
+    offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
+    mask_p = offs_p < n_pixels
+    p0 = (pid_p * BLOCK_P).to(tl.int64)
+
+    # the window centred one tap away contains this pixel at the opposite tap
+    valid = tap_validity(offs_p, n_pixels, height, width, 3)
+    pool_offs = (local_p * S_IN)[:, None] + offs_ci[None, :]
+    acc = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
+    for tap in tl.range(0, 9, num_stages=1):
+        shift = p0 * S_IN + ((tap // 3 - 1) * width + (tap % 3 - 1)) * S_IN
+        inside = (((valid >> tap) & 1) != 0)[:, None] & (offs_ci < S_IN)[None, :]
+        winner = tl.load(index_ptr + shift + pool_offs, mask=inside, other=255)
+        dp_tile = tl.load(dp_ptr + shift + pool_offs, mask=inside, other=0.0)
+        acc += tl.where(winner.to(tl.int32) == 8 - tap, dp_tile.to(tl.float32), 0.0)
+
+    acc = _accumulate(
+        acc, dz_ptr + p0 * DZ_STRIDE, w_ptr, mask_p, pid_ci,
+        S1, S_IN, DZ_STRIDE, PRECISION, BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
+    )  # fmt: skip
+    acc = _accumulate(
+        acc, dr_ptr + p0 * SR, w_ptr + S1 * S_IN, mask_p, pid_ci,
+        SR, S_IN, SR, PRECISION, BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
+    )  # fmt: skip
+    dx_mask = mask_p[:, None] & (offs_ci < C_IN)[None, :]
+    dx_offs = (local_p * C_IN)[:, None] + offs_ci[None, :]
+    tl.store(dx_ptr + p0 * C_IN + dx_offs, acc.to(dx_ptr.dtype.element_ty), mask=dx_mask)
+
+
+def launch_input_grad(
+    dims: InceptionDims,
+    dz: torch.Tensor,
+    dr: torch.Tensor,
+    dp: torch.Tensor,
+    index: torch.Tensor,
+    packed_w: torch.Tensor,
+    dx: torch.Tensor,
+    config: InputGradConfig,
+    *,
+    precision: str,
+) -> None:
+    """Fill `dx`, [N, C_IN, H, W] exactly channels last, from the results of launches M and L1."""
+    n, c_in, height, width = dx.shape
+    n_pixels = n * height * width
+    tile = config.gemm
+    run(
+        _input_grad_kernel,
+        (cdiv(n_pixels, tile.block_m) * cdiv(c_in, tile.block_n),),
+        (dz, dr, dp, index, packed_w, dx, n_pixels, height, width),
+        dict(
+            C_IN=c_in,
+            S_IN=PackedLayout(dims).slots_in,
+            S1=align_up(dims.ch1x1),
+            SR=dims.reduced_channels,
+            DZ_STRIDE=dims.slot_channels,
+            PRECISION=precision,
+            BLOCK_P=tile.block_m,
+            BLOCK_CI=tile.block_n,
+            BLOCK_CO=tile.block_k,
+            NUM_STAGES=config.num_stages,
+        ),
+        num_warps=config.num_warps,
+    )

@@ -1,0 +1,38 @@
+"""One door through which every kernel is launched: device guard, current stream, the record of
+launches."""
+
+from typing import Any
+
+import torch
+import triton
+
+from fused_inception import launches
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    *,
+    num_warps: int,
+) -> None:
+    """Launch `kernel` over `grid` on the device of the first tensor of `args`, on its current
+    stream.
+
+    `args` are the run-time arguments in the order of the signature, `constants` the `tl.constexpr`
+    ones by name. An empty grid launches nothing.
+    """
+    if 0 in grid:
+        return
+    name = getattr(kernel, "fn", kernel).__name__
+    launches.record(name, grid, {**constants, "num_warps": num_warps})
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants, num_warps=num_warps)
+    else:
+        kernel[grid](*args, **constants, num_warps=num_warps)
+
+
+cdiv = triton.cdiv

@@ -1,0 +1,69 @@
+"""Where each filter and bias of a module lies in the packed buffers."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from fused_inception.geometry import InceptionDims, align_up
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Element offsets of the packed filters [rows, taps, slot channels] and of the packed biases.
+
+    Filters: the 1x1 convolutions that read x (1x1 branch, 3x3 reduce, 5x5 reduce) follow each other
+    as one matrix [cat_rows, C_IN]; then 3x3, 5x5, projection. Biases in the same order. Rows and
+    channels are padded to slots.
+    """
+
+    dims: InceptionDims
+
+    @cached_property
+    def slots_in(self) -> int:
+        """Channels of x, padded."""
+        return align_up(self.dims.in_channels)
+
+    @cached_property
+    def cat_rows(self) -> int:
+        """Rows of the concatenated 1x1 filters, padding included."""
+        return align_up(self.dims.ch1x1) + self.dims.reduced_channels
+
+    @cached_property
+    def w3(self) -> int:
+        """First element of the 3x3 filters."""
+        return self.cat_rows * self.slots_in
+
+    @cached_property
+    def w5(self) -> int:
+        """First element of the 5x5 filters."""
+        return self.w3 + align_up(self.dims.ch3x3) * 9 * align_up(self.dims.ch3x3red)
+
+    @cached_property
+    def wp(self) -> int:
+        """First element of the projection filters."""
+        taps = self.dims.kernel_5x5**2
+        return self.w5 + align_up(self.dims.ch5x5) * taps * align_up(self.dims.ch5x5red)
+
+    @cached_property
+    def filter_elements(self) -> int:
+        """Elements of all packed filters."""
+        return self.wp + align_up(self.dims.pool_proj) * self.slots_in
+
+    @cached_property
+    def b3(self) -> int:
+        """First bias of the 3x3 branch."""
+        return self.cat_rows
+
+    @cached_property
+    def b5(self) -> int:
+        """First bias of the 5x5 branch."""
+        return self.b3 + align_up(self.dims.ch3x3)
+
+    @cached_property
+    def bp(self) -> int:
+        """First bias of the projection."""
+        return self.b5 + align_up(self.dims.ch5x5)
+
+    @cached_property
+    def bias_elements(self) -> int:
+        """Elements of all packed biases."""
+        return self.bp + align_up(self.dims.pool_proj)

@@ -1,0 +1,189 @@
+"""Packing of a module's six filters and biases into the layout that all its kernels read, in one
+launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.layout import PackedLayout
+
+
+@triton.jit
+def _pack_rows(
+    src_ptr,  # [C_OUT, C_IN, K, K] in torch's order, or [C_OUT, K, K, C_IN] with CHANNELS_LAST
+    dst_ptr,  # [rows, K * K, SLOT_IN]
+    pid,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
+    TAPS: tl.constexpr,
+    SLOT_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dst[o, tap, i] = src[o, i, tap]; zero where o or i only pads a slot."""
+    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    ci = offs % SLOT_IN
+    tap = (offs // SLOT_IN) % TAPS
+    co = offs // (SLOT_IN * TAPS)
+    if CHANNELS_LAST:
+        src_offs = (co * TAPS + tap) * C_IN + ci
+    else:
+        src_offs = (co * C_IN + ci) * TAPS + tap
+    inside = (co < C_OUT) & (ci < C_IN)
+    value = tl.load(src_ptr + src_offs, mask=inside, other=0.0)
+    tl.store(dst_ptr + offs, value.to(dst_ptr.dtype.element_ty), mask=co < ROWS)
+
+
+@triton.jit
+def _pack_bias(src_ptr, dst_ptr, C_OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dst[o] = src[o] in fp32; zero where o only pads a slot."""
+    for start in tl.static_range(0, ROWS, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        value = tl.load(src_ptr + offs, mask=offs < C_OUT, other=0.0)
+        tl.store(dst_ptr + offs, value.to(tl.float32), mask=offs < ROWS)
+
+
+@triton.jit
+def _pack_kernel(
+    # tensors
+    w1_ptr,  # six filters as torch stores them
+    w3r_ptr,
+    w3_ptr,
+    w5r_ptr,
+    w5_ptr,
+    wp_ptr,
+    b1_ptr,  # six biases
+    b3r_ptr,
+    b3_ptr,
+    b5r_ptr,
+    b5_ptr,
+    bp_ptr,
+    w_ptr,  # packed filters, see PackedLayout
+    b_ptr,  # packed biases, fp32
+    # problem
+    C_IN: tl.constexpr,
+    N1: tl.constexpr,
+    R3: tl.constexpr,
+    N3: tl.constexpr,
+    R5: tl.constexpr,
+    N5: tl.constexpr,
+    NP: tl.constexpr,
+    K5: tl.constexpr,
+    S_IN: tl.constexpr,  # widths rounded up to slots
+    S1: tl.constexpr,
+    S3R: tl.constexpr,
+    S5R: tl.constexpr,
+    S3: tl.constexpr,
+    S5: tl.constexpr,
+    SP: tl.constexpr,
+    LAST3: tl.constexpr,  # w3 and w5 lie in memory as [C_OUT, K, K, C_IN]
+    LAST5: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
+    # tile
+    BLOCK: tl.constexpr,
+):
+    """Copy, transpose to [C_OUT, tap, C_IN] and cast all filters; one program per BLOCK elements,
+    the last for biases."""
+    pid = tl.program_id(0)
+    # packed elements up to each segment, and programs up to each segment
+    W1: tl.constexpr = S1 * S_IN
+    W3R: tl.constexpr = W1 + S3R * S_IN
+    W5R: tl.constexpr = W3R + S5R * S_IN
+    W3: tl.constexpr = W5R + S3 * 9 * S3R
+    W5: tl.constexpr = W3 + S5 * K5 * K5 * S5R
+    T1: tl.constexpr = (S1 * S_IN + BLOCK - 1) // BLOCK
+    T3R: tl.constexpr = T1 + (S3R * S_IN + BLOCK - 1) // BLOCK
+    T5R: tl.constexpr = T3R + (S5R * S_IN + BLOCK - 1) // BLOCK
+    T3: tl.constexpr = T5R + (S3 * 9 * S3R + BLOCK - 1) // BLOCK
+    T5: tl.constexpr = T3 + (S5 * K5 * K5 * S5R + BLOCK - 1) // BLOCK
+    TP: tl.constexpr = T5 + (SP * S_IN + BLOCK - 1) // BLOCK
+    if pid < T1:
+        _pack_rows(w1_ptr, w_ptr, pid, N1, C_IN, 1, S_IN, S1, False, BLOCK)
+    elif pid < T3R:
+        _pack_rows(w3r_ptr, w_ptr + W1, pid - T1, R3, C_IN, 1, S_IN, S3R, False, BLOCK)
+    elif pid < T5R:
+        _pack_rows(w5r_ptr, w_ptr + W3R, pid - T3R, R5, C_IN, 1, S_IN, S5R, False, BLOCK)
+    elif pid < T3:
+        _pack_rows(w3_ptr, w_ptr + W5R, pid - T5R, N3, R3, 9, S3R, S3, LAST3, BLOCK)
+    elif pid < T5:
+        _pack_rows(w5_ptr, w_ptr + W3, pid - T3, N5, R5, K5 * K5, S5R, S5, LAST5, BLOCK)
+    elif pid < TP:
+        _pack_rows(wp_ptr, w_ptr + W5, pid - T5, NP, C_IN, 1, S_IN, SP, False, BLOCK)
+    elif WITH_BIAS:
+        _pack_bias(b1_ptr, b_ptr, N1, S1, BLOCK)
+        _pack_bias(b3r_ptr, b_ptr + S1, R3, S3R, BLOCK)
+        _pack_bias(b5r_ptr, b_ptr + (S1 + S3R), R5, S5R, BLOCK)
+        _pack_bias(b3_ptr, b_ptr + (S1 + S3R + S5R), N3, S3, BLOCK)
+        _pack_bias(b5_ptr, b_ptr + (S1 + S3R + S5R + S3), N5, S5, BLOCK)
+        _pack_bias(bp_ptr, b_ptr + (S1 + S3R + S5R + S3 + S5), NP, SP, BLOCK)
+
+
+def launch_pack(
+    dims: InceptionDims,
+    filters: list[torch.Tensor],
+    biases: list[torch.Tensor] | None,
+    dtype: torch.dtype,
+    block: int = 2048,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack six filters (cast to `dtype`) and six biases (cast to fp32; none for a backward).
+
+    Returns (filters, biases) as flat tensors laid out as `PackedLayout` says.
+    """
+    layout = PackedLayout(dims)
+    device = filters[0].device
+    packed_w = torch.empty(layout.filter_elements, dtype=dtype, device=device)
+    packed_b = torch.empty(
+        layout.bias_elements if biases else 0, dtype=torch.float32, device=device
+    )
+    sources = [w if is_channels_last_filter(w) else w.contiguous() for w in filters]
+    slots = {
+        "S_IN": layout.slots_in,
+        "S1": align_up(dims.ch1x1),
+        "S3R": align_up(dims.ch3x3red),
+        "S5R": align_up(dims.ch5x5red),
+        "S3": align_up(dims.ch3x3),
+        "S5": align_up(dims.ch5x5),
+        "SP": align_up(dims.pool_proj),
+    }
+    taps5 = dims.kernel_5x5**2
+    segments = (
+        slots["S1"] * slots["S_IN"],
+        slots["S3R"] * slots["S_IN"],
+        slots["S5R"] * slots["S_IN"],
+        slots["S3"] * 9 * slots["S3R"],
+        slots["S5"] * taps5 * slots["S5R"],
+        slots["SP"] * slots["S_IN"],
+    )
+    programs = sum(cdiv(n, block) for n in segments) + (1 if biases else 0)
+    bias_args = [b.contiguous() for b in biases] if biases else [packed_b] * 6
+    run(
+        _pack_kernel,
+        (programs,),
+        (*sources, *bias_args, packed_w, packed_b),
+        dict(
+            C_IN=dims.in_channels,
+            N1=dims.ch1x1,
+            R3=dims.ch3x3red,
+            N3=dims.ch3x3,
+            R5=dims.ch5x5red,
+            N5=dims.ch5x5,
+            NP=dims.pool_proj,
+            K5=dims.kernel_5x5,
+            **slots,
+            LAST3=is_channels_last_filter(sources[2]),
+            LAST5=is_channels_last_filter(sources[4]),
+            WITH_BIAS=bool(biases),
+            BLOCK=block,
+        ),
+        num_warps=4,
+    )
+    return packed_w, packed_b
+
+
+def is_channels_last_filter(weight: torch.Tensor) -> bool:
+    """Whether a filter lies in memory as [C_OUT, K, K, C_IN] and not also as torch's default
+    order."""
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,312 @@
+"""Launch L3: all six filter gradients as split reductions over the pixels, five groups in one
+launch."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.tiles import tap_validity
+from fused_inception.tuning.configs import WgradConfig, WgradJob
+
+
+@triton.jit
+def _wgrad_tile(
+    # tensors
+    x_ptr,  # [P, x_stride] input of the convolution, first channel of its slot
+    index_ptr,  # [P, C_IN] uint8 winning taps, with POOLED
+    dz_ptr,  # [P, dz_stride] gradient behind the convolution, first channel of its slot
+    out_ptr,  # [splits, K * K * C_IN, C_OUT] fp32 partial sums of this group
+    # sizes
+    pid,
+    chunk,
+    n_pixels,
+    height,
+    width,
+    # strides
+    x_stride,
+    dz_stride,
+    # problem
+    K: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    POOLED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # tile
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """out[split, (tap, i), o] = sum over the split's pixels of x[p + tap, i] * dz[p, o].
+
+    Rows are the filter positions (tap, i) flattened, so that narrow inputs still fill a tile. With
+    POOLED x is max
+    pooled: the winner is fetched through its tap.
+    """
+    ROWS: tl.constexpr = K * K * C_IN
+    TILES_N: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M * TILES_N
+    split = pid // TILES
+    pid_m = pid % TILES // TILES_N
+    pid_n = pid % TILES_N
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_p = tl.arange(0, BLOCK_P)
+    mask_m = offs_m < ROWS
+    mask_n = offs_n < C_OUT
+    tap = offs_m // C_IN
+    offs_ci = offs_m % C_IN
+    shift = ((tap // K - K // 2) * width + (tap % K - K // 2)) * x_stride
+    x_offs = (offs_p * x_stride)[:, None] + (shift + offs_ci)[None, :]
+    dz_offs = (offs_p * dz_stride)[:, None] + offs_n[None, :]
+    first = split * chunk
+    last = tl.minimum(first + chunk, n_pixels)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(first, last, BLOCK_P, num_stages=NUM_STAGES):
+        p0 = tl.cast(start, tl.int64)
+        mask_p = start + offs_p < last
+        if K > 1:
+            valid = tap_validity(start + offs_p, last, height, width, K)
+            x_mask = ((valid[:, None] >> tap[None, :]) & 1) != 0
+            x_mask = x_mask & mask_m[None, :]
+        else:
+            x_mask = mask_p[:, None] & mask_m[None, :]
+        x_tile_ptr = x_ptr + p0 * x_stride
+        if POOLED:
+            index_offs = (offs_p * C_IN)[:, None] + offs_ci[None, :]
+            winner = tl.load(index_ptr + p0 * C_IN + index_offs, mask=x_mask, other=4)
+            winner = winner.to(tl.int32)
+            to_winner = ((winner // 3 - 1) * width + (winner % 3 - 1)) * x_stride
+            x_tile = tl.load(x_tile_ptr + (x_offs + to_winner), mask=x_mask, other=0.0)
+        else:
+            x_tile = tl.load(x_tile_ptr + x_offs, mask=x_mask, other=0.0)
+        dz_mask = mask_p[:, None] & mask_n[None, :]
+        dz_tile = tl.load(dz_ptr + p0 * dz_stride + dz_offs, mask=dz_mask, other=0.0)
+        acc = tl.dot(tl.trans(x_tile), dz_tile, acc, input_precision=PRECISION)
+
+    out_offs = (offs_m * C_OUT)[:, None] + offs_n[None, :]
+    out_tile_ptr = out_ptr + split.to(tl.int64) * (ROWS * C_OUT)
+    tl.store(out_tile_ptr + out_offs, acc, mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_pixels", "height", "width", "x_stride8",
+        "end3", "end1", "end_r", "end5",
+        "chunk3", "chunk1", "chunk_r", "chunk5", "chunk_p",
+        "start1", "start_r", "start5", "start_p",
+    ]
+)  # fmt: skip
+def _wgrad_kernel(
+    # tensors
+    x_ptr,  # [P, S_IN]
+    index_ptr,  # [P, S_IN] uint8
+    r_ptr,  # [P, S3R + S5R]
+    dz_ptr,  # [P, DZ_STRIDE]
+    dr_ptr,  # [P, S3R + S5R]
+    out_ptr,  # partial sums of all groups, fp32
+    # sizes
+    n_pixels,
+    height,
+    width,
+    end3,  # first program behind each group
+    end1,
+    end_r,
+    end5,
+    chunk3,  # pixels of one split of each group
+    chunk1,
+    chunk_r,
+    chunk5,
+    chunk_p,
+    start1,  # first element of each group in out, in units of 64
+    start_r,
+    start5,
+    start_p,
+    # strides
+    x_stride8,
+    # problem
+    S_IN: tl.constexpr,
+    S1: tl.constexpr,
+    S3R: tl.constexpr,
+    S3: tl.constexpr,
+    S5R: tl.constexpr,
+    S5: tl.constexpr,
+    SP: tl.constexpr,
+    K5: tl.constexpr,
+    SLOT_3: tl.constexpr,
+    SLOT_5: tl.constexpr,
+    SLOT_P: tl.constexpr,
+    DZ_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # tile
+    M3: tl.constexpr,
+    N3: tl.constexpr,
+    M1: tl.constexpr,
+    N1: tl.constexpr,
+    MR: tl.constexpr,
+    NR: tl.constexpr,
+    M5: tl.constexpr,
+    N5: tl.constexpr,
+    MP: tl.constexpr,
+    NP: tl.constexpr,
+    P3: tl.constexpr,
+    P1: tl.constexpr,
+    PR: tl.constexpr,
+    P5: tl.constexpr,
+    PP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Program ranges: 3x3, 1x1 branch, both reduces, 5x5, projection; a group that is not needed
+    has no programs."""
+    pid = tl.program_id(0)
+    x_stride = x_stride8 * 8
+    R_STRIDE: tl.constexpr = S3R + S5R
+    if pid < end3:
+        _wgrad_tile(
+            r_ptr, index_ptr, dz_ptr + SLOT_3, out_ptr,
+            pid, chunk3, n_pixels, height, width, R_STRIDE, DZ_STRIDE,
+            3, S3R, S3, False, PRECISION, M3, N3, P3, NUM_STAGES,
+        )  # fmt: skip
+    elif pid < end1:
+        _wgrad_tile(
+            x_ptr, index_ptr, dz_ptr, out_ptr + start1.to(tl.int64) * 64,
+            pid - end3, chunk1, n_pixels, height, width, x_stride, DZ_STRIDE,
+            1, S_IN, S1, False, PRECISION, M1, N1, P1, NUM_STAGES,
+        )  # fmt: skip
+    elif pid < end_r:
+        _wgrad_tile(
+            x_ptr, index_ptr, dr_ptr, out_ptr + start_r.to(tl.int64) * 64,
+            pid - end1, chunk_r, n_pixels, height, width, x_stride, R_STRIDE,
+            1, S_IN, R_STRIDE, False, PRECISION, MR, NR, PR, NUM_STAGES,
+        )  # fmt: skip
+    elif pid < end5:
+        _wgrad_tile(
+            r_ptr + S3R, index_ptr, dz_ptr + SLOT_5, out_ptr + start5.to(tl.int64) * 64,
+            pid - end_r, chunk5, n_pixels, height, width, R_STRIDE, DZ_STRIDE,
+            K5, S5R, S5, False, PRECISION, M5, N5, P5, NUM_STAGES,
+        )  # fmt: skip
+    else:
+        _wgrad_tile(
+            x_ptr, index_ptr, dz_ptr + SLOT_P, out_ptr + start_p.to(tl.int64) * 64,
+            pid - end5, chunk_p, n_pixels, height, width, x_stride, DZ_STRIDE,
+            1, S_IN, SP, True, PRECISION, MP, NP, PP, NUM_STAGES,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PartialFilters:
+    """Where launch L3 left its partial sums: the buffer, and (first element, splits) of each
+    group."""
+
+    buffer: torch.Tensor
+    groups: dict[str, tuple[int, int]]
+
+
+def launch_wgrad(
+    dims: InceptionDims,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    r: torch.Tensor,
+    dz: torch.Tensor,
+    dr: torch.Tensor,
+    config: WgradConfig,
+    *,
+    groups: frozenset[str],
+    precision: str,
+) -> PartialFilters:
+    """Partial filter gradients of the groups asked for: of "conv3", "branch1", "reduces", "conv5",
+    "projection".
+
+    Each group is [splits, filter positions (tap, channel), output channels] in fp32, channels
+    padded to slots.
+    """
+    n, s_in, height, width = x.shape
+    n_pixels = n * height * width
+    s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
+    s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
+    taps5 = dims.kernel_5x5**2
+    shapes = {
+        "conv3": (config.conv3, 9 * s3r, s3),
+        "branch1": (config.branch1, s_in, s1),
+        "reduces": (config.reduces, s_in, s3r + s5r),
+        "conv5": (config.conv5, taps5 * s5r, s5),
+        "projection": (config.projection, s_in, sp),
+    }
+    placed: dict[str, tuple[int, int]] = {}
+    chunks: dict[str, int] = {}
+    programs: dict[str, int] = {}
+    elements = 0
+    for name, (job, rows, columns) in shapes.items():
+        chunk, splits = _split(n_pixels, job) if name in groups else (1, 0)
+        placed[name] = (elements, splits)
+        chunks[name] = chunk
+        tiles = cdiv(rows, job.tile.block_m) * cdiv(columns, job.tile.block_n)
+        programs[name] = tiles * splits
+        elements += splits * rows * columns
+    buffer = torch.empty(elements, dtype=torch.float32, device=x.device)
+    order = tuple(shapes)
+    ends = [sum(programs[k] for k in order[: i + 1]) for i in range(len(order))]
+    run(
+        _wgrad_kernel,
+        (ends[-1],),
+        (
+            x,
+            index,
+            r,
+            dz,
+            dr,
+            buffer,
+            n_pixels,
+            height,
+            width,
+            *ends[:-1],
+            *(chunks[k] for k in order),
+            *(placed[k][0] // 64 for k in order[1:]),
+            x.stride(3) // 8,
+        ),
+        dict(
+            S_IN=s_in,
+            S1=s1,
+            S3R=s3r,
+            S3=s3,
+            S5R=s5r,
+            S5=s5,
+            SP=sp,
+            K5=dims.kernel_5x5,
+            SLOT_3=dims.slots[1],
+            SLOT_5=dims.slots[2],
+            SLOT_P=dims.slots[3],
+            DZ_STRIDE=dims.slot_channels,
+            PRECISION=precision,
+            M3=config.conv3.tile.block_m,
+            N3=config.conv3.tile.block_n,
+            M1=config.branch1.tile.block_m,
+            N1=config.branch1.tile.block_n,
+            MR=config.reduces.tile.block_m,
+            NR=config.reduces.tile.block_n,
+            M5=config.conv5.tile.block_m,
+            N5=config.conv5.tile.block_n,
+            MP=config.projection.tile.block_m,
+            NP=config.projection.tile.block_n,
+            P3=config.conv3.tile.block_k,
+            P1=config.branch1.tile.block_k,
+            PR=config.reduces.tile.block_k,
+            P5=config.conv5.tile.block_k,
+            PP=config.projection.tile.block_k,
+            NUM_STAGES=config.num_stages,
+        ),
+        num_warps=config.num_warps,
+    )
+    return PartialFilters(buffer, placed)
+
+
+def _split(n_pixels: int, job: WgradJob) -> tuple[int, int]:
+    """(pixels of one split, number of splits): whole steps of the reduction, no empty split."""
+    step = job.tile.block_k
+    chunk = cdiv(cdiv(n_pixels, job.splits), step) * step
+    return max(chunk, step), cdiv(n_pixels, chunk) if chunk else 0

@@ -1,0 +1,148 @@
+"""The script of the module on the Triton path: which launches run, in which order, on which scratch
+tensors."""
+
+import torch
+
+from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.kernels.conv import launch_branches
+from fused_inception.kernels.dgrad import launch_dgrad
+from fused_inception.kernels.finish import launch_finish
+from fused_inception.kernels.input_grad import launch_input_grad
+from fused_inception.kernels.pack import launch_pack
+from fused_inception.kernels.pointwise import launch_pointwise
+from fused_inception.kernels.relu_mask import launch_relu_mask
+from fused_inception.kernels.wgrad import launch_wgrad
+from fused_inception.ops import filter_cache
+from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
+from fused_inception.tuning import heuristic
+from fused_inception.tuning.heuristic import Operands
+from fused_inception.tuning.targets import target_of
+
+
+def forward(
+    x: torch.Tensor, filters: list[torch.Tensor], biases: list[torch.Tensor], save: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """y [N, C_OUT, H, W] exactly channels last, and with `save` what `backward` needs beside x and
+    the filters.
+
+    x: [N, C_IN, H, W], read in place where `layout.why_not_in_place` has no objection, else copied
+    once. Filters and biases in any floating dtype.
+
+    Saved: r, both reduced maps; the winning tap of each pooling window, 1 byte; the ReLU mask of y,
+    1 bit.
+    """
+    dims = dims_of(filters)
+    n, _, height, width = x.shape
+    ops, target, pixels = _problem(x)
+    w, b = filter_cache.packed(
+        filters, biases, x.dtype, lambda: launch_pack(dims, filters, biases, x.dtype), save=save
+    )
+    y = empty_channels_last(n, dims.out_channels, height, width, dtype=x.dtype, device=x.device)
+    r, index, mask = saved_like(x, dims)
+    if not save:
+        index, mask = index.new_empty(0), mask.new_empty(0)
+    launch_pointwise(
+        dims, for_kernels(x), w, b, y, r, index, mask,
+        heuristic.pointwise_config(dims, pixels, ops, target, save),
+        save=save, precision=ops.precision,
+    )  # fmt: skip
+    launch_branches(
+        dims, r, w, b, y, mask,
+        heuristic.branches_config(dims, pixels, ops, target),
+        save=save, precision=ops.precision,
+    )  # fmt: skip
+    return y, [r, index, mask] if save else []
+
+
+def saved_like(x: torch.Tensor, dims: InceptionDims) -> list[torch.Tensor]:
+    """Empty tensors of the shapes and strides that `forward` saves."""
+    n, c_in, height, width = x.shape
+    r = empty_channels_last(n, dims.reduced_channels, height, width, dtype=x.dtype, device=x.device)
+    index = empty_channels_last(
+        n, align_up(c_in), height, width, dtype=torch.uint8, device=x.device
+    )
+    mask = x.new_empty((n * height * width, dims.slot_channels // 8), dtype=torch.uint8)
+    return [r, index, mask]
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    saved: list[torch.Tensor],
+    filters: list[torch.Tensor],
+    biases_dtype: list[torch.dtype],
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, six filters, six biases; 0 elements where `needs` says no.
+
+    dy: [N, C_OUT, H, W] in the dtype of x, any strides. dx comes exactly channels last; a filter's
+    gradient in the strides of the filter where those are contiguous or channels last.
+    """
+    dims = dims_of(filters)
+    r, index, mask = saved
+    n, c_in, height, width = x.shape
+    ops, target, pixels = _problem(x)
+    need_x, need_w, need_b = needs[0], needs[1:7], needs[7:]
+    reduce3 = need_x or need_w[1] or need_b[1]
+    reduce5 = need_x or need_w[3] or need_b[3]
+
+    dz, partial_m = launch_relu_mask(dims, dy, mask, heuristic.mask_config(dims, pixels, target))
+    dr, dp, partial3, partial5 = r, index, partial_m, partial_m
+    w = None
+    if reduce3 or reduce5:
+        w, _ = launch_pack(dims, filters, None, x.dtype)
+        dr, dp, partial3, partial5 = launch_dgrad(
+            dims, dz, w, r, heuristic.dgrad_config(dims, pixels, ops, target),
+            reduce3=reduce3, reduce5=reduce5, pooled=need_x, precision=ops.precision,
+        )  # fmt: skip
+    dx = x.new_empty(0)
+    if need_x:
+        assert w is not None  # for the type checker: need_x implies both reduces
+        dx = empty_channels_last(n, c_in, height, width, dtype=x.dtype, device=x.device)
+        launch_input_grad(
+            dims, dz, dr, dp, index, w, dx,
+            heuristic.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
+        )  # fmt: skip
+    filter_grads = [
+        _grad_like(f) if need else f.new_empty(0) for f, need in zip(filters, need_w, strict=True)
+    ]
+    bias_grads = [
+        x.new_empty(f.shape[0] if need else 0, dtype=dtype)
+        for f, need, dtype in zip(filters, need_b, biases_dtype, strict=True)
+    ]
+    if any(need_w) or any(need_b):
+        groups = {
+            "branch1": need_w[0],
+            "reduces": need_w[1] or need_w[3],
+            "conv3": need_w[2],
+            "conv5": need_w[4],
+            "projection": need_w[5],
+        }
+        partial_filters = launch_wgrad(
+            dims, for_kernels(x), index, r, dz, dr,
+            heuristic.wgrad_config(dims, pixels, ops, target),
+            groups=frozenset(name for name, need in groups.items() if need),
+            precision=ops.precision,
+        )  # fmt: skip
+        launch_finish(
+            dims, partial_filters, partial_m, partial3, partial5, filter_grads, bias_grads,
+            heuristic.finish_config(),
+        )  # fmt: skip
+    return [dx, *filter_grads, *bias_grads]
+
+
+def _problem(x: torch.Tensor) -> tuple[Operands, "heuristic.Target", int]:
+    """Operands, target, and the pixels rounded up to a power of two: neighbouring batches share
+    configurations."""
+    n, _, height, width = x.shape
+    precise = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    ops = Operands(x.element_size(), "ieee" if precise else "tf32")
+    pixels = n * height * width
+    return ops, target_of(x.device), 1 << max(0, pixels - 1).bit_length()
+
+
+def _grad_like(weight: torch.Tensor) -> torch.Tensor:
+    """An empty gradient in the filter's own strides where those are dense, else contiguous."""
+    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(weight)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -1,0 +1,115 @@
+"""Launch configurations: what a launcher may be told about tiles, warps and stages, as plain frozen
+data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Extent of one program's tile: rows (pixels), columns (channels), and the step of its
+    reduction."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    """Launch A: the 1x1 GEMM and the pool branch."""
+
+    gemm: Tile
+    tail_n: int  # width of the last column tile, 0 for uniform tiles
+    pool: Tile
+    pool_in_launch: bool
+    num_warps: int
+    num_stages: int
+    pool_warps: int
+
+    def split_width(self, width: int) -> tuple[int, int]:
+        """(number of wide tiles, width of the tail tile or 0) that cover `width` channels."""
+        if self.tail_n == 0:
+            return -(-width // self.gemm.block_n), 0
+        wide = max(0, -(-(width - self.tail_n) // self.gemm.block_n))
+        return wide, self.tail_n
+
+
+@dataclass(frozen=True)
+class BranchesConfig:
+    """Launch B: the 3x3 and the 5x5 branch as two ranges of one launch."""
+
+    conv3: Tile
+    conv5: Tile
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Launch M: masking of the incoming gradient; each program walks `pixels` pixels."""
+
+    block_p: int
+    block_c: int
+    pixels: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class DgradConfig:
+    """Launch L1: gradients of the reduced maps (3x3, 5x5) and of the pooled map."""
+
+    conv3: Tile
+    conv5: Tile
+    pool: Tile
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class InputGradConfig:
+    """Launch L2: the gradient of x, one GEMM over the concatenated branches behind the gather of
+    the pool."""
+
+    gemm: Tile
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class WgradJob:
+    """One filter gradient of launch L3: its tile (rows are filter positions, columns output
+    channels) and split."""
+
+    tile: Tile
+    splits: int
+
+
+@dataclass(frozen=True)
+class WgradConfig:
+    """Launch L3: five groups of filter gradients, each split over the pixels."""
+
+    conv3: WgradJob
+    conv5: WgradJob
+    branch1: WgradJob
+    reduces: WgradJob
+    projection: WgradJob
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class FinishConfig:
+    """Launch F: sums of the partial results, in fixed order."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class GlobalPoolConfig:
+    """Global average pooling: pixels and channels that a program holds at once."""
+
+    block_p: int
+    block_c: int
+    num_warps: int

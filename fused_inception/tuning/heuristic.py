@@ -1,0 +1,269 @@
+"""Launch configurations without a measurement: pure functions of problem, operand type and target.
+
+Every choice minimises one estimate: tiles are dealt to the processors in waves, and a tile takes as
+long as its tensor-core work or its operand stream from L2, whichever is slower, plus a fixed
+prologue and epilogue.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.tuning.configs import (
+    BranchesConfig,
+    DgradConfig,
+    FinishConfig,
+    GlobalPoolConfig,
+    InputGradConfig,
+    MaskConfig,
+    PointwiseConfig,
+    Tile,
+    WgradConfig,
+    WgradJob,
+)
+from fused_inception.tuning.targets import Target
+
+# prologue and epilogue of a tile that the pipeline does not hide, seconds
+TILE_SECONDS = 0.4e-6
+# share of the peak that an instruction of this width reaches: below 64 columns the left operand's
+# reads bind
+WIDTH_EFFICIENCY = {16: 0.25, 32: 0.5, 64: 0.92, 128: 0.98, 256: 1.0}
+# a split should run about this long: shorter ones drown in partial sums, longer ones leave
+# processors idle
+SPLIT_SECONDS = 12e-6
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How a GEMM sees its operands."""
+
+    itemsize: int  # bytes of one element
+    precision: str  # "tf32" or "ieee", of fp32
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Exact fp32 products run on the ordinary units."""
+        return self.itemsize == 2 or self.precision == "tf32"
+
+    def flops(self, target: Target) -> float:
+        """Peak of these operands."""
+        if self.itemsize == 2:
+            return target.tensor_flops
+        return target.tensor_flops / (2 if self.precision == "tf32" else 14)
+
+    def max_elements(self) -> int:
+        """Largest tile whose accumulators leave registers for everything else."""
+        if self.itemsize == 2:
+            return 128 * 256
+        return 128 * 128 if self.tensor_cores else 64 * 64
+
+
+def _tile_seconds(bm: int, bn: int, k: int, ops: Operands, target: Target) -> float:
+    rate = ops.flops(target) / target.processors * WIDTH_EFFICIENCY[bn]
+    stream = target.stream_bytes / target.processors
+    return max(2 * bm * bn * k / rate, (bm + bn) * k * ops.itemsize / stream) + TILE_SECONDS
+
+
+def _block_k(k: int, ops: Operands, wanted: int) -> int:
+    """Step of the reduction: `wanted`, or less where that pads the channels of a tap by over an
+    eighth."""
+    step = wanted if ops.itemsize == 2 else wanted // 2
+    while step > 16 and align_up(k, step) * 8 > k * 9:
+        step //= 2
+    return step
+
+
+def _heights(ops: Operands, largest: int = 256) -> tuple[int, ...]:
+    return tuple(h for h in ((64, 128, 256) if ops.tensor_cores else (64,)) if h <= largest)
+
+
+def _best_tile(
+    m: int,
+    n: int,
+    k: int,
+    ops: Operands,
+    target: Target,
+    *,
+    max_elements: int | None = None,
+    splits_free: bool = False,
+) -> tuple[int, int]:
+    """(rows, columns) of the cheapest tile for one m x n x k product; with `splits_free` waves do
+    not count."""
+    limit = min(max_elements or ops.max_elements(), ops.max_elements())
+
+    def seconds(shape: tuple[int, int]) -> tuple[float, int]:
+        bm, bn = shape
+        tiles = math.ceil(m / bm) * math.ceil(n / bn)
+        waves = tiles / target.processors if splits_free else math.ceil(tiles / target.processors)
+        return waves * _tile_seconds(bm, bn, k, ops, target), bm * bn
+
+    shapes = [(bm, bn) for bm in _heights(ops) for bn in WIDTH_EFFICIENCY if bm * bn <= limit]
+    return min(shapes, key=seconds)
+
+
+def _warps(tiles: Iterable[Tile]) -> int:
+    # 8 warps halve the accumulators of a thread; a small tile would leave each of them too little
+    # work
+    return 8 if max(t.block_m * t.block_n for t in tiles) > 128 * 64 else 4
+
+
+def _stages(tiles: Iterable[Tile], ops: Operands, target: Target) -> int:
+    """As many pipeline stages as fit, with room left for the epilogue's exchange of layouts."""
+    step = max((t.block_m + t.block_n) * t.block_k * ops.itemsize for t in tiles)
+    return max(1, min(target.max_stages, target.shared_bytes * 3 // 4 // step))
+
+
+@functools.lru_cache(maxsize=4096)
+def pointwise_config(
+    dims: InceptionDims, n_pixels: int, ops: Operands, target: Target, save: bool
+) -> PointwiseConfig:
+    """Launch A."""
+    k = align_up(dims.in_channels)
+    width = align_up(dims.ch1x1) + dims.reduced_channels
+
+    def seconds(shape: tuple[int, int, int]) -> tuple[float, int]:
+        bm, bn, tail = shape
+        wide = math.ceil(max(0, width - tail) / bn) if tail else math.ceil(width / bn)
+        tiles_p = math.ceil(n_pixels / bm)
+        tiles = tiles_p * (wide + (tail > 0))
+        row = wide * _tile_seconds(bm, bn, k, ops, target)
+        row += _tile_seconds(bm, tail, k, ops, target) if tail else 0
+        # tiles of a row run side by side; what is left of the last wave is lost
+        lost = math.ceil(tiles / target.processors) * target.processors / tiles
+        return tiles_p * row / target.processors * lost, -bn
+
+    widths = list(WIDTH_EFFICIENCY)
+    shapes = [
+        (bm, bn, tail)
+        for bm in _heights(ops)
+        for bn in widths
+        if bn >= 32 and bm * bn <= ops.max_elements()
+        for tail in [0, *(t for t in widths if 32 <= t < bn and width > t)]
+    ]
+    bm, bn, tail = min(shapes, key=seconds)
+    gemm = Tile(bm, bn, _block_k(k, ops, 64))
+    # nine loads a channel: a narrow step keeps maximum and winner of a tile in registers
+    pool_rows = 128 if ops.itemsize == 2 and n_pixels >= 128 * target.processors else 64
+    pool = Tile(pool_rows, min(128, max(32, _power_of_two(dims.pool_proj))), 32)
+    if not ops.tensor_cores:
+        pool = Tile(64, 64, 16)
+    warps = _warps([gemm])
+    # one launch where launches are what it costs: inference, and less than a few waves of training
+    together = not save or n_pixels <= 64 * target.processors
+    return PointwiseConfig(
+        gemm,
+        tail,
+        pool,
+        together,
+        warps,
+        _stages([gemm], ops, target),
+        8 if pool.block_m == 128 else 4,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def branches_config(
+    dims: InceptionDims, n_pixels: int, ops: Operands, target: Target
+) -> BranchesConfig:
+    """Launch B."""
+    c3, c5 = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
+    conv3 = _conv_tile(n_pixels, dims.ch3x3, c3, 9, ops, target)
+    conv5 = _conv_tile(n_pixels, dims.ch5x5, c5, dims.kernel_5x5**2, ops, target)
+    tiles = [conv3, conv5]
+    return BranchesConfig(conv3, conv5, _warps(tiles), _stages(tiles, ops, target))
+
+
+def _conv_tile(
+    m: int,
+    n: int,
+    channels: int,
+    taps: int,
+    ops: Operands,
+    target: Target,
+    max_elements: int | None = None,
+) -> Tile:
+    step = _block_k(channels, ops, 64)
+    bm, bn = _best_tile(
+        m, n, taps * align_up(channels, step), ops, target, max_elements=max_elements
+    )
+    return Tile(bm, bn, step)
+
+
+@functools.lru_cache(maxsize=4096)
+def mask_config(dims: InceptionDims, n_pixels: int, target: Target) -> MaskConfig:
+    """Launch M: about four programs a processor, each walking whole tiles of pixels."""
+    block_c = min(128, max(16, _power_of_two(dims.slot_channels)))
+    columns = math.ceil(dims.slot_channels / block_c)
+    pixels = math.ceil(n_pixels * columns / (4 * target.processors))
+    return MaskConfig(32, block_c, max(32, align_up(pixels, 32)), 4)
+
+
+@functools.lru_cache(maxsize=4096)
+def dgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Target) -> DgradConfig:
+    """Launch L1."""
+    conv3 = _conv_tile(n_pixels, dims.ch3x3red, align_up(dims.ch3x3), 9, ops, target)
+    conv5 = _conv_tile(
+        n_pixels, dims.ch5x5red, align_up(dims.ch5x5), dims.kernel_5x5**2, ops, target
+    )
+    pool = _conv_tile(n_pixels, dims.in_channels, align_up(dims.pool_proj), 1, ops, target)
+    tiles = [conv3, conv5, pool]
+    return DgradConfig(conv3, conv5, pool, _warps(tiles), _stages(tiles, ops, target))
+
+
+@functools.lru_cache(maxsize=4096)
+def input_grad_config(
+    dims: InceptionDims, n_pixels: int, ops: Operands, target: Target
+) -> InputGradConfig:
+    """Launch L2: the gather needs registers, so the tile stays at 128 x 128."""
+    k = align_up(dims.ch1x1) + dims.reduced_channels
+    # both reductions are walked with one step; 32 pads their odd widths least
+    step = 32 if ops.itemsize == 2 else 16
+    bm, bn = _best_tile(n_pixels, dims.in_channels, k, ops, target, max_elements=128 * 128)
+    tile = Tile(bm, bn, step)
+    return InputGradConfig(tile, _warps([tile]), _stages([tile], ops, target))
+
+
+@functools.lru_cache(maxsize=4096)
+def wgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Target) -> WgradConfig:
+    """Launch L3."""
+    s_in = align_up(dims.in_channels)
+    s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
+    taps5 = dims.kernel_5x5**2
+
+    def job(rows: int, columns: int, max_elements: int | None = None) -> WgradJob:
+        bm, bn = _best_tile(
+            rows, columns, n_pixels, ops, target, max_elements=max_elements, splits_free=True
+        )
+        step = 64 if ops.itemsize == 2 else 32 if ops.tensor_cores else 16
+        whole = _tile_seconds(bm, bn, n_pixels, ops, target)
+        splits = max(1, min(math.ceil(whole / SPLIT_SECONDS), n_pixels // (4 * step)))
+        return WgradJob(Tile(bm, bn, step), splits)
+
+    jobs = dict(
+        conv3=job(9 * align_up(dims.ch3x3red), s3),
+        conv5=job(taps5 * align_up(dims.ch5x5red), s5),
+        branch1=job(s_in, s1),
+        reduces=job(s_in, dims.reduced_channels),
+        # the gather of the winners is bound by its scattered loads, not by the tile
+        projection=job(s_in, sp, 64 * 128),
+    )
+    tiles = [j.tile for j in jobs.values()]
+    return WgradConfig(**jobs, num_warps=_warps(tiles), num_stages=_stages(tiles, ops, target))
+
+
+def finish_config() -> FinishConfig:
+    """Launch F: reads of 128 bytes along the output channels, writes of as much along the filter
+    positions."""
+    return FinishConfig(32, 32, 4)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def global_pool_config(channels: int, n_pixels: int) -> GlobalPoolConfig:
+    """Global average pooling: 128 bytes or more of a pixel, and few enough pixels for registers."""
+    block_c = min(128, max(16, _power_of_two(channels)))
+    return GlobalPoolConfig(min(32, _power_of_two(n_pixels)), block_c, 4)

@@ -1,0 +1,61 @@
+"""What the heuristic must know of a GPU: limits that a configuration has to respect, speeds that
+rank them."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """One GPU architecture."""
+
+    name: str
+    shared_bytes: int  # largest shared memory of one program
+    processors: int  # streaming multiprocessors (compute units)
+    tensor_flops: float  # per second, 16-bit operands, whole GPU
+    stream_bytes: float  # per second, L2 to all processors
+    max_stages: int  # software pipeline depth worth having
+    min_rows: int  # smallest tile height that reaches the wide tensor-core instruction
+
+
+# shared memory: the limits of the CUDA programming guide and of CDNA3; speeds: orders of magnitude
+# that rank tiles against each other, of H200, A100, L40S, B200, RTX 5090, MI300X
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_90", 232448, 132, 790e12, 8.0e12, 4, 64),
+        Target("sm_80", 166912, 108, 280e12, 5.0e12, 4, 16),
+        Target("sm_89", 101376, 142, 330e12, 4.5e12, 3, 16),
+        Target("sm_100", 232448, 148, 1600e12, 10.0e12, 4, 64),
+        Target("sm_120", 101376, 170, 400e12, 6.0e12, 3, 16),
+        Target("gfx942", 65536, 304, 1000e12, 10.0e12, 2, 16),
+    )
+}
+
+
+@functools.cache
+def _target_of_cuda(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return TARGETS["gfx942"]
+    capability = properties.major * 10 + properties.minor
+    # the closest known architecture that is not newer; sm_86 has the small shared memory of sm_89
+    if capability >= 120:
+        return TARGETS["sm_120"]
+    if capability >= 100:
+        return TARGETS["sm_100"]
+    if capability >= 90:
+        return TARGETS["sm_90"]
+    if capability in (80, 87):
+        return TARGETS["sm_80"]
+    return TARGETS["sm_89"]
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of a CUDA device; on any other device (the interpreter) sm_90, the one tuned
+    for."""
+    if device.type != "cuda":
+        return TARGETS["sm_90"]
+    return _target_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
