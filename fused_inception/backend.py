@@ -1,0 +1,144 @@
+"""Which implementation runs, and why."""
+
+import importlib.util
+import os
+import threading
+import warnings
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Implementation = Literal["torch", "triton"]
+
+NAMES = ("auto", "triton", "torch")
+ENVIRONMENT_VARIABLE = "FUSED_INCEPTION_BACKEND"
+
+# looked for, not imported: the package must import without it
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+class BackendError(RuntimeError):
+    """The requested backend cannot run here."""
+
+
+class _Context(threading.local):
+    """The name that the innermost `backend` block of this thread set; None outside of all."""
+
+    def __init__(self) -> None:
+        # once per thread; torch.compile guards on an instance attribute, not on a class default
+        self.name: str | None = None
+
+
+_context = _Context()
+_warned: set[str] = set()
+
+
+class backend:  # noqa: N801, used as a function
+    """Choose the implementation for the calls inside a `with` block.
+
+    "auto" takes Triton for CUDA tensors and ATen, PyTorch's own operators, for all others; "triton"
+    insists on Triton, on CPU tensors through its interpreter (TRITON_INTERPRET=1); "torch" takes
+    ATen everywhere. The block beats the environment variable FUSED_INCEPTION_BACKEND; both are read
+    at each call. It holds for the thread that entered it. What forward chose, its backward uses,
+    wherever that runs.
+
+    Raises:
+        ValueError: unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in NAMES:
+            raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+        self.name = name
+        self._outer: list[str | None] = []
+
+    def __enter__(self) -> "backend":
+        self._outer.append(_context.name)
+        _context.name = self.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _context.name = self._outer.pop()
+
+
+def selected() -> str:
+    """The name in force in this thread: the innermost block's, the environment's or "auto"."""
+    if _context.name is not None:
+        return _context.name
+    name = _environment()
+    if name == "":
+        return "auto"
+    if name not in NAMES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def resolve(x: Tensor) -> Implementation:
+    """The implementation for `x` under the backend in force.
+
+    Raises:
+        ValueError: the environment variable holds an unknown name.
+        TypeError: the backend is "triton" and `x` is float64.
+        BackendError: the backend is "triton" and Triton cannot run on the device of `x`.
+    """
+    return choose(selected(), x.device.type, x.dtype)
+
+
+def choose(name: str, device_type: str, dtype: torch.dtype) -> Implementation:
+    """The rules behind `resolve`."""
+    if name == "torch":
+        return "torch"
+    if name == "auto":
+        if device_type != "cuda" or dtype == torch.float64:
+            return "torch"
+        if not TRITON_INSTALLED:
+            _warn_once("Triton is not installed: CUDA tensors take PyTorch's own operators")
+            return "torch"
+        return "triton"
+    if dtype == torch.float64:
+        raise TypeError(
+            'backend "triton" computes in float16, bfloat16 or float32, got float64; '
+            'backend "auto" or "torch" computes it with PyTorch\'s own operators'
+        )
+    if not TRITON_INSTALLED:
+        raise BackendError('backend "triton" needs Triton, which is not installed: install triton')
+    if device_type == "cpu" and not _interpreter_is_on():
+        raise BackendError(
+            'backend "triton" runs on CPU tensors only through Triton\'s interpreter: set '
+            "TRITON_INTERPRET=1 before the process starts, or move the tensors to a CUDA device"
+        )
+    if device_type not in ("cpu", "cuda"):
+        raise BackendError(f'backend "triton" needs CUDA or CPU tensors, got {device_type}')
+    return "triton"
+
+
+def _environment() -> str:
+    """The value of the environment variable; empty where it is not set."""
+    if not torch.compiler.is_compiling():
+        return os.environ.get(ENVIRONMENT_VARIABLE, "")
+    # Dynamo guards on a plain dict, so a later change recompiles; through os.environ's own methods
+    # it would not notice that the variable has appeared or gone
+    value = os.environ._data.get(os.environ.encodekey(ENVIRONMENT_VARIABLE))  # type: ignore[attr-defined]
+    return "" if value is None else os.environ.decodevalue(value)
+
+
+@torch.compiler.assume_constant_result
+def _interpreter_is_on() -> bool:
+    # constant for a process: kernels are decorated for one mode when they are first imported
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,1 @@
+"""The operators: schema, fake, autograd, autocast and implementations, one file an op family."""
