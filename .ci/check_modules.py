@@ -9,7 +9,7 @@ PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "xdist": "pytest-xdist"}
 
 def main() -> None:
     """Check the modules named on the command line."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036, an older Python runs this file
         sys.exit(f"fused_inception needs Python 3.10 or newer, {sys.executable} is older")
     wanted = [name for name in sys.argv[1:] if name != "triton" or platform.system() == "Linux"]
     missing = [PACKAGES.get(name, name) for name in wanted if find_spec(name) is None]

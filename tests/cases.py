@@ -1,0 +1,78 @@
+"""Named Inception problems; each name says which regime it stands for."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_inception.geometry import InceptionDims
+
+
+class InceptionTensors(NamedTuple):
+    """One problem's data; filters and biases: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, projection."""
+
+    x: Tensor  # [N, C_IN, H, W], at least 0 and with ties at 0, as behind a ReLU
+    filters: list[Tensor]
+    biases: list[Tensor]
+    dy: Tensor  # [N, C_OUT, H, W]
+
+    def to(self, dtype: torch.dtype) -> "InceptionTensors":
+        """The same numbers in another dtype: `.to(torch.float64)` feeds the oracle."""
+        return InceptionTensors(
+            self.x.to(dtype),
+            [w.to(dtype) for w in self.filters],
+            [b.to(dtype) for b in self.biases],
+            self.dy.to(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class InceptionCase:
+    """A module's widths and the shape of its input."""
+
+    name: str
+    dims: InceptionDims
+    batch: int
+    height: int
+    width: int
+
+    def tensors(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    ) -> InceptionTensors:
+        """Random data of this shape: channels last, outputs of about deviation 1."""
+        draw = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            return torch.randn(shape, generator=draw) * std
+
+        shape = (self.batch, self.dims.in_channels, self.height, self.width)
+        x = normal(*shape).relu()
+        filters = [
+            normal(*size, std=(2 / (size[1] * size[2] * size[3])) ** 0.5)
+            for size in self.dims.filter_shapes
+        ]
+        biases = [normal(size[0], std=0.1) for size in self.dims.filter_shapes]
+        dy = normal(self.batch, self.dims.out_channels, self.height, self.width)
+        return InceptionTensors(
+            x.to(device, dtype, memory_format=torch.channels_last),
+            [w.to(device, dtype) for w in filters],
+            [b.to(device, dtype) for b in biases],
+            dy.to(device, dtype, memory_format=torch.channels_last),
+        )
+
+
+SMALL = InceptionDims(16, 8, 16, 24, 8, 16, 8)
+
+INCEPTION_CASES = (
+    InceptionCase("one-pixel", SMALL, 2, 1, 1),
+    InceptionCase("empty-batch", SMALL, 0, 5, 6),
+    InceptionCase("batch-one", InceptionDims(24, 16, 24, 32, 16, 16, 24), 1, 7, 9),
+    InceptionCase("map-inside-the-filter", SMALL, 3, 2, 2),
+    InceptionCase("single-row", SMALL, 1, 1, 37),
+    InceptionCase("single-column", SMALL, 2, 19, 1),
+    InceptionCase("prime-widths", InceptionDims(13, 7, 5, 11, 3, 17, 19), 2, 5, 7),
+    InceptionCase("widths-24-and-208", InceptionDims(48, 24, 24, 208, 24, 48, 24), 2, 4, 4),
+    InceptionCase("one-over-a-tile", InceptionDims(65, 33, 65, 129, 17, 33, 65), 1, 3, 43),
+    InceptionCase("3x3-for-the-5x5", InceptionDims(16, 16, 8, 16, 24, 16, 8, 3), 2, 6, 5),
+)

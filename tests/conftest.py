@@ -1,0 +1,59 @@
+"""Decides where kernels run: on the GPU if there is one, else in Triton's interpreter."""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if PARALLEL:
+    # one thread a worker, for NumPy's libraries too: they read these when they are loaded
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+# deterministic algorithms, which fill uninitialised memory, need it on a GPU
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+HAS_TRITON = find_spec("triton") is not None
+
+if not torch.cuda.is_available():
+    # Triton reads it when it decorates the first kernel
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED and HAS_TRITON:
+    from tests import interpreter_bf16
+
+    interpreter_bf16.install()
+
+if PARALLEL:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run in this session."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_empty() -> Iterator[None]:
+    """`torch.empty` and its kin return NaN (or the largest integer): what stays unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def ieee_fp32() -> Iterator[None]:
+    """fp32 products without TF32, for yardsticks on a GPU."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
