@@ -73,6 +73,6 @@ INCEPTION_CASES = (
     InceptionCase("single-column", SMALL, 2, 19, 1),
     InceptionCase("prime-widths", InceptionDims(13, 7, 5, 11, 3, 17, 19), 2, 5, 7),
     InceptionCase("widths-24-and-208", InceptionDims(48, 24, 24, 208, 24, 48, 24), 2, 4, 4),
-    InceptionCase("one-over-a-tile", InceptionDims(65, 33, 65, 129, 17, 33, 65), 1, 3, 43),
+    InceptionCase("one-over-a-tile", InceptionDims(65, 65, 17, 65, 9, 33, 33), 1, 5, 13),
     InceptionCase("3x3-for-the-5x5", InceptionDims(16, 16, 8, 16, 24, 16, 8, 3), 2, 6, 5),
 )

@@ -27,7 +27,7 @@ def _global_pool_fwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y[n, c] = sum of x[n, c] over all pixels / (H * W); one program per (image, block of channels)."""
+    """y[n, c] = mean of x[n, c] over all pixels; one program per (image, block of channels)."""
     image = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
