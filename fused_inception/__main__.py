@@ -1,0 +1,52 @@
+"""The commands: `python -m fused_inception train`, `predict`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from fused_inception.backend import BackendError
+from fused_inception.tools import predict, train
+from fused_inception.tools.errors import UserError
+
+COMMANDS = {
+    "train": (train, "train GoogLeNet on real images, or measure its speed"),
+    "predict": (predict, "the most probable classes of image files"),
+}
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage; --help shows that."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status; 2 with one line on stderr for wrong arguments or files.
+    """
+    parser = _Parser(prog="fused-inception", description="GoogLeNet with fused Inception modules.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (tool, text) in COMMANDS.items():
+        tool.add_arguments(commands.add_parser(name, help=text, description=text))
+    parsed = parser.parse_args(arguments)
+    tool, _ = COMMANDS[parsed.command]
+    try:
+        return tool.run(parsed)
+    except torch.OutOfMemoryError:
+        message = "not enough device memory: lower --batch-size or --image-size"
+    except (UserError, BackendError, OSError) as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    print(f"{commands.choices[parsed.command].prog}: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands behind `python -m fused_inception`: train, predict, info."""

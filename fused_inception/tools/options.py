@@ -1,0 +1,188 @@
+"""The options of the train command: which there are, their defaults, which of them fit together."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_inception.backend import NAMES, backend, selected
+from fused_inception.geometry import googlenet_sizes
+from fused_inception.tools.errors import UserError
+
+VARIANTS = ("paper", "torchvision", "torchvision5x5")
+RATES = {"sgd": 0.01, "adamw": 5e-4}
+DECAYS = {"sgd": 2e-4, "adamw": 1e-2}
+
+# a checkpoint holds the options of its run; these may be given anew, all others decide the result
+CHANGEABLE = ("device", "backend", "epochs", "workers")
+CHANGEABLE_IN_TESTS = (*CHANGEABLE, "data", "limit", "batch_size", "amp")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is trained and how; each field is named after its flag."""
+
+    image_size: int
+    epochs: int
+    lr: float
+    weight_decay: float
+    data: str = "digits"
+    variant: str = "paper"
+    aux: bool = True
+    batch_size: int = 32
+    limit: int | None = None
+    optimizer: str = "sgd"
+    flip: bool = False
+    amp: str = "off"
+    device: str = "auto"
+    backend: str | None = None
+    workers: int | None = None
+    seed: int = 0
+
+
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Options`; those not given are absent from the parsed namespace."""
+
+    def add(flag: str, text: str, **settings: Any) -> None:
+        parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **settings)
+
+    add("--data", "digits (default), imagefolder:PATH with PATH/<class>/<image>, or synthetic")
+    add("--variant", "which GoogLeNet (default: paper)", choices=VARIANTS)
+    add("--aux", "auxiliary classifiers, on by default", action=argparse.BooleanOptionalAction)
+    add("--image-size", "side in pixels (default: 48 for digits, else 224)", type=positive)
+    add("--epochs", "passes over the data (default: 12; synthetic: 1)", type=positive)
+    add("--batch-size", "images in a step (default: 32)", type=positive)
+    add("--limit", "at most so many images in an epoch, and to test on", type=positive)
+    add("--optimizer", "default: sgd, with momentum 0.9", choices=tuple(RATES))
+    add("--lr", "highest learning rate (default: sgd 0.01, adamw 0.0005)", type=_rate)
+    add("--weight-decay", "not of biases (default: sgd 0.0002, adamw 0.01)", type=_rate)
+    add("--flip", "mirror half of a folder's training images", action="store_true")
+    add("--amp", "mixed precision (default: off)", choices=("off", "bf16", "fp16"))
+    add("--device", "cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    add("--backend", "implementation of the fused modules (default: auto)", choices=NAMES)
+    add("--workers", "processes that read a folder (default: 0, with CUDA up to 8)", type=_count)
+    add("--seed", "of weights, order, crops and dropout (default: 0)", type=_count)
+
+
+def from_flags(
+    given: dict[str, Any], saved: dict[str, Any] | None, source: str, *, testing: bool
+) -> Options:
+    """Options from the flags `given`, on top of those `saved` in the checkpoint `source`, if any.
+
+    Raises:
+        UserError: a flag contradicts the checkpoint, or options do not fit together.
+    """
+    if saved is None:
+        return _checked(Options(**{**_defaults(given), **given}))
+    changeable = CHANGEABLE_IN_TESTS if testing else CHANGEABLE
+    for name, value in given.items():
+        if name not in changeable and value != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{source} was trained with {flag} {saved[name]}, not {value}: "
+                f"leave out {flag}, or start a new run without the checkpoint"
+            )
+    return _checked(Options(**{**saved, **given}))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).fill_(0.0).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not usable here: try --device cpu") from None
+    return device
+
+
+def pick_backend(name: str | None) -> backend:
+    """The `backend` block for `--backend`; without the flag, whatever is in force anyway.
+
+    Raises:
+        UserError: the environment variable names no backend.
+    """
+    try:
+        return backend(name or selected())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def network_arguments(options: Options, num_classes: int) -> dict[str, Any]:
+    """The keyword arguments of `googlenet` for these options."""
+    return {
+        "variant": options.variant,
+        "num_classes": num_classes,
+        "aux_logits": options.aux,
+        "image_size": options.image_size,
+    }
+
+
+def loading(options: Options, device: torch.device) -> dict[str, Any]:
+    """How batches are loaded: the keyword arguments of `data.train_batches` and `test_batches`."""
+    workers, cuda = options.workers, device.type == "cuda"
+    if workers is None:
+        # on a CPU the training itself keeps every core busy; digits are in memory
+        folder = options.data.startswith("imagefolder")
+        workers = min(8, os.cpu_count() or 1) if cuda and folder else 0
+    return {"workers": workers, "pin": cuda, "limit": options.limit}
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Of the options whose default depends on another one."""
+    data, optimizer = given.get("data", "digits"), given.get("optimizer", "sgd")
+    return {
+        "image_size": 48 if data == "digits" else 224,
+        "epochs": 1 if data == "synthetic" else 12,
+        "lr": RATES[optimizer],
+        "weight_decay": DECAYS[optimizer],
+    }
+
+
+def _checked(options: Options) -> Options:
+    side, paper = options.image_size, options.variant == "paper"
+    try:
+        googlenet_sizes(side, pool4_kernel=3 if paper else 2)
+    except ValueError:
+        raise UserError(
+            f"--image-size {side} is too small for the {options.variant} network: "
+            f"it takes {31 if paper else 15} or more"
+        ) from None
+    if paper and options.aux and side < 47:
+        raise UserError(
+            f"--image-size {side} is too small for the auxiliary classifiers: "
+            "take 47 or more, or --no-aux"
+        )
+    if not paper and options.batch_size == 1 and side < 47:
+        raise UserError("--batch-size 1 with BatchNorm needs an --image-size of 47 or more")
+    if options.flip and not options.data.startswith("imagefolder"):
+        raise UserError(f"--flip is for imagefolder:PATH, not for {options.data}")
+    if options.amp == "fp16" and pick_device(options.device).type != "cuda":
+        raise UserError("--amp fp16 needs a CUDA device: take --amp bf16")
+    return options
+
+
+def _count(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return float(text)

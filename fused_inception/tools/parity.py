@@ -1,0 +1,134 @@
+"""The fused network beside the plain-PyTorch one: do they agree, and how fast is each?"""
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_inception import reference
+from fused_inception.tools.loop import autocast, objective, placed
+
+# the fused network may differ from the plain one by this many times the plain one's own rounding
+# error, plus a floor: one ReLU or arg-max that flips between two roundings moves the gradients
+SLACK = 4.0
+# a power of two changes no relative distance and keeps gradients in fp16 from vanishing
+GRADIENT_SCALE = 1024.0
+SPEED_SECONDS = 6.0
+FLOORS = {"off": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Relative L2 distances of logits and of all gradients together, and the yardstick for them."""
+
+    images: int
+    logits: float
+    gradients: float
+    own_logits: float
+    own_gradients: float
+    floor: float
+
+    @property
+    def ok(self) -> bool:
+        """Fused and plain network are as close as two roundings of one computation can be."""
+        return (
+            self.logits <= SLACK * self.own_logits + self.floor
+            and self.gradients <= SLACK * self.own_gradients + self.floor
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"parity, fused against plain PyTorch on {self.images} test images (relative L2): "
+            f"logits {self.logits:.1e}, gradients {self.gradients:.1e}; plain PyTorch against "
+            f"float64: {self.own_logits:.1e}, {self.own_gradients:.1e}: "
+            f"{'ok' if self.ok else 'FAILED'}"
+        )
+
+
+def reference_of(model: nn.Module, network: dict[str, Any]) -> nn.Module:
+    """The plain-PyTorch network with a copy of the weights of `model`, on its device.
+
+    `network` holds the arguments of `googlenet` that made `model`.
+    """
+    twin = reference.googlenet(**network, init_weights=False)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return placed(twin, next(model.parameters()).device)
+
+
+def compare(
+    model: nn.Module, network: dict[str, Any], x: Tensor, labels: Tensor, amp: str
+) -> Parity:
+    """Logits and gradients of the training loss, without dropout, for one batch x [N, 3, S, S].
+
+    `model` stays as it is: copies do the work. A float64 network on the CPU is the yardstick.
+    """
+    plain = reference_of(model, network)
+    exact = copy.deepcopy(plain).cpu().double()
+    got = _logits_and_gradients(copy.deepcopy(model), x, labels, amp)
+    own = _logits_and_gradients(plain, x, labels, amp)
+    want = _logits_and_gradients(exact, x.cpu().double(), labels.cpu(), "off")
+    return Parity(
+        images=len(x),
+        logits=_distance(got[0], own[0]),
+        gradients=_distance(got[1], own[1]),
+        own_logits=_distance(own[0], want[0]),
+        own_gradients=_distance(own[1], want[1]),
+        floor=FLOORS[amp],
+    )
+
+
+def training_speed(
+    model: nn.Module, network: dict[str, Any], x: Tensor, labels: Tensor, amp: str
+) -> dict[str, float]:
+    """Images per second of the fused and the plain-PyTorch network, median of training steps.
+
+    Copies of `model` take turns for SPEED_SECONDS in all, on one batch x [N, 3, S, S].
+    """
+    models = {"fused": copy.deepcopy(model), "reference": reference_of(model, network)}
+    optimizers = {name: torch.optim.SGD(m.parameters(), lr=1e-4) for name, m in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.train()
+    end = 0.0
+    while not end or time.perf_counter() < end or len(times["fused"]) < 2:
+        for name, model in models.items():
+            start = _now(x.device)
+            with autocast(x.device, amp):
+                loss, _, _ = objective(model(x), labels)
+            optimizers[name].zero_grad(set_to_none=True)
+            loss.backward()
+            optimizers[name].step()
+            times[name].append(_now(x.device) - start)
+        if not end:  # the first round warms up
+            times = {name: [] for name in models}
+            end = time.perf_counter() + SPEED_SECONDS
+    return {name: len(x) / sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def _logits_and_gradients(
+    model: nn.Module, x: Tensor, labels: Tensor, amp: str
+) -> tuple[Tensor, Tensor]:
+    """On the CPU in float64; `model` is a copy that nobody else uses."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with autocast(x.device, amp):
+        loss, _, logits = objective(model(x), labels)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(GRADIENT_SCALE * loss, parameters)
+    flat = torch.cat([g.reshape(-1).cpu().double() for g in gradients])
+    return logits.detach().cpu().double(), flat
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,214 @@
+"""A training run: its epochs, its files and its closing report."""
+
+import json
+import platform
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from fused_inception.nn.googlenet import googlenet
+from torch import nn
+
+from fused_inception.tools.checkpoint import CHECKPOINT, KIND, network_of, write_atomically
+from fused_inception.tools.curves import draw_curves
+from fused_inception.tools.data import Data, held_out_batches, to_input, train_batches
+from fused_inception.tools.errors import UserError
+from fused_inception.tools.loop import evaluate, learning_rate, new_optimizer, placed, train_epoch
+from fused_inception.tools.options import Options, loading, network_arguments
+from fused_inception.tools.parity import compare, training_speed
+
+PARITY_IMAGES = 16
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+class Run:
+    """What changes from epoch to epoch, and the folder that keeps it.
+
+    The randomness of an epoch follows from the seed and the number of the epoch, so the network,
+    the optimizer and the loss scale after an epoch are all that the next one needs.
+
+    Args:
+        contents: the checkpoint to go on from, if any.
+
+    Raises:
+        UserError: the checkpoint has more epochs than `options`.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        data: Data,
+        device: torch.device,
+        folder: Path,
+        contents: dict[str, Any] | None,
+    ) -> None:
+        self.options = options
+        self.data = data
+        self.device = device
+        self.folder = folder
+        self.network = network_arguments(options, len(data.classes))
+        self.history: list[dict[str, Any]] = [] if contents is None else contents["history"]
+        if len(self.history) > options.epochs:
+            raise UserError(
+                f"the checkpoint has finished {len(self.history)} epochs: --epochs must not be less"
+            )
+        torch.manual_seed(options.seed)
+        model = googlenet(**self.network) if contents is None else network_of(contents)
+        self.model = placed(model, device)
+        self.optimizer = new_optimizer(
+            self.model, options.optimizer, options.lr, options.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+        if contents is not None:
+            self.optimizer.load_state_dict(contents["optimizer"])
+            self.scaler.load_state_dict(contents["scaler"])
+
+    def go(self) -> int:
+        """Train the epochs that are left, then report; Ctrl-C keeps those that are finished.
+
+        Returns:
+            The exit status: 0, 1 if fused and plain network disagree, 130 after Ctrl-C.
+        """
+        epochs = self.options.epochs
+        print(headline(self.model, self.options, self.device))
+        print(f"{len(self.data.train)} training and {len(self.data.test)} test images", flush=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._save(self.history)
+            while len(self.history) < epochs:
+                self._epoch(len(self.history) + 1)
+            return self._report()
+        except KeyboardInterrupt:
+            command = f"python -m fused_inception train --resume {shlex.quote(str(self.folder))}"
+            print(
+                f"\nstopped: {len(self.history)} of {epochs} epochs are finished and saved; "
+                f"go on with: {command}"
+            )
+            return INTERRUPTED
+
+    def _epoch(self, number: int) -> None:
+        options = self.options
+        seed = options.seed * 1_000_003 + number
+        torch.manual_seed(seed)  # dropout, and crops where no worker process makes them
+        how = loading(options, self.device)
+        batches = train_batches(self.data.train, options.batch_size, seed=seed, **how)
+        rates = [
+            learning_rate((number - 1 + (step + 0.5) / batches.steps) / options.epochs, options.lr)
+            for step in range(batches.steps)
+        ]
+        title = f"epoch {number:2d}/{options.epochs}"
+        context: dict[str, Any] = {"device": self.device, "amp": options.amp}
+        trained = train_epoch(
+            self.model, batches, self.optimizer, self.scaler, rates, title=title, **context
+        )
+        held_out = held_out_batches(self.data.test, options.batch_size, **how)
+        tested = evaluate(self.model, held_out, title="testing", **context)
+        row = {
+            "epoch": number,
+            "train_loss": trained.loss,
+            "train_accuracy": trained.accuracy,
+            "test_loss": tested.loss,
+            "test_accuracy": tested.accuracy,
+            "test_images": tested.images,
+            "seconds": trained.seconds + tested.seconds,
+            "images_per_second": trained.images_per_second,
+        }
+        self._save([*self.history, row])
+        self._write_metrics([*self.history, row])
+        self.history.append(row)
+        print(
+            f"{title}  loss {trained.loss:.3f}  accuracy {100 * trained.accuracy:5.1f} %"
+            f"   test: loss {tested.loss:.3f}  accuracy {100 * tested.accuracy:5.1f} %"
+            f"   {trained.images_per_second:.0f} images/s",
+            flush=True,
+        )
+
+    def _save(self, history: list[dict[str, Any]]) -> None:
+        contents = {
+            "kind": KIND,
+            "network": self.network,
+            "classes": list(self.data.classes),
+            "options": asdict(self.options),
+            "history": history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        write_atomically(self.folder / CHECKPOINT, lambda file: torch.save(contents, file))
+
+    def _write_metrics(self, history: list[dict[str, Any]], **report: Any) -> None:
+        metrics = {
+            "test_accuracy": history[-1]["test_accuracy"],
+            **report,
+            "epochs": history,
+            "options": asdict(self.options),
+            "classes": list(self.data.classes),
+            "machine": machine(self.device),
+        }
+        write_json(self.folder / "metrics.json", metrics)
+
+    def _report(self) -> int:
+        options, last = self.options, self.history[-1]
+        how = loading(options, self.device) | {"workers": 0}
+        print(
+            f"test accuracy {100 * last['test_accuracy']:.2f} % on {last['test_images']} held-out "
+            "images"
+        )
+
+        few = how | {"limit": PARITY_IMAGES}
+        pixels, labels = next(iter(held_out_batches(self.data.test, PARITY_IMAGES, **few)))
+        x, labels = to_input(pixels, self.device), labels.to(self.device)
+        parity = compare(self.model, self.network, x, labels, options.amp)
+        print(parity)
+
+        batches = train_batches(self.data.train, options.batch_size, seed=options.seed, **how)
+        pixels, labels = next(iter(batches))
+        x, labels = to_input(pixels, self.device), labels.to(self.device)
+        speed = training_speed(self.model, self.network, x, labels, options.amp)
+        print(speed_line(speed, len(x)))
+
+        self._write_metrics(
+            self.history, parity=asdict(parity) | {"ok": parity.ok}, images_per_second=speed
+        )
+        title = f"GoogLeNet ({options.variant}) on {options.data}, {options.image_size} px"
+        draw_curves(self.history, title, self.folder / "curves.png")
+        print(f"wrote {CHECKPOINT}, metrics.json and curves.png in {self.folder}")
+        return 0 if parity.ok else 1
+
+
+def headline(model: nn.Module, options: Options, device: torch.device) -> str:
+    """What is trained, and on what."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    heads = "with" if options.aux else "without"
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    return (
+        f"GoogLeNet ({options.variant}, {heads} auxiliary classifiers, {parameters:.1f} M "
+        f"parameters) on {options.data}, {options.image_size} px, {device}{threads}"
+    )
+
+
+def speed_line(speed: dict[str, float], batch_size: int) -> str:
+    """One line about the result of `training_speed`."""
+    return (
+        f"training steps of {batch_size} images: fused {speed['fused']:.0f} images/s, "
+        f"plain PyTorch {speed['reference']:.0f} images/s"
+    )
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """Where a result was measured."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Write `contents` in one piece."""
+    text = json.dumps(contents, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

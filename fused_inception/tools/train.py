@@ -1,0 +1,159 @@
+"""`train`: a GoogLeNet of fused Inception modules on real images, or its speed on random ones."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from fused_inception.nn.googlenet import googlenet
+
+from fused_inception.tools.checkpoint import (
+    CHECKPOINT,
+    checkpoint_file,
+    network_of,
+    read_checkpoint,
+)
+from fused_inception.tools.data import (
+    Data,
+    held_out_batches,
+    open_data,
+    synthetic_batches,
+    to_input,
+)
+from fused_inception.tools.errors import UserError, require
+from fused_inception.tools.loop import evaluate, new_optimizer, placed, train_epoch
+from fused_inception.tools.options import (
+    Options,
+    add_option_flags,
+    from_flags,
+    loading,
+    network_arguments,
+    pick_backend,
+    pick_device,
+)
+from fused_inception.tools.parity import training_speed
+from fused_inception.tools.run import Run, headline, machine, speed_line, write_json
+
+SYNTHETIC_CLASSES = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    add_option_flags(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write (default: a new one in runs)"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="CHECKPOINT",
+        help="go on with a stopped run: its checkpoint or its folder (default: --out)",
+    )
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="train nothing: test a checkpoint on the held-out images",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the flags say.
+
+    Returns:
+        The exit status: 0, 1 if fused and plain network disagree, 130 after Ctrl-C.
+
+    Raises:
+        UserError, OSError: the message says what is wrong with the flags or files.
+    """
+    given = {name: v for name, v in vars(arguments).items() if name in Options.__dataclass_fields__}
+    testing = arguments.evaluate is not None
+    if testing and (arguments.resume is not None or arguments.out is not None):
+        raise UserError("--evaluate writes nothing: leave out --resume and --out")
+    source = _checkpoint(arguments)
+    contents = None if source is None else read_checkpoint(source)
+    saved = None if contents is None else contents["options"]
+    options = from_flags(given, saved, str(source), testing=testing)
+    device = pick_device(options.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # worth it: every batch has the same shape
+    with pick_backend(options.backend):
+        require("tqdm")
+        if options.data == "synthetic" and not testing:
+            return _measure(options, device, arguments.out)
+        data = open_data(options.data, options.image_size, flip=options.flip)
+        if contents is not None and contents["classes"] != list(data.classes):
+            raise UserError(f"{source} was trained on other classes than those of {options.data}")
+        if contents is not None and testing:
+            return _test(contents, data, options, device)
+        require("matplotlib")
+        folder = source.parent if source is not None else _new_folder(arguments.out, options)
+        return Run(options, data, device, arguments.out or folder, contents).go()
+
+
+def _checkpoint(arguments: argparse.Namespace) -> Path | None:
+    """The file to start from, if any."""
+    path: Path | None = arguments.evaluate or arguments.resume
+    if path is None:
+        return None
+    if arguments.resume == Path():
+        if arguments.out is None:
+            raise UserError("--resume needs a checkpoint or a folder, or --out")
+        path = Path(arguments.out)
+    return checkpoint_file(path)
+
+
+def _new_folder(out: Path | None, options: Options) -> Path:
+    """The folder of a new run; made when the first file is written."""
+    if out is not None:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file, not a folder")
+        if (out / CHECKPOINT).exists():
+            raise UserError(f"--out {out} holds a run: go on with it by --resume {out}")
+        return out
+    name = Path(options.data.partition(":")[2]).resolve().name if ":" in options.data else "digits"
+    first = Path("runs") / f"{name}-{options.variant}-{options.image_size}px"
+    folder, number = first, 2
+    while folder.exists():
+        folder, number = first.with_name(f"{first.name}-{number}"), number + 1
+    return folder
+
+
+def _test(contents: dict[str, Any], data: Data, options: Options, device: torch.device) -> int:
+    model = placed(network_of(contents), device)
+    batches = held_out_batches(data.test, options.batch_size, **loading(options, device))
+    tested = evaluate(model, batches, device=device, amp=options.amp, title="testing")
+    print(f"test accuracy {100 * tested.accuracy:.2f} % on {tested.images} held-out images")
+    return 0
+
+
+def _measure(options: Options, device: torch.device, out: Path | None) -> int:
+    """Images per second on a random batch that stays on the device."""
+    network = network_arguments(options, SYNTHETIC_CLASSES)
+    torch.manual_seed(options.seed)
+    model = placed(googlenet(**network), device)
+    print(headline(model, options, device))
+    batches = synthetic_batches(
+        options.batch_size, options.image_size, SYNTHETIC_CLASSES, device, options.limit
+    )
+    optimizer = new_optimizer(model, options.optimizer, options.lr, options.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    for number in range(1, options.epochs + 1):
+        title = f"epoch {number:2d}/{options.epochs}"
+        # the weights must not run away on random labels
+        rates = [0.0] * batches.steps
+        result = train_epoch(
+            model, batches, optimizer, scaler, rates, device=device, amp=options.amp, title=title
+        )
+        print(f"{title}  {result.images_per_second:.0f} images/s")
+    pixels, labels = next(iter(batches))
+    speed = training_speed(model, network, to_input(pixels, device), labels, options.amp)
+    print(speed_line(speed, options.batch_size))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = {"images_per_second": speed, "options": asdict(options)}
+        write_json(out / "metrics.json", metrics | {"machine": machine(device)})
+    return 0
