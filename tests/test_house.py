@@ -29,13 +29,15 @@ MAY_IMPORT = {
     "kernels": ("geometry", "tuning", "launches"),
     "ops": ("geometry", "reference", "backend", "tuning", "kernels"),
     "functional": ("geometry", "backend", "checks", "ops"),
-    "nn": ("geometry", "backend", "checks", "functional"),
+    "nn": ("geometry", "backend", "checks", "reference", "functional"),
     "adapters": ("geometry", "backend", "nn"),
     "tools": (
         *("geometry", "backend", "launches", "cost", "tuning", "reference"),
         *("functional", "nn", "adapters"),
     ),
-    "__init__": ("backend", "launches", "reference", "ops", "functional", "nn", "adapters"),
+    "__init__": (
+        *("backend", "launches", "reference", "ops", "functional", "nn", "adapters", "tools"),
+    ),
     "__main__": ("backend", "tools"),
 }
 OUTSIDERS = {"tests", "benchmarks", "torchvision"}
@@ -140,6 +142,18 @@ def test_kernels_load_only_when_one_runs() -> None:
             kernels = found.part == "kernels" and not is_triton_side(path.name)
             if kernels or is_triton_side(found.module) or found.module.split(".")[0] == "triton":
                 wrong.append(f"{found} where the file itself is imported")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_run_time_needs_torch_and_triton_alone() -> None:
+    """Other packages are imported by a function that needs one, where it is needed."""
+    known = sys.stdlib_module_names | {"fused_inception", "torch", "triton"}
+    wrong = [
+        str(found)
+        for path in sources("fused_inception")
+        for found in imports(path)
+        if not found.inside_function and found.module.split(".")[0] not in known
+    ]
     assert not wrong, "\n".join(wrong)
 
 
