@@ -30,64 +30,58 @@ def inception_parameters(x: Tensor, filters: Sequence[Tensor], biases: Sequence[
     Raises:
         ValueError, TypeError: of shapes or devices, of dtypes.
     """
-    w1, w3r, w3, w5r, w5, wp = filters
-    c = x.shape[1]
-    for name, weight, c_in, sides in (
-        ("w1", w1, c, (1,)),
-        ("w3r", w3r, c, (1,)),
-        ("w3", w3, w3r.shape[0], (3,)),
-        ("w5r", w5r, c, (1,)),
-        ("w5", w5, w5r.shape[0], (3, 5)),
-        ("wp", wp, c, (1,)),
+    c, reduced3, reduced5 = x.shape[1], filters[1].shape[0], filters[3].shape[0]
+    for name, weight, c_in, sides in zip(
+        _NAMES,
+        filters,
+        (c, c, reduced3, c, reduced5, c),
+        ((1,), (1,), (3,), (1,), (3, 5), (1,)),
+        strict=True,
     ):
-        _filter(name, weight, c_in, sides)
+        shape = weight.shape
+        if (
+            len(shape) != 4
+            or shape[0] < 1
+            or shape[1] != c_in
+            or shape[2] not in sides
+            or shape[3] != shape[2]
+        ):
+            expected = " or ".join(f"[C_out, {c_in}, {side}, {side}]" for side in sides)
+            raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}")
     for name, weight, bias in zip(_NAMES, filters, biases, strict=True):
-        if bias.shape != weight.shape[:1]:
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"b{name} must be of shape [{weight.shape[0]}], one bias for each filter, "
                 f"got {list(bias.shape)}"
             )
-    _devices_and_dtypes(x, filters, biases)
+    # autocast casts the input and the filters
+    allowed_w: tuple[torch.dtype, ...]
+    allowed_b: tuple[torch.dtype, ...]
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        allowed_w = allowed_b = DTYPES[:3]
+    else:
+        allowed_w = (x.dtype,)
+        allowed_b = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    _placed("w", filters, x.device, allowed_w)
+    _placed("b", biases, x.device, allowed_b)
 
 
 _NAMES = ("1", "3r", "3", "5r", "5", "p")
 
 
-def _filter(name: str, weight: Tensor, c_in: int, sides: tuple[int, ...]) -> None:
-    expected = " or ".join(f"[C_out, {c_in}, {side}, {side}]" for side in sides)
-    if (
-        weight.dim() != 4
-        or weight.shape[0] < 1
-        or weight.shape[1] != c_in
-        or weight.shape[2] not in sides
-        or weight.shape[3] != weight.shape[2]
-    ):
-        raise ValueError(f"{name} must be of shape {expected}, got {list(weight.shape)}")
-
-
-def _devices_and_dtypes(x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-    # autocast casts the input and the filters
-    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    for letter, tensors in (("w", filters), ("b", biases)):
-        for name, t in zip(_NAMES, tensors, strict=True):
-            if t.device != x.device:
-                raise ValueError(
-                    f"{letter}{name} must be on the device of x, {x.device}, got {t.device}"
-                )
-            allowed = _allowed(x.dtype, bias=letter == "b", casts=casts)
-            if t.dtype not in allowed:
-                raise TypeError(
-                    f"{letter}{name} must be {_names(allowed)}, got {_names([t.dtype])}"
-                )
-
-
-def _allowed(dtype: torch.dtype, *, bias: bool, casts: bool) -> tuple[torch.dtype, ...]:
-    if casts:
-        return DTYPES[:3]
-    if bias and dtype in (torch.float16, torch.bfloat16):
-        return dtype, torch.float32
-    return (dtype,)
+def _placed(
+    letter: str,
+    tensors: Sequence[Tensor],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    for name, t in zip(_NAMES, tensors, strict=True):
+        if t.device != device:
+            raise ValueError(f"{letter}{name} must be on the device of x, {device}, got {t.device}")
+        if t.dtype not in dtypes:
+            raise TypeError(f"{letter}{name} must be {_names(dtypes)}, got {_names([t.dtype])}")
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    # each once, in order
+    return " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))

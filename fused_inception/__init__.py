@@ -1,0 +1,37 @@
+"""Fused Triton kernels for the Inception modules of GoogLeNet, as PyTorch operators.
+
+Importing the package loads neither Triton nor a CUDA context.
+"""
+
+from fused_inception import functional, reference
+from fused_inception.backend import BackendError, backend
+from fused_inception.launches import Launch, record_launches
+from fused_inception.nn.auxiliary import InceptionAux
+from fused_inception.nn.conv_block import ConvBlock
+from fused_inception.nn.googlenet import GoogLeNet, googlenet
+from fused_inception.nn.head import GlobalAvgPool2d
+from fused_inception.nn.inception import Inception
+from fused_inception.ops.filter_cache import clear as clear_cache
+from fused_inception.reference import GoogLeNetOutputs
+from fused_inception.tools.checkpoint import load_checkpoint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "ConvBlock",
+    "GlobalAvgPool2d",
+    "GoogLeNet",
+    "GoogLeNetOutputs",
+    "Inception",
+    "InceptionAux",
+    "Launch",
+    "__version__",
+    "backend",
+    "clear_cache",
+    "functional",
+    "googlenet",
+    "load_checkpoint",
+    "record_launches",
+    "reference",
+]

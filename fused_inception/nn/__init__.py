@@ -1,0 +1,1 @@
+"""The modules: parameters, names of children, and which path each one takes."""

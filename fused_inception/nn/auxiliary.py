@@ -1,0 +1,69 @@
+"""The auxiliary classifier, which only training uses."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_inception.geometry import AUX_CHANNELS, aux_features
+from fused_inception.nn.conv_block import PLAIN, ConvBlock
+
+ADAPTIVE_SIDE = 4
+
+
+class InceptionAux(nn.Module):
+    """Average pool, 128 1x1 filters, 1024 hidden units with dropout, the classes. Plain PyTorch.
+
+    Children: `conv`, `fc1`, `fc2`, `dropout`; torchvision's names.
+
+    Args:
+        in_channels: channels of the map that it looks at.
+        num_classes: outputs.
+        norm: of `conv`, None for a bias or "batch".
+        pool: "paper" averages 5x5 windows of stride 3 by Caffe's ceil rule; "adaptive" is
+            torchvision's 4x4 grid of any map.
+        map_size: side of the incoming map, which sizes `fc1` with `pool="paper"`.
+        dropout: between the two linear layers.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: unknown `norm` or `pool`; `map_size` below 3 with `pool="paper"`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        norm: str | None = None,
+        pool: str = "paper",
+        map_size: int = 14,
+        dropout: float = 0.7,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if pool not in ("paper", "adaptive"):
+            raise ValueError(f'pool must be "paper" or "adaptive", got {pool!r}')
+        features = aux_features(map_size) if pool == "paper" else AUX_CHANNELS * ADAPTIVE_SIDE**2
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pool = pool
+        self.conv = ConvBlock(in_channels, AUX_CHANNELS, kernel_size=1, norm=norm, **factory)
+        self.fc1 = nn.Linear(features, 1024, **factory)
+        self.fc2 = nn.Linear(1024, num_classes, **factory)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, num_classes]."""
+        if self.pool == "paper":
+            x = F.avg_pool2d(x, 5, stride=3, ceil_mode=True)
+        else:
+            x = F.adaptive_avg_pool2d(x, ADAPTIVE_SIDE)
+        x = torch.flatten(self.conv(x), 1)
+        x = F.relu(self.fc1(x), inplace=True)
+        return self.fc2(self.dropout(x))
+
+    def extra_repr(self) -> str:
+        """Pool and path, for `print`."""
+        return f"{self.pool} pool, {PLAIN}"

@@ -1,0 +1,220 @@
+"""GoogLeNet as a column: the paper's network and torchvision's two forms of it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_inception.geometry import googlenet_dims, googlenet_sizes
+from fused_inception.nn.auxiliary import InceptionAux
+from fused_inception.nn.conv_block import ConvBlock
+from fused_inception.nn.head import GlobalAvgPool2d
+from fused_inception.nn.inception import Inception
+from fused_inception.nn.stem import LocalResponseNorm
+from fused_inception.reference import GoogLeNetOutputs
+
+VARIANTS = ("paper", "torchvision", "torchvision5x5")
+SMALLEST_WITH_HEADS = 47
+
+
+class GoogLeNet(nn.Module):
+    """GoogLeNet with fused Inception modules; `googlenet` documents the arguments.
+
+    The keys of its state dict are those of `reference.googlenet` and, in the torchvision variants,
+    of torchvision's own.
+    """
+
+    def __init__(
+        self,
+        variant: str = "paper",
+        *,
+        num_classes: int = 1000,
+        aux_logits: bool = True,
+        dropout: float | None = None,
+        dropout_aux: float | None = None,
+        transform_input: bool = False,
+        init_weights: bool = True,
+        image_size: int = 224,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        paper = variant == "paper"
+        if paper and aux_logits and image_size < SMALLEST_WITH_HEADS:
+            raise ValueError(
+                f"image_size must be at least {SMALLEST_WITH_HEADS} with the paper's heads, "
+                f"got {image_size}; aux_logits=False does without them"
+            )
+        self.variant = variant
+        self.aux_logits = aux_logits
+        self.transform_input = transform_input
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm = None if paper else "batch"
+        dims = googlenet_dims(kernel_5x5=3 if variant == "torchvision" else 5)
+
+        def conv(c_in: int, c_out: int, **options: Any) -> ConvBlock:
+            return ConvBlock(c_in, c_out, norm=norm, **options, **factory)
+
+        def pool(side: int = 3) -> nn.MaxPool2d:
+            return nn.MaxPool2d(side, stride=2, ceil_mode=True)
+
+        def lrn() -> LocalResponseNorm | None:
+            return LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if paper else None
+
+        def inception(name: str) -> Inception:
+            widths = dims[name].widths
+            return Inception(*widths, norm=norm, kernel_5x5=dims[name].kernel_5x5, **factory)
+
+        # shapes for 224 x 224 images
+        self.conv1 = conv(3, 64, kernel_size=7, stride=2, padding=3)  # [N, 64, 112, 112]
+        self.maxpool1 = pool()  # [N, 64, 56, 56]
+        self.norm1 = lrn()
+        self.conv2 = conv(64, 64, kernel_size=1)
+        self.conv3 = conv(64, 192, kernel_size=3, padding=1)  # [N, 192, 56, 56]
+        self.norm2 = lrn()
+        self.maxpool2 = pool()  # [N, 192, 28, 28]
+        self.inception3a = inception("3a")  # [N, 256, 28, 28]
+        self.inception3b = inception("3b")  # [N, 480, 28, 28]
+        self.maxpool3 = pool()  # [N, 480, 14, 14]
+        self.inception4a = inception("4a")  # [N, 512, 14, 14]
+        self.inception4b = inception("4b")  # [N, 512, 14, 14]
+        self.inception4c = inception("4c")  # [N, 512, 14, 14]
+        self.inception4d = inception("4d")  # [N, 528, 14, 14]
+        self.inception4e = inception("4e")  # [N, 832, 14, 14]
+        self.maxpool4 = pool(3 if paper else 2)  # [N, 832, 7, 7]
+        self.inception5a = inception("5a")  # [N, 832, 7, 7]
+        self.inception5b = inception("5b")  # [N, 1024, 7, 7]
+        self.aux1: InceptionAux | None = None
+        self.aux2: InceptionAux | None = None
+        if aux_logits:
+            head: dict[str, Any] = {"norm": norm, **factory}
+            head["dropout"] = 0.7 if dropout_aux is None else dropout_aux
+            if paper:
+                head |= {"pool": "paper", "map_size": googlenet_sizes(image_size).maxpool3}
+            else:
+                head |= {"pool": "adaptive"}
+            self.aux1 = InceptionAux(dims["4a"].out_channels, num_classes, **head)  # after 4a
+            self.aux2 = InceptionAux(dims["4d"].out_channels, num_classes, **head)  # after 4d
+        self.avgpool = GlobalAvgPool2d()  # [N, 1024, 1, 1]
+        self.dropout = nn.Dropout((0.4 if paper else 0.2) if dropout is None else dropout)
+        self.fc = nn.Linear(1024, num_classes, **factory)  # [N, num_classes]
+        if init_weights:
+            (_init_paper if paper else _init_torchvision)(self)
+
+    def forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
+        """[N, 3, H, W] -> [N, num_classes]; with heads and in training, `GoogLeNetOutputs`."""
+        if self.transform_input:
+            x = _from_imagenet_to_half(x)
+        x = self.maxpool1(self.conv1(x))
+        if self.norm1 is not None:
+            x = self.norm1(x)
+        x = self.conv3(self.conv2(x))
+        if self.norm2 is not None:
+            x = self.norm2(x)
+        x = self.maxpool2(x)
+        x = self.inception3a(x)
+        x = self.inception3b(x)
+        x = self.maxpool3(x)
+        x = self.inception4a(x)
+        aux1 = self.aux1(x) if self.aux1 is not None and self.training else None
+        x = self.inception4b(x)
+        x = self.inception4c(x)
+        x = self.inception4d(x)
+        aux2 = self.aux2(x) if self.aux2 is not None and self.training else None
+        x = self.inception4e(x)
+        x = self.maxpool4(x)
+        x = self.inception5a(x)
+        x = self.inception5b(x)
+        x = self.avgpool(x)
+        logits = self.fc(self.dropout(torch.flatten(x, 1)))
+        if aux1 is None or aux2 is None:
+            return logits
+        return GoogLeNetOutputs(logits=logits, aux_logits2=aux2, aux_logits1=aux1)
+
+    def extra_repr(self) -> str:
+        """Variant and what is fused in it, for `print`."""
+        modules = [m for m in self.modules() if isinstance(m, Inception)]
+        fused = sum(m.is_fused for m in modules)
+        return (
+            f'"{self.variant}", fused: {fused} of {len(modules)} Inception modules and the global '
+            "average pool; all else is plain PyTorch"
+        )
+
+
+def googlenet(
+    variant: str = "paper",
+    *,
+    num_classes: int = 1000,
+    aux_logits: bool = True,
+    dropout: float | None = None,
+    dropout_aux: float | None = None,
+    transform_input: bool = False,
+    init_weights: bool = True,
+    image_size: int = 224,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> GoogLeNet:
+    """GoogLeNet (arXiv 1409.4842) with fused Inception modules.
+
+    Args:
+        variant: "paper" (5x5 filters, local response normalisation, biases), "torchvision"
+            (BatchNorm, 3x3 filters in the "5x5" branch) or "torchvision5x5" (BatchNorm, 5x5).
+            The modules of the BatchNorm variants are plain PyTorch for now.
+        num_classes: outputs of each classifier.
+        aux_logits: build the two auxiliary classifiers, which run in training only.
+        dropout: before the classifier; None is 0.4 in the paper's network, 0.2 in torchvision's.
+        dropout_aux: in the auxiliary classifiers; None is 0.7.
+        transform_input: turn images normalised by ImageNet's statistics into images normalised by
+            mean 0.5 and deviation 0.5.
+        init_weights: the paper's network: He-normal filters (classifiers: deviation 0.01) and zero
+            biases; torchvision's: filters of deviation 0.01. False keeps PyTorch's defaults.
+        image_size: side of the images, which sizes the auxiliary heads of the paper's network.
+        device, dtype: of the parameters.
+
+    Returns:
+        A module from [N, 3, H, W] to [N, num_classes]; with heads and in training to
+        `GoogLeNetOutputs(logits, aux_logits2, aux_logits1)`.
+
+    Raises:
+        ValueError: unknown variant; heads of the paper's network and `image_size` below 47.
+    """
+    return GoogLeNet(
+        variant,
+        num_classes=num_classes,
+        aux_logits=aux_logits,
+        dropout=dropout,
+        dropout_aux=dropout_aux,
+        transform_input=transform_input,
+        init_weights=init_weights,
+        image_size=image_size,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _init_paper(network: GoogLeNet) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    # classifiers have no ReLU behind them: small weights start the loss at log(num_classes)
+    heads = [head.fc2 for head in (network.aux1, network.aux2) if head is not None]
+    for classifier in (*heads, network.fc):
+        nn.init.normal_(classifier.weight, std=0.01)
+
+
+def _init_torchvision(network: GoogLeNet) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.01, a=-2, b=2)
+
+
+def _from_imagenet_to_half(x: Tensor) -> Tensor:
+    """From ImageNet's mean and deviation per channel to mean 0.5 and deviation 0.5."""
+    mean = x.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = x.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    return x * (std / 0.5) + (mean - 0.5) / 0.5
