@@ -7,8 +7,8 @@ from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
-from fused_inception.nn.googlenet import GoogLeNet, googlenet
 
+from fused_inception.nn.googlenet import GoogLeNet, googlenet
 from fused_inception.tools.errors import UserError
 
 CHECKPOINT = "checkpoint.pt"  # its name in the folder of a run

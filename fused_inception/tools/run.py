@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fused_inception.nn.googlenet import googlenet
 from torch import nn
 
+from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.checkpoint import CHECKPOINT, KIND, network_of, write_atomically
 from fused_inception.tools.curves import draw_curves
 from fused_inception.tools.data import Data, held_out_batches, to_input, train_batches

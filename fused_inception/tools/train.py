@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fused_inception.nn.googlenet import googlenet
 
+from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.checkpoint import (
     CHECKPOINT,
     checkpoint_file,
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=Path,
         nargs="?",
-        const=Path(),
+        const=True,
         metavar="CHECKPOINT",
         help="go on with a stopped run: its checkpoint or its folder (default: --out)",
     )
@@ -73,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     testing = arguments.evaluate is not None
     if testing and (arguments.resume is not None or arguments.out is not None):
         raise UserError("--evaluate writes nothing: leave out --resume and --out")
+    if testing and given.get("data") == "synthetic":
+        raise UserError("--evaluate needs real images: --data digits or imagefolder:PATH")
     source = _checkpoint(arguments)
     contents = None if source is None else read_checkpoint(source)
     saved = None if contents is None else contents["options"]
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.backends.cudnn.benchmark = True  # worth it: every batch has the same shape
     with pick_backend(options.backend):
         require("tqdm")
-        if options.data == "synthetic" and not testing:
+        if options.data == "synthetic":
             return _measure(options, device, arguments.out)
         data = open_data(options.data, options.image_size, flip=options.flip)
         if contents is not None and contents["classes"] != list(data.classes):
@@ -96,14 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _checkpoint(arguments: argparse.Namespace) -> Path | None:
     """The file to start from, if any."""
-    path: Path | None = arguments.evaluate or arguments.resume
-    if path is None:
-        return None
-    if arguments.resume == Path():
+    path = arguments.evaluate or arguments.resume
+    if path is True:  # --resume without a value
         if arguments.out is None:
             raise UserError("--resume needs a checkpoint or a folder, or --out")
-        path = Path(arguments.out)
-    return checkpoint_file(path)
+        path = arguments.out
+    return None if path is None else checkpoint_file(path)
 
 
 def _new_folder(out: Path | None, options: Options) -> Path:
