@@ -116,15 +116,22 @@ def test_loaded_checkpoint_is_ready_for_use(finished):
     assert result.accuracy == read(finished)["history"][-1]["test_accuracy"]
 
 
-@pytest.mark.parametrize("step", [1, 4], ids=["in-first-epoch", "in-second-epoch"])
-def test_interrupted_run_resumes_bit_identically(step, finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("step", "resume"),
+    [(1, ["--resume", "."]), (4, ["--resume", "--out", "."])],
+    ids=["in-first-epoch", "in-second-epoch"],
+)
+def test_interrupted_run_resumes_bit_identically(
+    step, resume, finished, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
         assert main(["train", *TWO_EPOCHS, "--out", str(tmp_path / "run")]) == 130
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
     assert len(read(tmp_path / "run")["history"]) == (step - 1) // 2
     torch.rand(7)  # the state of the global generator does not matter
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    monkeypatch.chdir(tmp_path / "run")
+    assert main(["train", *resume]) == 0
     assert_same_result(read(tmp_path / "run"), read(finished))
 
 
@@ -182,6 +189,7 @@ def test_torchvision_variant_trains_with_heads(tmp_path, capsys):
         (["--flip"], "--flip is for imagefolder:PATH"),
         (["--resume", "nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["--resume"], "--resume needs"),
+        (["--evaluate", "x", "--data", "synthetic"], "needs real images"),
         (["--evaluate", "pyproject.toml"], "pyproject.toml is not a checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
