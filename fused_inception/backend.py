@@ -4,13 +4,16 @@ import importlib.util
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from types import TracebackType
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Implementation = Literal["torch", "triton"]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 NAMES = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "FUSED_INCEPTION_BACKEND"
@@ -129,7 +132,13 @@ def _environment() -> str:
     return "" if value is None else os.environ.decodevalue(value)
 
 
-@torch.compiler.assume_constant_result
+def _constant_when_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """torch.compiler.assume_constant_result, which would import the compiler with the package."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
 def _interpreter_is_on() -> bool:
     # constant for a process: kernels are decorated for one mode when they are first imported
     import triton
@@ -137,7 +146,7 @@ def _interpreter_is_on() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
