@@ -77,15 +77,18 @@ def _dgrad_tile(
 
     dx_offs = (local_p * DX_STRIDE)[:, None] + offs_ci[None, :]
     dx_mask = mask_p[:, None] & mask_ci[None, :]
+    # rounded before it is masked: 128 x 256 accumulators beside a tile of x would spill
+    dx_tile = acc.to(dx_ptr.dtype.element_ty)
     if GATED:
         x_tile = tl.load(x_ptr + p0 * DX_STRIDE + dx_offs, mask=dx_mask, other=0.0)
-        acc = tl.where(dx_mask & is_open(x_tile), acc, 0.0)
+        dx_tile = tl.where(dx_mask & is_open(x_tile), dx_tile, 0.0)
     if REAL_IN != C_IN:
         # padding channels of the scratch hold zeros whatever dz is
-        acc = tl.where((offs_ci < REAL_IN)[None, :], acc, 0.0)
-    tl.store(dx_ptr + p0 * DX_STRIDE + dx_offs, acc.to(dx_ptr.dtype.element_ty), mask=dx_mask)
+        dx_tile = tl.where((offs_ci < REAL_IN)[None, :], dx_tile, 0.0)
+    tl.store(dx_ptr + p0 * DX_STRIDE + dx_offs, dx_tile, mask=dx_mask)
     if GATED:
-        tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, tl.sum(acc, axis=0), mask=mask_ci)
+        sums = tl.sum(dx_tile.to(tl.float32), axis=0)
+        tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, sums, mask=mask_ci)
 
 
 @triton.jit(do_not_specialize=["n_pixels", "height", "width", "programs3", "programs5"])

@@ -26,6 +26,7 @@ def _pointwise_tile(
     pid_p,
     co0,
     n_pixels,
+    c_in,  # C_IN
     # strides
     x_stride,
     # problem
@@ -58,7 +59,8 @@ def _pointwise_tile(
     w_offs = offs_co[None, :] * C_IN + offs_ci[:, None]
 
     acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
-    for ci0 in tl.range(0, C_IN, BLOCK_CI, num_stages=NUM_STAGES):
+    # the end is a run-time number: with a known trip count the whole loop is unrolled
+    for ci0 in tl.range(0, c_in, BLOCK_CI, num_stages=NUM_STAGES):
         if C_IN % BLOCK_CI == 0:
             x_mask = mask_p[:, None]
             w_mask = mask_co[None, :]
@@ -87,7 +89,7 @@ def _pointwise_tile(
         tl.store(r_ptr + p0 * SR + ((local_p * SR)[:, None] + offs_r[None, :]), out, mask=mask_r)
 
 
-@triton.jit(do_not_specialize=["n_pixels", "height", "width", "x_stride8"])
+@triton.jit(do_not_specialize=["n_pixels", "height", "width", "c_in", "x_stride8"])
 def _pointwise_kernel(
     # tensors
     x_ptr,  # [P, C_IN]
@@ -101,6 +103,7 @@ def _pointwise_kernel(
     n_pixels,
     height,
     width,
+    c_in,  # C_IN
     # strides
     x_stride8,
     # problem
@@ -148,7 +151,7 @@ def _pointwise_kernel(
         if GEMM:
             _pointwise_tile(
                 x_ptr, w_ptr, b_ptr, y_ptr, r_ptr, mask_ptr,
-                pid // TILES_CO, pid % TILES_CO * BLOCK_CO, n_pixels, x_stride,
+                pid // TILES_CO, pid % TILES_CO * BLOCK_CO, n_pixels, c_in, x_stride,
                 C_IN, N1, R3, R5, S1, S3R, SR, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
                 BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES,
             )  # fmt: skip
@@ -156,7 +159,7 @@ def _pointwise_kernel(
         if TAIL_CO > 0:
             _pointwise_tile(
                 x_ptr, w_ptr, b_ptr, y_ptr, r_ptr, mask_ptr,
-                pid - wide_end, TILES_CO * BLOCK_CO, n_pixels, x_stride,
+                pid - wide_end, TILES_CO * BLOCK_CO, n_pixels, c_in, x_stride,
                 C_IN, N1, R3, R5, S1, S3R, SR, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
                 BLOCK_P, TAIL_CO, BLOCK_CI, NUM_STAGES,
             )  # fmt: skip
@@ -215,6 +218,7 @@ def launch_pointwise(
         n_pixels,
         height,
         width,
+        c_in,
         x.stride(3) // 8,
     )
     problem = dict(

@@ -54,21 +54,29 @@ def pool_project_tile(
     x_offs = (local_p * x_stride)[:, None] + offs_ci[None, :]
     w_offs = offs_co[None, :] * C_IN + offs_ci[:, None]
 
+    # a window of -inf alone has a winner too: its first tap inside the map
+    first_row = tl.where(offs_p // width % height > 0, 0, 1)
+    first_tap = first_row * 3 + tl.where(offs_p % width > 0, 0, 1)
     acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
     # one stage: more of them would pipeline nine loads each
     for ci0 in tl.range(0, C_IN, BLOCK_CI, num_stages=1):
         mask_ci = offs_ci < C_IN - ci0
-        best = tl.full((BLOCK_P, BLOCK_CI), float("-inf"), tl.float32)
-        winner = tl.full((BLOCK_P, BLOCK_CI), 255, tl.int32)
+        # comparisons need fp32; a maximum alone stays in pairs of 16 bits
+        best_type: tl.constexpr = tl.float32 if SAVE else x_ptr.dtype.element_ty
+        best = tl.full((BLOCK_P, BLOCK_CI), float("-inf"), best_type)
+        winner = tl.broadcast_to(first_tap[:, None], (BLOCK_P, BLOCK_CI))
         for tap in tl.static_range(9):
             inside = (((valid >> tap) & 1) != 0)[:, None] & mask_ci[None, :]
             shift = ((tap // 3 - 1) * width + (tap % 3 - 1)) * x_stride + ci0
             v = tl.load(x_tile_ptr + shift + x_offs, mask=inside, other=float("-inf"))
-            v = v.to(tl.float32)
-            # 255: a window of -inf alone still has a winner, its first tap inside
-            take = inside & ((v > best) | (v != v) | (winner == 255))
-            best = tl.where(take, v, best)
-            winner = tl.where(take, tap, winner)
+            if SAVE:
+                # a tap outside reads -inf, which is no more than any maximum before it
+                v = v.to(tl.float32)
+                take = (v > best) | (v != v)
+                best = tl.where(take, v, best)
+                winner = tl.where(take, tap, winner)
+            else:
+                best = tl.maximum(best, v, propagate_nan=tl.PropagateNan.ALL)
         inside = mask_p[:, None] & mask_ci[None, :]
         if SAVE:
             if pid_co == 0:

@@ -5,29 +5,32 @@ import triton.language as tl
 
 
 @triton.jit
-def tap_validity(offs_p, n_pixels, height, width, K: tl.constexpr):
-    """Bit `tap` of element p says that this tap of a "same" K x K window around pixel p lies inside
-    its map.
+def window_bits(row, column, height, width, K: tl.constexpr):
+    """Bit `tap` says that this tap of a "same" K x K window around (row, column) is inside the map.
 
-    Zero for pixels beyond the last one. K * K <= 25 bits.
+    K * K <= 25 bits. Rows and columns inside are ranges, so both bit sets are differences of
+    powers.
     """
+    R: tl.constexpr = K // 2
+    first_row = tl.maximum(R - row, 0)
+    end_row = tl.minimum(height - row + R, K)
+    row_bits = (1 << (end_row * K)) - (1 << (first_row * K))
+    first_column = tl.maximum(R - column, 0)
+    end_column = tl.minimum(width - column + R, K)
+    one_row = (1 << end_column) - (1 << first_column)
+    # the same columns in every row of the window
+    EVERY_ROW: tl.constexpr = 0b1001001 if K == 3 else 0b100001000010000100001
+    return row_bits & (one_row * EVERY_ROW)
+
+
+@triton.jit
+def tap_validity(offs_p, n_pixels, height, width, K: tl.constexpr):
+    """`window_bits` of pixels counted through all images; 0 for pixels beyond the last one."""
     if K == 1:
         return (offs_p < n_pixels).to(tl.int32)
     else:
-        column = offs_p % width
-        row = (offs_p // width) % height
-        R: tl.constexpr = K // 2
-        row_bits = tl.zeros_like(offs_p)
-        column_bits = tl.zeros_like(offs_p)
-        # one bit per tap of a filter row, and of a filter column
-        ROW_ONES: tl.constexpr = (1 << K) - 1
-        COLUMN_ONES: tl.constexpr = 0b1001001 if K == 3 else 0b100001000010000100001
-        for i in tl.static_range(K):
-            row_inside = (row + (i - R) >= 0) & (row + (i - R) < height)
-            column_inside = (column + (i - R) >= 0) & (column + (i - R) < width)
-            row_bits |= row_inside.to(tl.int32) * (ROW_ONES << (i * K))
-            column_bits |= column_inside.to(tl.int32) * (COLUMN_ONES << i)
-        return tl.where(offs_p < n_pixels, row_bits & column_bits, 0)
+        bits = window_bits(offs_p // width % height, offs_p % width, height, width, K)
+        return tl.where(offs_p < n_pixels, bits, 0)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
-from fused_inception.kernels.tiles import tap_validity
+from fused_inception.kernels.tiles import window_bits
 from fused_inception.tuning.configs import WgradConfig, WgradJob
 
 
@@ -66,14 +66,26 @@ def _wgrad_tile(
     first = split * chunk
     last = tl.minimum(first + chunk, n_pixels)
 
+    # one bit per row of the tile, to be met by the bits of a pixel
+    tap_bit = tl.where(mask_m, 1 << tap, 0)
+    # coordinates are carried from step to step: a division per pixel and step costs more than the
+    # rest
+    row = (first + offs_p) // width % height
+    column = (first + offs_p) % width
+    step_rows = BLOCK_P // width % height
+    step_columns = BLOCK_P % width
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(first, last, BLOCK_P, num_stages=NUM_STAGES):
         p0 = tl.cast(start, tl.int64)
         mask_p = start + offs_p < last
         if K > 1:
-            valid = tap_validity(start + offs_p, last, height, width, K)
-            x_mask = ((valid[:, None] >> tap[None, :]) & 1) != 0
-            x_mask = x_mask & mask_m[None, :]
+            valid = tl.where(mask_p, window_bits(row, column, height, width, K), 0)
+            x_mask = (valid[:, None] & tap_bit[None, :]) != 0
+            column += step_columns
+            wrap = column >= width
+            column -= tl.where(wrap, width, 0)
+            row += step_rows + wrap.to(tl.int32)
+            row -= tl.where(row >= height, height, 0)
         else:
             x_mask = mask_p[:, None] & mask_m[None, :]
         x_tile_ptr = x_ptr + p0 * x_stride

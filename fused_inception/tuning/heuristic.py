@@ -66,13 +66,17 @@ def _tile_seconds(bm: int, bn: int, k: int, ops: Operands, target: Target) -> fl
     return max(2 * bm * bn * k / rate, (bm + bn) * k * ops.itemsize / stream) + TILE_SECONDS
 
 
-def _block_k(k: int, ops: Operands, wanted: int) -> int:
-    """Step of the reduction: `wanted`, or less where that pads the channels of a tap by over an
-    eighth."""
-    step = wanted if ops.itemsize == 2 else wanted // 2
-    while step > 16 and align_up(k, step) * 8 > k * 9:
-        step //= 2
-    return step
+def _block_k(k: int, ops: Operands) -> int:
+    """Step of a reduction over the k channels of each tap.
+
+    64 in 16 bits (one swizzled row of shared memory) unless that pads by over a seventh, then 32;
+    16 costs as many instructions a step as 32 and pays only where the channels are no more than
+    that.
+    """
+    steps = (64, 32, 16) if ops.itemsize == 2 else (32, 16, 16)
+    if k <= steps[2]:
+        return steps[2]
+    return steps[0] if align_up(k, steps[0]) * 7 <= k * 8 else steps[1]
 
 
 def _heights(ops: Operands, largest: int = 256) -> tuple[int, ...]:
@@ -87,19 +91,21 @@ def _best_tile(
     target: Target,
     *,
     max_elements: int | None = None,
+    max_width: int = 256,
     splits_free: bool = False,
 ) -> tuple[int, int]:
     """(rows, columns) of the cheapest tile for one m x n x k product; with `splits_free` waves do
     not count."""
     limit = min(max_elements or ops.max_elements(), ops.max_elements())
 
-    def seconds(shape: tuple[int, int]) -> tuple[float, int]:
+    def seconds(shape: tuple[int, int]) -> tuple[float, int, int]:
         bm, bn = shape
         tiles = math.ceil(m / bm) * math.ceil(n / bn)
         waves = tiles / target.processors if splits_free else math.ceil(tiles / target.processors)
-        return waves * _tile_seconds(bm, bn, k, ops, target), bm * bn
+        return waves * _tile_seconds(bm, bn, k, ops, target), bm * bn, bm
 
-    shapes = [(bm, bn) for bm in _heights(ops) for bn in WIDTH_EFFICIENCY if bm * bn <= limit]
+    widths = [bn for bn in WIDTH_EFFICIENCY if bn <= max_width]
+    shapes = [(bm, bn) for bm in _heights(ops) for bn in widths if bm * bn <= limit]
     return min(shapes, key=seconds)
 
 
@@ -137,13 +143,14 @@ def pointwise_config(
     widths = list(WIDTH_EFFICIENCY)
     shapes = [
         (bm, bn, tail)
-        for bm in _heights(ops)
+        # packing the bits of 256 rows beside their accumulators spills
+        for bm in _heights(ops, 128 if save else 256)
         for bn in widths
         if bn >= 32 and bm * bn <= ops.max_elements()
         for tail in [0, *(t for t in widths if 32 <= t < bn and width > t)]
     ]
     bm, bn, tail = min(shapes, key=seconds)
-    gemm = Tile(bm, bn, _block_k(k, ops, 64))
+    gemm = Tile(bm, bn, _block_k(k, ops))
     # nine loads a channel: a narrow step keeps maximum and winner of a tile in registers
     pool_rows = 128 if ops.itemsize == 2 and n_pixels >= 128 * target.processors else 64
     pool = Tile(pool_rows, min(128, max(32, _power_of_two(dims.pool_proj))), 32)
@@ -182,13 +189,11 @@ def _conv_tile(
     taps: int,
     ops: Operands,
     target: Target,
-    max_elements: int | None = None,
+    max_width: int = 256,
 ) -> Tile:
-    step = _block_k(channels, ops, 64)
-    bm, bn = _best_tile(
-        m, n, taps * align_up(channels, step), ops, target, max_elements=max_elements
-    )
-    return Tile(bm, bn, step)
+    step = _block_k(channels, ops)
+    depth = taps * align_up(channels, step)
+    return Tile(*_best_tile(m, n, depth, ops, target, max_width=max_width), step)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -202,11 +207,11 @@ def mask_config(dims: InceptionDims, n_pixels: int, target: Target) -> MaskConfi
 
 @functools.lru_cache(maxsize=4096)
 def dgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Target) -> DgradConfig:
-    """Launch L1."""
-    conv3 = _conv_tile(n_pixels, dims.ch3x3red, align_up(dims.ch3x3), 9, ops, target)
-    conv5 = _conv_tile(
-        n_pixels, dims.ch5x5red, align_up(dims.ch5x5), dims.kernel_5x5**2, ops, target
-    )
+    """Launch L1: the mask of a 128 x 256 tile would spill beside its accumulators."""
+    taps5 = dims.kernel_5x5**2
+    s3, s5 = align_up(dims.ch3x3), align_up(dims.ch5x5)
+    conv3 = _conv_tile(n_pixels, dims.ch3x3red, s3, 9, ops, target, max_width=128)
+    conv5 = _conv_tile(n_pixels, dims.ch5x5red, s5, taps5, ops, target, max_width=128)
     pool = _conv_tile(n_pixels, dims.in_channels, align_up(dims.pool_proj), 1, ops, target)
     tiles = [conv3, conv5, pool]
     return DgradConfig(conv3, conv5, pool, _warps(tiles), _stages(tiles, ops, target))
