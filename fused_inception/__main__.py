@@ -8,12 +8,13 @@ from typing import NoReturn
 import torch
 
 from fused_inception.backend import BackendError
-from fused_inception.tools import predict, train
+from fused_inception.tools import info, predict, train
 from fused_inception.tools.errors import UserError
 
 COMMANDS = {
     "train": (train, "train GoogLeNet on real images, or measure its speed"),
     "predict": (predict, "the most probable classes of image files"),
+    "info": (info, "versions, devices, and what runs fused on them"),
 }
 INTERRUPTED = 130
 

@@ -110,7 +110,7 @@ def pick_backend(name: str | None) -> backend:
         UserError: the environment variable names no backend.
     """
     try:
-        return backend(name or selected())
+        return backend(selected() if name is None else name)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -71,22 +71,26 @@ class Run:
         Returns:
             The exit status: 0, 1 if fused and plain network disagree, 130 after Ctrl-C.
         """
-        epochs = self.options.epochs
+        epochs, is_new = self.options.epochs, not self.folder.exists()
         print(headline(self.model, self.options, self.device))
         print(f"{len(self.data.train)} training and {len(self.data.test)} test images", flush=True)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._save(self.history)
+            self.folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch
             while len(self.history) < epochs:
                 self._epoch(len(self.history) + 1)
             return self._report()
         except KeyboardInterrupt:
+            if not self.history:  # the state before the first step follows from the seed
+                Run(self.options, self.data, self.device, self.folder, None)._save([])
             command = f"python -m fused_inception train --resume {shlex.quote(str(self.folder))}"
             print(
                 f"\nstopped: {len(self.history)} of {epochs} epochs are finished and saved; "
                 f"go on with: {command}"
             )
             return INTERRUPTED
+        finally:
+            if is_new and self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def _epoch(self, number: int) -> None:
         options = self.options
