@@ -24,8 +24,10 @@ def image_batch(x: Tensor) -> None:
         raise TypeError(f"x must be {_names(DTYPES)}, got {_names([x.dtype])}")
 
 
-def inception_parameters(x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-    """Six filters and biases fit each other and `x`.
+def inception_parameters(
+    x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor], *, casts: bool
+) -> None:
+    """Six filters and biases fit each other and `x`; `casts`: autocast casts input and filters.
 
     Raises:
         ValueError, TypeError: of shapes or devices, of dtypes.
@@ -54,10 +56,9 @@ def inception_parameters(x: Tensor, filters: Sequence[Tensor], biases: Sequence[
                 f"b{name} must be of shape [{weight.shape[0]}], one bias for each filter, "
                 f"got {list(bias.shape)}"
             )
-    # autocast casts the input and the filters
     allowed_w: tuple[torch.dtype, ...]
     allowed_b: tuple[torch.dtype, ...]
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if casts:
         allowed_w = allowed_b = DTYPES[:3]
     else:
         allowed_w = (x.dtype,)

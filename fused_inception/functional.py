@@ -8,7 +8,7 @@ from fused_inception.backend import Implementation, resolve
 from fused_inception.ops import global_pool as _global_pool
 from fused_inception.ops import inception as _inception
 from fused_inception.ops.layout import why_not_in_place
-from fused_inception.ops.registration import autocast
+from fused_inception.ops.registration import autocast, autocasts
 
 __all__ = ["global_avg_pool2d", "inception"]
 
@@ -60,7 +60,7 @@ def inception(
     """
     filters, biases = [w1, w3r, w3, w5r, w5, wp], [b1, b3r, b3, b5r, b5, bp]
     checks.image_batch(x)
-    checks.inception_parameters(x, filters, biases)
+    checks.inception_parameters(x, filters, biases, casts=autocasts(x))
     impl = resolve(x)
     x = _settle(autocast(x), impl)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))

@@ -67,8 +67,17 @@ def _autocast_rule(
     return rule
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast casts `x`: it is on for the device, and `x` is floating but not float64."""
+    device_type = x.device.type
+    return (
+        x.is_floating_point()
+        and x.dtype != torch.float64
+        and torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+    )
+
+
 def autocast(x: Tensor) -> Tensor:
     """`x` in the dtype that autocast gives it; `x` itself where autocast is off."""
-    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
-        return x
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x

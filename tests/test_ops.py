@@ -1,0 +1,397 @@
+"""The registered operators on the ATen path: schema, fakes, autograd, autocast, compilation."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fused_inception import functional, reference
+from fused_inception.geometry import InceptionDims
+from fused_inception.ops.global_pool import global_avg_pool2d, global_avg_pool2d_backward
+from fused_inception.ops.inception import inception, inception_backward
+from tests.cases import INCEPTION_CASES, SMALL, InceptionCase, InceptionTensors
+from tests.tolerances import assert_within
+
+NAMES = ("x", "w1", "w3r", "w3", "w5r", "w5", "wp", "b1", "b3r", "b3", "b5r", "b5", "bp")
+TINY = InceptionDims(4, 2, 3, 2, 2, 3, 2)
+cases = pytest.mark.parametrize("case", INCEPTION_CASES, ids=lambda case: case.name)
+
+
+def pairs(data: InceptionTensors) -> list[Tensor]:
+    """w1, b1, w3r, b3r ...: the arguments of the public function behind x."""
+    return [t for pair in zip(data.filters, data.biases, strict=True) for t in pair]
+
+
+def in_public_order(data: InceptionTensors) -> list[Tensor]:
+    return [data.x, *pairs(data)]
+
+
+def with_gradients(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def step(function: Callable[..., Tensor], arguments: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """The output and the gradient of every argument."""
+    leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in arguments]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def exact_strides(n: int, c: int, h: int, w: int) -> tuple[int, int, int, int]:
+    return h * w * c, 1, w * c, c
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_output_and_gradients(case: InceptionCase, dtype: torch.dtype) -> None:
+    data = case.tensors(dtype)
+    got = step(functional.inception, in_public_order(data), data.dy)
+    wide = data.to(torch.float64)
+    want = step(reference.inception, in_public_order(wide), wide.dy)
+    baseline = step(reference.inception, in_public_order(data), data.dy)
+    for i, (a, b, c) in enumerate(zip(got, want, baseline, strict=True)):
+        assert_within(f"tensor {i}", a, b, c, slack=3.0 if i else 2.0)
+
+
+@cases
+def test_fp64_is_exact(case: InceptionCase) -> None:
+    data = case.tensors(torch.float64)
+    got = step(functional.inception, in_public_order(data), data.dy)
+    want = step(reference.inception, in_public_order(data), data.dy)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_merged_and_separate_1x1_convolutions_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = InceptionCase("", SMALL, 2, 12, 12).tensors(torch.float64)
+    merged = step(functional.inception, in_public_order(data), data.dy)
+    monkeypatch.setattr("fused_inception.ops.inception_aten.MERGE_PIXELS", 10**9)
+    for a, b in zip(
+        merged, step(functional.inception, in_public_order(data), data.dy), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@cases
+def test_output_is_exactly_channels_last(case: InceptionCase) -> None:
+    data = case.tensors(torch.float32)
+    y = functional.inception(*in_public_order(data))
+    assert y.stride() == exact_strides(*y.shape)
+
+
+def test_nan_passes_forward_and_backward() -> None:
+    """ReLU keeps a NaN and lets the gradient through there: the mask is not (y <= 0)."""
+    data = InceptionCase("", SMALL, 1, 4, 4).tensors(torch.float32)
+    data.biases[0][3] = float("nan")
+    y = functional.inception(*in_public_order(data))
+    assert y[:, 3].isnan().all()
+    got = step(functional.inception, in_public_order(data), data.dy)
+    want = step(reference.inception, in_public_order(data), data.dy)
+    assert (got[3] != 0).any()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda x: x.contiguous(), id="contiguous"),
+        pytest.param(
+            lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, 16:],
+            id="slice",
+        ),
+        pytest.param(
+            lambda x: torch.cat([x[:, :3], x], 1).contiguous(memory_format=torch.channels_last)[
+                :, 3:
+            ],
+            id="slice-at-an-odd-channel",
+        ),
+        pytest.param(lambda x: x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), id="turned"),
+        pytest.param(lambda x: x[:, :, ::2], id="every-second-row"),
+        pytest.param(lambda x: x[:1].expand_as(x), id="expanded-batch"),
+    ],
+)
+def test_any_strides_of_x(change: Callable[[Tensor], Tensor]) -> None:
+    data = InceptionCase("", SMALL, 2, 6, 5).tensors(torch.float64)
+    x = change(data.x)
+    data = data._replace(x=x, dy=torch.randn(2, SMALL.out_channels, *x.shape[2:]).double())
+
+    def of(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, *pairs(data))
+        return [y, *torch.autograd.grad(y, leaf, data.dy)]
+
+    for a, b in zip(of(functional.inception), of(reference.inception), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduce", [Tensor.sum, Tensor.mean], ids=["sum", "mean"])
+def test_expanded_gradients(reduce: Callable[[Tensor], Tensor]) -> None:
+    data = InceptionCase("", SMALL, 2, 4, 3).tensors(torch.float64)
+
+    def of(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = with_gradients(in_public_order(data))
+        return list(torch.autograd.grad(reduce(function(*leaves)), leaves))
+
+    for a, b in zip(of(functional.inception), of(reference.inception), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("needed", [(0,), (7,), (1,), (2, 8), (3,), (6,), (0, 4), (1, 2, 9), (13,)])
+def test_only_needed_gradients(needed: tuple[int, ...]) -> None:
+    """Positions in NAMES; 13 stands for all parameters without x."""
+    if needed == (13,):
+        needed = tuple(range(1, 13))
+    data = InceptionCase("", SMALL, 2, 4, 3).tensors(torch.float64)
+    needs = [i in needed for i in range(13)]
+    y, saved = inception(data.x, data.filters, data.biases, True, "torch")
+    got = inception_backward(data.dy, data.x, y, saved, data.filters, data.biases, needs, "torch")
+    everything = step(reference.inception, in_public_order(data), data.dy)[1:]
+    want = [everything[0], *everything[1::2], *everything[2::2]]
+    for name, need, a, b in zip(NAMES, needs, got, want, strict=True):
+        if need:
+            torch.testing.assert_close(a, b, msg=name)
+        else:
+            assert a.numel() == 0, name
+
+
+def test_frozen_parts_compute_no_gradient() -> None:
+    data = InceptionCase("", SMALL, 1, 4, 4).tensors(torch.float32)
+    data.filters[2].requires_grad_()
+    with torch.profiler.profile() as profile:
+        functional.inception(*in_public_order(data)).sum().backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::convolution_backward"] == 1
+    assert "aten::max_pool2d_with_indices_backward" not in counts
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_filter_gradients_take_the_strides_of_the_filters(layout: torch.memory_format) -> None:
+    data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32)
+    filters = [w.contiguous(memory_format=layout) for w in data.filters]
+    got = step(functional.inception, in_public_order(data._replace(filters=filters)), data.dy)
+    for w, dw in zip(filters, got[2::2], strict=True):
+        assert dw.stride() == w.stride()
+        assert not dw._is_view()
+
+
+def test_nothing_is_saved_without_gradients() -> None:
+    data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32)
+    y, saved = inception(data.x, data.filters, data.biases, False, "torch")
+    assert saved == []
+    assert y.shape[1] == SMALL.out_channels
+
+
+def test_backward_without_saved_tensors_is_an_error() -> None:
+    data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32)
+    data.x.requires_grad_()
+    y, _ = inception(data.x, data.filters, data.biases, False, "torch")
+    with pytest.raises(RuntimeError, match="save=False"):
+        y.sum().backward()
+
+
+def test_saved_for_backward() -> None:
+    """y, the reduced maps, the pooled input and its indices; x and parameters are not copied."""
+    data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32)
+    arguments = with_gradients(in_public_order(data))
+    arguments[0] = data.x.requires_grad_()
+    known = {t.data_ptr() for t in arguments}
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = functional.inception(*arguments)
+    known.add(y.data_ptr())
+    addresses = [t.data_ptr() for t in saved]
+    assert len(set(addresses)) == len(addresses)
+    own = sum(t.nbytes for t in saved if t.data_ptr() not in known)
+    pixels = 2 * 4 * 4
+    assert own == pixels * (4 * (SMALL.ch3x3red + SMALL.ch5x5red + 16) + 8 * 16)
+
+
+def test_double_backward_is_an_error() -> None:
+    data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32)
+    leaves = with_gradients(in_public_order(data))
+    (dx,) = torch.autograd.grad(functional.inception(*leaves).sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        dx.square().sum().backward()
+
+
+def test_double_backward_of_the_pool_is_an_error() -> None:
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    y = functional.global_avg_pool2d(x).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        dx.square().sum().backward()
+
+
+def test_gradcheck() -> None:
+    data = InceptionCase("", TINY, 2, 3, 2).tensors(torch.float64)
+    # distinct values: differences across a tie of the pool are not gradients
+    x = torch.randperm(data.x.numel()).double().view_as(data.x) / data.x.numel()
+    leaves = with_gradients([x, *in_public_order(data)[1:]])
+    assert torch.autograd.gradcheck(functional.inception, leaves)
+
+
+def test_gradcheck_of_the_pool() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(functional.global_avg_pool2d, x)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("save", [False, True], ids=["forward", "training"])
+def test_opcheck_inception(batch: int, save: bool) -> None:
+    data = InceptionCase("", SMALL, batch, 4, 3).tensors(torch.float32)
+    filters, biases = data.filters, data.biases
+    if save:
+        filters, biases = with_gradients(filters), with_gradients(biases)
+        data.x.requires_grad_()
+    torch.library.opcheck(inception, (data.x, filters, biases, save, "torch"))
+
+
+@pytest.mark.parametrize(
+    "needs", [[True] * 13, [i % 2 == 0 for i in range(13)]], ids=["all", "some"]
+)
+def test_opcheck_inception_backward(needs: list[bool]) -> None:
+    data = InceptionCase("", SMALL, 2, 4, 3).tensors(torch.float32)
+    y, saved = inception(data.x, data.filters, data.biases, True, "torch")
+    arguments = (data.dy, data.x, y, saved, data.filters, data.biases, needs, "torch")
+    torch.library.opcheck(inception_backward, arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (0, 5, 4, 3), (1, 1, 1, 1)], ids=str)
+def test_opcheck_global_pool(shape: tuple[int, int, int, int]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    torch.library.opcheck(global_avg_pool2d, (x, "torch"))
+    dy = torch.randn(shape[0], shape[1], 1, 1)
+    torch.library.opcheck(global_avg_pool2d_backward, (dy, shape, "torch"))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (0, 5, 4, 3), (1, 1, 1, 1), (3, 8, 7, 7)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+def test_global_pool(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    x, dy = torch.randn(shape).to(dtype), torch.randn(shape[0], shape[1], 1, 1).to(dtype)
+    got = step(functional.global_avg_pool2d, [x], dy)
+    want = step(reference.global_avg_pool2d, [x.double()], dy.double())
+    baseline = step(reference.global_avg_pool2d, [x], dy)
+    assert got[0].stride() == exact_strides(shape[0], shape[1], 1, 1)
+    for name, a, b, c in zip(("y", "dx"), got, want, baseline, strict=True):
+        assert_within(name, a, b, c)
+
+
+# torch's own: inductor imports scripted modules of torch
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compile(engine: str) -> None:
+    """One graph forward and backward, and none anew where the batch changes twice."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend(engine)
+    compiled = torch.compile(
+        lambda *t: functional.global_avg_pool2d(functional.inception(*t)),
+        fullgraph=True,
+        backend=graphs,
+    )
+
+    def eager(*t: Tensor) -> Tensor:
+        return reference.global_avg_pool2d(reference.inception(*t))
+
+    for batch in (2, 3, 5, 4):
+        data = InceptionCase("", SMALL, batch, 5, 4).tensors(torch.float64)
+        dy = torch.randn(batch, SMALL.out_channels, 1, 1).double()
+        got = step(compiled, in_public_order(data), dy)
+        want = step(eager, in_public_order(data), dy)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+    assert graphs.frame_count == 2  # batch 2, then any
+
+
+def test_compile_under_autocast() -> None:
+    torch._dynamo.reset()
+    data = InceptionCase("", SMALL, 2, 5, 4).tensors(torch.float32)
+
+    def amp(*t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional.inception(*t)
+
+    dy = data.dy.bfloat16()
+    got = step(torch.compile(amp, fullgraph=True, backend="aot_eager"), in_public_order(data), dy)
+    for a, b in zip(got, step(amp, in_public_order(data), dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_autocast_casts_input_and_filters() -> None:
+    data = InceptionCase("", SMALL, 2, 5, 4).tensors(torch.float32)
+
+    def amp(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*t: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(*t)
+
+        return run
+
+    dy = data.dy.bfloat16()
+    got = step(amp(functional.inception), in_public_order(data), dy)
+    baseline = step(amp(reference.inception), in_public_order(data), dy)
+    wide = data.to(torch.float64)
+    want = step(reference.inception, in_public_order(wide), wide.dy)
+    assert got[0].dtype == torch.bfloat16
+    assert {t.dtype for t in got[1:]} == {torch.float32}
+    for i, (a, b, c) in enumerate(zip(got, want, baseline, strict=True)):
+        assert_within(f"tensor {i}", a, b, c, slack=3.0 if i else 2.0)
+
+
+def test_autocast_rule_of_the_operator_itself() -> None:
+    data = InceptionCase("", SMALL, 2, 5, 4).tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = inception(data.x, data.filters, data.biases, False, "torch")
+    assert y.dtype == torch.bfloat16
+
+
+def test_backward_inside_autocast() -> None:
+    """A backward pass inside the autocast block computes what one outside of it does."""
+    data = InceptionCase("", SMALL, 2, 5, 4).tensors(torch.float32)
+    outside = step(functional.inception, in_public_order(data), data.dy)
+    leaves = with_gradients(in_public_order(data))
+    y = functional.inception(*leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, leaves, data.dy)
+    for a, b in zip(outside[1:], inside, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    data = InceptionCase("", SMALL, 2, 5, 4).tensors(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = functional.inception(*in_public_order(data))
+    assert y.dtype == torch.float64
+
+
+def test_biases_may_be_fp32() -> None:
+    data = InceptionCase("", SMALL, 2, 5, 4).tensors(torch.bfloat16)
+    data = data._replace(biases=[b.float() for b in data.biases])
+    got = step(functional.inception, in_public_order(data), data.dy)
+    assert [t.dtype for t in got[3::2]] == [torch.float32] * 6
+
+
+def test_no_gradient_where_y_is_not_used() -> None:
+    data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32)
+    data.x.requires_grad_()
+    y, saved = inception(data.x, data.filters, data.biases, True, "torch")
+    assert y.requires_grad
+    assert not any(t.requires_grad for t in saved)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    data = InceptionCase("", SMALL, 2, 5, 4).tensors(torch.float32, "meta")
+    y = functional.inception(*in_public_order(data))
+    assert y.device.type == "meta"
+    assert y.stride() == exact_strides(*y.shape)
