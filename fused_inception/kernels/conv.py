@@ -12,9 +12,9 @@ from fused_inception.tuning.configs import BranchesConfig
 
 
 @triton.jit
-def _conv_tile(
+def conv_tile(
     # tensors
-    x_ptr,  # [P, X_STRIDE] first channel of the input slot
+    x_ptr,  # [P, x_stride] first channel of the input slot
     w_ptr,  # [C_OUT, K * K, C_IN]
     b_ptr,  # [C_OUT] fp32
     y_ptr,  # [P, Y_STRIDE] first channel of the output slice
@@ -25,11 +25,12 @@ def _conv_tile(
     n_pixels,
     height,
     width,
+    # strides
+    x_stride,
     # problem
     K: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
-    X_STRIDE: tl.constexpr,
     Y_STRIDE: tl.constexpr,
     MASK_STRIDE: tl.constexpr,
     SAVE: tl.constexpr,
@@ -49,8 +50,8 @@ def _conv_tile(
     valid = tap_validity(offs_p, n_pixels, height, width, K)
     mask_co = offs_co < C_OUT
     p0 = (pid_p * BLOCK_P).to(tl.int64)
-    x_tile_ptr = x_ptr + p0 * X_STRIDE
-    x_offs = (local_p * X_STRIDE)[:, None] + offs_ci[None, :]
+    x_tile_ptr = x_ptr + p0 * x_stride
+    x_offs = (local_p * x_stride)[:, None] + offs_ci[None, :]
     w_offs = offs_co[None, :] * (K * K * C_IN) + offs_ci[:, None]
 
     # one flat loop over taps and channel blocks: nested loops pipeline badly
@@ -67,7 +68,7 @@ def _conv_tile(
             mask_ci = offs_ci < C_IN - ci0
             x_mask = x_mask & mask_ci[None, :]
             w_mask = w_mask & mask_ci[:, None]
-        shift = ((r - K // 2) * width + (s - K // 2)) * X_STRIDE + ci0
+        shift = ((r - K // 2) * width + (s - K // 2)) * x_stride + ci0
         x_tile = tl.load(x_tile_ptr + shift + x_offs, mask=x_mask, other=0.0)
         w_tile = tl.load(w_ptr + (tap * C_IN + ci0) + w_offs, mask=w_mask, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
@@ -127,17 +128,17 @@ def _branches_kernel(
     R_STRIDE: tl.constexpr = S3R + S5R
     end3 = tl.cdiv(n_pixels, P3) * TILES_3
     if pid < end3:
-        _conv_tile(
+        conv_tile(
             r_ptr, w_ptr + FILTER_3, b_ptr + BIAS_3, y_ptr + OFFSET_3, mask_ptr + SLOT_3 // 8,
-            pid // TILES_3, pid % TILES_3, n_pixels, height, width,
-            3, S3R, N3, R_STRIDE, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
+            pid // TILES_3, pid % TILES_3, n_pixels, height, width, R_STRIDE,
+            3, S3R, N3, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
             P3, CO3, CI3, NUM_STAGES,
         )  # fmt: skip
     else:
-        _conv_tile(
+        conv_tile(
             r_ptr + S3R, w_ptr + FILTER_5, b_ptr + BIAS_5, y_ptr + OFFSET_5, mask_ptr + SLOT_5 // 8,
-            (pid - end3) // TILES_5, (pid - end3) % TILES_5, n_pixels, height, width,
-            K5, S5R, N5, R_STRIDE, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
+            (pid - end3) // TILES_5, (pid - end3) % TILES_5, n_pixels, height, width, R_STRIDE,
+            K5, S5R, N5, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
             P5, CO5, CI5, NUM_STAGES,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from fused_inception.tuning.configs import DgradConfig
 
 
 @triton.jit
-def _dgrad_tile(
+def dgrad_tile(
     # tensors
     dz_ptr,  # [P, DZ_STRIDE] first channel of the branch's slot
     w_ptr,  # [C_OUT, K * K, C_IN]
@@ -34,6 +34,7 @@ def _dgrad_tile(
     DX_STRIDE: tl.constexpr,
     GATED: tl.constexpr,
     REAL_IN: tl.constexpr,  # channels of C_IN that are no padding
+    STORED_IN: tl.constexpr,  # channels that dx has
     PRECISION: tl.constexpr,
     # tile
     BLOCK_P: tl.constexpr,
@@ -76,19 +77,19 @@ def _dgrad_tile(
         acc = tl.dot(dz_tile, w_tile, acc, input_precision=PRECISION)
 
     dx_offs = (local_p * DX_STRIDE)[:, None] + offs_ci[None, :]
-    dx_mask = mask_p[:, None] & mask_ci[None, :]
+    dx_mask = mask_p[:, None] & (offs_ci < STORED_IN)[None, :]
     # rounded before it is masked: 128 x 256 accumulators beside a tile of x would spill
     dx_tile = acc.to(dx_ptr.dtype.element_ty)
     if GATED:
         x_tile = tl.load(x_ptr + p0 * DX_STRIDE + dx_offs, mask=dx_mask, other=0.0)
         dx_tile = tl.where(dx_mask & is_open(x_tile), dx_tile, 0.0)
-    if REAL_IN != C_IN:
+    if REAL_IN != STORED_IN:
         # padding channels of the scratch hold zeros whatever dz is
         dx_tile = tl.where((offs_ci < REAL_IN)[None, :], dx_tile, 0.0)
     tl.store(dx_ptr + p0 * DX_STRIDE + dx_offs, dx_tile, mask=dx_mask)
     if GATED:
         sums = tl.sum(dx_tile.to(tl.float32), axis=0)
-        tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, sums, mask=mask_ci)
+        tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, sums, mask=offs_ci < STORED_IN)
 
 
 @triton.jit(do_not_specialize=["n_pixels", "height", "width", "programs3", "programs5"])
@@ -146,26 +147,26 @@ def _dgrad_kernel(
     TILES_5: tl.constexpr = (S5R + CI5 - 1) // CI5
     TILES_P: tl.constexpr = (S_IN + CIP - 1) // CIP
     if pid < programs3:
-        _dgrad_tile(
+        dgrad_tile(
             dz_ptr + SLOT_3, w_ptr + FILTER_3, r_ptr, dr_ptr, partial3_ptr,
             pid // TILES_3, pid % TILES_3, n_pixels, height, width,
-            3, S3R, S3, DZ_STRIDE, R_STRIDE, True, R3, PRECISION,
+            3, S3R, S3, DZ_STRIDE, R_STRIDE, True, R3, S3R, PRECISION,
             P3, CI3, CO3, NUM_STAGES,
         )  # fmt: skip
     elif pid < programs3 + programs5:
         pid5 = pid - programs3
-        _dgrad_tile(
+        dgrad_tile(
             dz_ptr + SLOT_5, w_ptr + FILTER_5, r_ptr + S3R, dr_ptr + S3R, partial5_ptr + S3R,
             pid5 // TILES_5, pid5 % TILES_5, n_pixels, height, width,
-            K5, S5R, S5, DZ_STRIDE, R_STRIDE, True, R5, PRECISION,
+            K5, S5R, S5, DZ_STRIDE, R_STRIDE, True, R5, S5R, PRECISION,
             P5, CI5, CO5, NUM_STAGES,
         )  # fmt: skip
     else:
         pidp = pid - programs3 - programs5
-        _dgrad_tile(
+        dgrad_tile(
             dz_ptr + SLOT_P, w_ptr + FILTER_P, dp_ptr, dp_ptr, partial3_ptr,
             pidp // TILES_P, pidp % TILES_P, n_pixels, height, width,
-            1, S_IN, SP, DZ_STRIDE, S_IN, False, S_IN, PRECISION,
+            1, S_IN, SP, DZ_STRIDE, S_IN, False, S_IN, S_IN, PRECISION,
             PP, CIP, COP, NUM_STAGES,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from fused_inception.tuning.configs import FinishConfig
 
 
 @triton.jit
-def _finish_filter(
+def finish_filter(
     partial_ptr,  # [splits, TAPS * SLOT_IN, SLOT_OUT] fp32, first column of the filter
     dw_ptr,  # [C_OUT, C_IN, TAPS], or [C_OUT, TAPS, C_IN] with CHANNELS_LAST
     pid,
@@ -51,7 +51,7 @@ def _finish_filter(
 
 
 @triton.jit
-def _finish_bias(
+def finish_bias(
     partial_ptr,  # [rows, ROW_STRIDE] fp32, first column of the bias
     db_ptr,  # [C_OUT]
     pid,
@@ -156,51 +156,51 @@ def _finish_kernel(
     SLOTS: tl.constexpr = S1 + S3 + S5 + SP
     reduces_ptr = filters_ptr + start_r.to(tl.int64) * 64
     if pid < end1:
-        _finish_filter(
+        finish_filter(
             filters_ptr + start1.to(tl.int64) * 64, dw1_ptr, pid, splits1,
             N1, C_IN, 1, S_IN, S1, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif pid < end3r:
-        _finish_filter(
+        finish_filter(
             reduces_ptr, dw3r_ptr, pid - end1, splits_r,
             R3, C_IN, 1, S_IN, SR, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif pid < end3:
-        _finish_filter(
+        finish_filter(
             filters_ptr, dw3_ptr, pid - end3r, splits3,
             N3, R3, 9, S3R, S3, LAST3, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif pid < end5r:
-        _finish_filter(
+        finish_filter(
             reduces_ptr + S3R, dw5r_ptr, pid - end3, splits_r,
             R5, C_IN, 1, S_IN, SR, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif pid < end5:
-        _finish_filter(
+        finish_filter(
             filters_ptr + start5.to(tl.int64) * 64, dw5_ptr, pid - end5r, splits5,
             N5, R5, K5 * K5, S5R, S5, LAST5, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif pid < end_p:
-        _finish_filter(
+        finish_filter(
             filters_ptr + start_p.to(tl.int64) * 64, dwp_ptr, pid - end5, splits_p,
             NP, C_IN, 1, S_IN, SP, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif pid < end_b1:
-        _finish_bias(partial_m_ptr, db1_ptr, pid - end_p, rows_m, N1, SLOTS, BLOCK_M, BLOCK_N)
+        finish_bias(partial_m_ptr, db1_ptr, pid - end_p, rows_m, N1, SLOTS, BLOCK_M, BLOCK_N)
     elif pid < end_b3r:
-        _finish_bias(partial3_ptr, db3r_ptr, pid - end_b1, rows3, R3, SR, BLOCK_M, BLOCK_N)
+        finish_bias(partial3_ptr, db3r_ptr, pid - end_b1, rows3, R3, SR, BLOCK_M, BLOCK_N)
     elif pid < end_b3:
-        _finish_bias(
+        finish_bias(
             partial_m_ptr + SLOT_3, db3_ptr, pid - end_b3r, rows_m, N3, SLOTS, BLOCK_M, BLOCK_N
         )
     elif pid < end_b5r:
-        _finish_bias(partial5_ptr + S3R, db5r_ptr, pid - end_b3, rows5, R5, SR, BLOCK_M, BLOCK_N)
+        finish_bias(partial5_ptr + S3R, db5r_ptr, pid - end_b3, rows5, R5, SR, BLOCK_M, BLOCK_N)
     elif pid < end_b5:
-        _finish_bias(
+        finish_bias(
             partial_m_ptr + SLOT_5, db5_ptr, pid - end_b5r, rows_m, N5, SLOTS, BLOCK_M, BLOCK_N
         )
     else:
-        _finish_bias(
+        finish_bias(
             partial_m_ptr + SLOT_P, dbp_ptr, pid - end_b5, rows_m, NP, SLOTS, BLOCK_M, BLOCK_N
         )
 

@@ -11,7 +11,7 @@ from fused_inception.kernels.layout import PackedLayout
 
 
 @triton.jit
-def _pack_rows(
+def pack_rows(
     src_ptr,  # [C_OUT, C_IN, K, K] in torch's order, or [C_OUT, K, K, C_IN] with CHANNELS_LAST
     dst_ptr,  # [rows, K * K, SLOT_IN]
     pid,
@@ -38,7 +38,7 @@ def _pack_rows(
 
 
 @triton.jit
-def _pack_bias(src_ptr, dst_ptr, C_OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def pack_bias(src_ptr, dst_ptr, C_OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """dst[o] = src[o] in fp32; zero where o only pads a slot."""
     for start in tl.static_range(0, ROWS, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -101,24 +101,24 @@ def _pack_kernel(
     T5: tl.constexpr = T3 + (S5 * K5 * K5 * S5R + BLOCK - 1) // BLOCK
     TP: tl.constexpr = T5 + (SP * S_IN + BLOCK - 1) // BLOCK
     if pid < T1:
-        _pack_rows(w1_ptr, w_ptr, pid, N1, C_IN, 1, S_IN, S1, False, BLOCK)
+        pack_rows(w1_ptr, w_ptr, pid, N1, C_IN, 1, S_IN, S1, False, BLOCK)
     elif pid < T3R:
-        _pack_rows(w3r_ptr, w_ptr + W1, pid - T1, R3, C_IN, 1, S_IN, S3R, False, BLOCK)
+        pack_rows(w3r_ptr, w_ptr + W1, pid - T1, R3, C_IN, 1, S_IN, S3R, False, BLOCK)
     elif pid < T5R:
-        _pack_rows(w5r_ptr, w_ptr + W3R, pid - T3R, R5, C_IN, 1, S_IN, S5R, False, BLOCK)
+        pack_rows(w5r_ptr, w_ptr + W3R, pid - T3R, R5, C_IN, 1, S_IN, S5R, False, BLOCK)
     elif pid < T3:
-        _pack_rows(w3_ptr, w_ptr + W5R, pid - T5R, N3, R3, 9, S3R, S3, LAST3, BLOCK)
+        pack_rows(w3_ptr, w_ptr + W5R, pid - T5R, N3, R3, 9, S3R, S3, LAST3, BLOCK)
     elif pid < T5:
-        _pack_rows(w5_ptr, w_ptr + W3, pid - T3, N5, R5, K5 * K5, S5R, S5, LAST5, BLOCK)
+        pack_rows(w5_ptr, w_ptr + W3, pid - T3, N5, R5, K5 * K5, S5R, S5, LAST5, BLOCK)
     elif pid < TP:
-        _pack_rows(wp_ptr, w_ptr + W5, pid - T5, NP, C_IN, 1, S_IN, SP, False, BLOCK)
+        pack_rows(wp_ptr, w_ptr + W5, pid - T5, NP, C_IN, 1, S_IN, SP, False, BLOCK)
     elif WITH_BIAS:
-        _pack_bias(b1_ptr, b_ptr, N1, S1, BLOCK)
-        _pack_bias(b3r_ptr, b_ptr + S1, R3, S3R, BLOCK)
-        _pack_bias(b5r_ptr, b_ptr + (S1 + S3R), R5, S5R, BLOCK)
-        _pack_bias(b3_ptr, b_ptr + (S1 + S3R + S5R), N3, S3, BLOCK)
-        _pack_bias(b5_ptr, b_ptr + (S1 + S3R + S5R + S3), N5, S5, BLOCK)
-        _pack_bias(bp_ptr, b_ptr + (S1 + S3R + S5R + S3 + S5), NP, SP, BLOCK)
+        pack_bias(b1_ptr, b_ptr, N1, S1, BLOCK)
+        pack_bias(b3r_ptr, b_ptr + S1, R3, S3R, BLOCK)
+        pack_bias(b5r_ptr, b_ptr + (S1 + S3R), R5, S5R, BLOCK)
+        pack_bias(b3_ptr, b_ptr + (S1 + S3R + S5R), N3, S3, BLOCK)
+        pack_bias(b5_ptr, b_ptr + (S1 + S3R + S5R + S3), N5, S5, BLOCK)
+        pack_bias(bp_ptr, b_ptr + (S1 + S3R + S5R + S3 + S5), NP, SP, BLOCK)
 
 
 def launch_pack(

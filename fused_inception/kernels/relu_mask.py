@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import InceptionDims
+from fused_inception.geometry import align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.tuning.configs import MaskConfig
 
@@ -104,16 +104,23 @@ def _relu_mask_kernel(
 
 
 def launch_relu_mask(
-    dims: InceptionDims,
+    widths: tuple[int, ...],
     dy: torch.Tensor,
     mask: torch.Tensor,
     config: MaskConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns dz, [N, slot_channels, H, W] channels last in the dtype of `dy`, and column partials
-    [chunks, slots]."""
-    n, _, height, width = dy.shape
+    """Mask `dy`, [N, sum of widths, H, W], by the ReLU bits of up to four branches side by side.
+
+    Returns dz, [N, slots, H, W] channels last in the dtype of `dy`, each branch at a multiple of 8
+    channels, and its column partials [chunks, slots].
+    """
+    n1, n3, n5, np = (*widths, 0, 0, 0)[:4]
+    slot3 = align_up(n1)
+    slot5 = slot3 + align_up(n3)
+    slot_p = slot5 + align_up(n5)
+    slots = slot_p + align_up(np)
+    n, c_out, height, width = dy.shape
     n_pixels = n * height * width
-    slots = dims.slot_channels
     chunks = cdiv(n_pixels, config.pixels)
     dz = torch.empty_strided(
         (n, slots, height, width),
@@ -122,20 +129,19 @@ def launch_relu_mask(
         device=dy.device,
     )
     partial = torch.empty((chunks, slots), dtype=torch.float32, device=dy.device)
-    c_out = dims.out_channels
     dense = dy.stride() == (height * width * c_out, 1, width * c_out, c_out)
     run(
         _relu_mask_kernel,
         (chunks, cdiv(slots, config.block_c)),
-        (dy, mask, dz, partial, n_pixels, height, width, config.pixels, *_strides(dy)),
+        (dy, mask, dz, partial, n_pixels, height, width, config.pixels, *dy.stride()),
         dict(
-            N1=dims.ch1x1,
-            N3=dims.ch3x3,
-            N5=dims.ch5x5,
-            NP=dims.pool_proj,
-            SLOT_3=dims.slots[1],
-            SLOT_5=dims.slots[2],
-            SLOT_P=dims.slots[3],
+            N1=n1,
+            N3=n3,
+            N5=n5,
+            NP=np,
+            SLOT_3=slot3,
+            SLOT_5=slot5,
+            SLOT_P=slot_p,
             SLOTS=slots,
             DENSE=dense,
             BLOCK_P=config.block_p,
@@ -144,8 +150,3 @@ def launch_relu_mask(
         num_warps=config.num_warps,
     )
     return dz, partial
-
-
-def _strides(t: torch.Tensor) -> tuple[int, int, int, int]:
-    n, c, h, w = t.stride()
-    return n, c, h, w

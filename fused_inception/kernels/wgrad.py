@@ -10,11 +10,11 @@ import triton.language as tl
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.tiles import window_bits
-from fused_inception.tuning.configs import WgradConfig, WgradJob
+from fused_inception.tuning.configs import WgradConfig
 
 
 @triton.jit
-def _wgrad_tile(
+def wgrad_tile(
     # tensors
     x_ptr,  # [P, x_stride] input of the convolution, first channel of its slot
     index_ptr,  # [P, C_IN] uint8 winning taps, with POOLED
@@ -179,31 +179,31 @@ def _wgrad_kernel(
     x_stride = x_stride8 * 8
     R_STRIDE: tl.constexpr = S3R + S5R
     if pid < end3:
-        _wgrad_tile(
+        wgrad_tile(
             r_ptr, index_ptr, dz_ptr + SLOT_3, out_ptr,
             pid, chunk3, n_pixels, height, width, R_STRIDE, DZ_STRIDE,
             3, S3R, S3, False, PRECISION, M3, N3, P3, NUM_STAGES,
         )  # fmt: skip
     elif pid < end1:
-        _wgrad_tile(
+        wgrad_tile(
             x_ptr, index_ptr, dz_ptr, out_ptr + start1.to(tl.int64) * 64,
             pid - end3, chunk1, n_pixels, height, width, x_stride, DZ_STRIDE,
             1, S_IN, S1, False, PRECISION, M1, N1, P1, NUM_STAGES,
         )  # fmt: skip
     elif pid < end_r:
-        _wgrad_tile(
+        wgrad_tile(
             x_ptr, index_ptr, dr_ptr, out_ptr + start_r.to(tl.int64) * 64,
             pid - end1, chunk_r, n_pixels, height, width, x_stride, R_STRIDE,
             1, S_IN, R_STRIDE, False, PRECISION, MR, NR, PR, NUM_STAGES,
         )  # fmt: skip
     elif pid < end5:
-        _wgrad_tile(
+        wgrad_tile(
             r_ptr + S3R, index_ptr, dz_ptr + SLOT_5, out_ptr + start5.to(tl.int64) * 64,
             pid - end_r, chunk5, n_pixels, height, width, R_STRIDE, DZ_STRIDE,
             K5, S5R, S5, False, PRECISION, M5, N5, P5, NUM_STAGES,
         )  # fmt: skip
     else:
-        _wgrad_tile(
+        wgrad_tile(
             x_ptr, index_ptr, dz_ptr + SLOT_P, out_ptr + start_p.to(tl.int64) * 64,
             pid - end5, chunk_p, n_pixels, height, width, x_stride, DZ_STRIDE,
             1, S_IN, SP, True, PRECISION, MP, NP, PP, NUM_STAGES,
@@ -254,7 +254,7 @@ def launch_wgrad(
     programs: dict[str, int] = {}
     elements = 0
     for name, (job, rows, columns) in shapes.items():
-        chunk, splits = _split(n_pixels, job) if name in groups else (1, 0)
+        chunk, splits = job.chunks(n_pixels) if name in groups else (1, 0)
         placed[name] = (elements, splits)
         chunks[name] = chunk
         tiles = cdiv(rows, job.tile.block_m) * cdiv(columns, job.tile.block_n)
@@ -315,10 +315,3 @@ def launch_wgrad(
         num_warps=config.num_warps,
     )
     return PartialFilters(buffer, placed)
-
-
-def _split(n_pixels: int, job: WgradJob) -> tuple[int, int]:
-    """(pixels of one split, number of splits): whole steps of the reduction, no empty split."""
-    step = job.tile.block_k
-    chunk = cdiv(cdiv(n_pixels, job.splits), step) * step
-    return max(chunk, step), cdiv(n_pixels, chunk) if chunk else 0

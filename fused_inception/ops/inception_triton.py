@@ -86,7 +86,9 @@ def backward(
     reduce3 = need_x or need_w[1] or need_b[1]
     reduce5 = need_x or need_w[3] or need_b[3]
 
-    dz, partial_m = launch_relu_mask(dims, dy, mask, heuristic.mask_config(dims, pixels, target))
+    dz, partial_m = launch_relu_mask(
+        dims.branch_widths, dy, mask, heuristic.mask_config(dims.slot_channels, pixels, target)
+    )
     dr, dp, partial3, partial5 = r, index, partial_m, partial_m
     w = None
     if reduce3 or reduce5:

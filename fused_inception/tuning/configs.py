@@ -3,6 +3,8 @@ data."""
 
 from dataclasses import dataclass
 
+from fused_inception.geometry import align_up
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -83,6 +85,12 @@ class WgradJob:
     tile: Tile
     splits: int
 
+    def chunks(self, n_pixels: int) -> tuple[int, int]:
+        """(pixels of one split, number of splits): whole steps of the reduction, no empty split."""
+        step = self.tile.block_k
+        chunk = max(step, align_up(-(-n_pixels // self.splits), step))
+        return chunk, -(-n_pixels // chunk)
+
 
 @dataclass(frozen=True)
 class WgradConfig:
@@ -113,3 +121,25 @@ class GlobalPoolConfig:
     block_p: int
     block_c: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class ImageConvConfig:
+    """A convolution of images: forward, weight gradient, gradient of the image."""
+
+    forward: Tile
+    wgrad: WgradJob
+    dgrad: Tile
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """One "same" convolution: forward (pixels, output, input channels), its data and its weight
+    gradient."""
+
+    forward: Tile
+    dgrad: Tile
+    wgrad: WgradJob
+    num_warps: int
+    num_stages: int

@@ -109,13 +109,13 @@ def _best_tile(
     return min(shapes, key=seconds)
 
 
-def _warps(tiles: Iterable[Tile]) -> int:
+def warps(tiles: Iterable[Tile]) -> int:
     # 8 warps halve the accumulators of a thread; a small tile would leave each of them too little
     # work
     return 8 if max(t.block_m * t.block_n for t in tiles) > 128 * 64 else 4
 
 
-def _stages(tiles: Iterable[Tile], ops: Operands, target: Target) -> int:
+def stages(tiles: Iterable[Tile], ops: Operands, target: Target) -> int:
     """As many pipeline stages as fit, with room left for the epilogue's exchange of layouts."""
     step = max((t.block_m + t.block_n) * t.block_k * ops.itemsize for t in tiles)
     return max(1, min(target.max_stages, target.shared_bytes * 3 // 4 // step))
@@ -156,7 +156,6 @@ def pointwise_config(
     pool = Tile(pool_rows, min(128, max(32, _power_of_two(dims.pool_proj))), 32)
     if not ops.tensor_cores:
         pool = Tile(64, 64, 16)
-    warps = _warps([gemm])
     # one launch where launches are what it costs: inference, and less than a few waves of training
     together = not save or n_pixels <= 64 * target.processors
     return PointwiseConfig(
@@ -164,8 +163,8 @@ def pointwise_config(
         tail,
         pool,
         together,
-        warps,
-        _stages([gemm], ops, target),
+        warps([gemm]),
+        stages([gemm], ops, target),
         8 if pool.block_m == 128 else 4,
     )
 
@@ -176,13 +175,13 @@ def branches_config(
 ) -> BranchesConfig:
     """Launch B."""
     c3, c5 = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
-    conv3 = _conv_tile(n_pixels, dims.ch3x3, c3, 9, ops, target)
-    conv5 = _conv_tile(n_pixels, dims.ch5x5, c5, dims.kernel_5x5**2, ops, target)
+    conv3 = conv_tile(n_pixels, dims.ch3x3, c3, 9, ops, target)
+    conv5 = conv_tile(n_pixels, dims.ch5x5, c5, dims.kernel_5x5**2, ops, target)
     tiles = [conv3, conv5]
-    return BranchesConfig(conv3, conv5, _warps(tiles), _stages(tiles, ops, target))
+    return BranchesConfig(conv3, conv5, warps(tiles), stages(tiles, ops, target))
 
 
-def _conv_tile(
+def conv_tile(
     m: int,
     n: int,
     channels: int,
@@ -197,10 +196,10 @@ def _conv_tile(
 
 
 @functools.lru_cache(maxsize=4096)
-def mask_config(dims: InceptionDims, n_pixels: int, target: Target) -> MaskConfig:
+def mask_config(slots: int, n_pixels: int, target: Target) -> MaskConfig:
     """Launch M: about four programs a processor, each walking whole tiles of pixels."""
-    block_c = min(128, max(16, _power_of_two(dims.slot_channels)))
-    columns = math.ceil(dims.slot_channels / block_c)
+    block_c = min(128, max(16, _power_of_two(slots)))
+    columns = math.ceil(slots / block_c)
     pixels = math.ceil(n_pixels * columns / (4 * target.processors))
     return MaskConfig(32, block_c, max(32, align_up(pixels, 32)), 4)
 
@@ -210,11 +209,11 @@ def dgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Targ
     """Launch L1: the mask of a 128 x 256 tile would spill beside its accumulators."""
     taps5 = dims.kernel_5x5**2
     s3, s5 = align_up(dims.ch3x3), align_up(dims.ch5x5)
-    conv3 = _conv_tile(n_pixels, dims.ch3x3red, s3, 9, ops, target, max_width=128)
-    conv5 = _conv_tile(n_pixels, dims.ch5x5red, s5, taps5, ops, target, max_width=128)
-    pool = _conv_tile(n_pixels, dims.in_channels, align_up(dims.pool_proj), 1, ops, target)
+    conv3 = conv_tile(n_pixels, dims.ch3x3red, s3, 9, ops, target, max_width=128)
+    conv5 = conv_tile(n_pixels, dims.ch5x5red, s5, taps5, ops, target, max_width=128)
+    pool = conv_tile(n_pixels, dims.in_channels, align_up(dims.pool_proj), 1, ops, target)
     tiles = [conv3, conv5, pool]
-    return DgradConfig(conv3, conv5, pool, _warps(tiles), _stages(tiles, ops, target))
+    return DgradConfig(conv3, conv5, pool, warps(tiles), stages(tiles, ops, target))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -227,7 +226,7 @@ def input_grad_config(
     step = 32 if ops.itemsize == 2 else 16
     bm, bn = _best_tile(n_pixels, dims.in_channels, k, ops, target, max_elements=128 * 128)
     tile = Tile(bm, bn, step)
-    return InputGradConfig(tile, _warps([tile]), _stages([tile], ops, target))
+    return InputGradConfig(tile, warps([tile]), stages([tile], ops, target))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -237,25 +236,34 @@ def wgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Targ
     s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
     taps5 = dims.kernel_5x5**2
 
-    def job(rows: int, columns: int, max_elements: int | None = None) -> WgradJob:
-        bm, bn = _best_tile(
-            rows, columns, n_pixels, ops, target, max_elements=max_elements, splits_free=True
-        )
-        step = 64 if ops.itemsize == 2 else 32 if ops.tensor_cores else 16
-        whole = _tile_seconds(bm, bn, n_pixels, ops, target)
-        splits = max(1, min(math.ceil(whole / SPLIT_SECONDS), n_pixels // (4 * step)))
-        return WgradJob(Tile(bm, bn, step), splits)
-
     jobs = dict(
-        conv3=job(9 * align_up(dims.ch3x3red), s3),
-        conv5=job(taps5 * align_up(dims.ch5x5red), s5),
-        branch1=job(s_in, s1),
-        reduces=job(s_in, dims.reduced_channels),
+        conv3=wgrad_job(9 * align_up(dims.ch3x3red), s3, n_pixels, ops, target),
+        conv5=wgrad_job(taps5 * align_up(dims.ch5x5red), s5, n_pixels, ops, target),
+        branch1=wgrad_job(s_in, s1, n_pixels, ops, target),
+        reduces=wgrad_job(s_in, dims.reduced_channels, n_pixels, ops, target),
         # the gather of the winners is bound by its scattered loads, not by the tile
-        projection=job(s_in, sp, 64 * 128),
+        projection=wgrad_job(s_in, sp, n_pixels, ops, target, max_elements=64 * 128),
     )
     tiles = [j.tile for j in jobs.values()]
-    return WgradConfig(**jobs, num_warps=_warps(tiles), num_stages=_stages(tiles, ops, target))
+    return WgradConfig(**jobs, num_warps=warps(tiles), num_stages=stages(tiles, ops, target))
+
+
+def wgrad_job(
+    rows: int,
+    columns: int,
+    n_pixels: int,
+    ops: Operands,
+    target: Target,
+    max_elements: int | None = None,
+) -> WgradJob:
+    """Tile and split of one filter gradient, rows x columns, summed over all pixels."""
+    bm, bn = _best_tile(
+        rows, columns, n_pixels, ops, target, max_elements=max_elements, splits_free=True
+    )
+    step = 64 if ops.itemsize == 2 else 32 if ops.tensor_cores else 16
+    whole = _tile_seconds(bm, bn, n_pixels, ops, target)
+    splits = max(1, min(math.ceil(whole / SPLIT_SECONDS), n_pixels // (4 * step)))
+    return WgradJob(Tile(bm, bn, step), splits)
 
 
 def finish_config() -> FinishConfig:
