@@ -1,4 +1,4 @@
-"""The registered operators on the ATen path: schema, fakes, autograd, autocast, compilation."""
+"""The registered operators: schema, fakes, autograd, autocast, compilation; numbers on ATen."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,12 @@ from fused_inception.geometry import InceptionDims
 from fused_inception.ops.global_pool import global_avg_pool2d, global_avg_pool2d_backward
 from fused_inception.ops.inception import inception, inception_backward
 from tests.cases import INCEPTION_CASES, SMALL, InceptionCase, InceptionTensors
+from tests.conftest import HAS_TRITON
 from tests.tolerances import assert_within
 
 NAMES = ("x", "w1", "w3r", "w3", "w5r", "w5", "wp", "b1", "b3r", "b3", "b5r", "b5", "bp")
 TINY = InceptionDims(4, 2, 3, 2, 2, 3, 2)
+implementations = pytest.mark.parametrize("impl", ["torch", *["triton"] * HAS_TRITON])
 cases = pytest.mark.parametrize("case", INCEPTION_CASES, ids=lambda case: case.name)
 
 
@@ -216,6 +218,24 @@ def test_saved_for_backward() -> None:
     assert own == pixels * (4 * (SMALL.ch3x3red + SMALL.ch5x5red + 16) + 8 * 16)
 
 
+def test_contiguous_input_is_converted_once() -> None:
+    """What is saved is the converted tensor, which backward need not convert again."""
+    data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        functional.inception(data.x.contiguous().requires_grad_(), *pairs(data))
+    (x,) = (t for t in saved if t.shape == data.x.shape and t.equal(data.x))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("side", "convolutions"), [(12, 6), (16, 4)])
+def test_1x1_convolutions_are_one_where_that_pays(side: int, convolutions: int) -> None:
+    data = InceptionCase("", SMALL, 1, side, side).tensors(torch.float32)
+    with torch.profiler.profile() as profile:
+        functional.inception(*in_public_order(data))
+    assert {e.key: e.count for e in profile.key_averages()}["aten::conv2d"] == convolutions
+
+
 def test_double_backward_is_an_error() -> None:
     data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32)
     leaves = with_gradients(in_public_order(data))
@@ -245,33 +265,37 @@ def test_gradcheck_of_the_pool() -> None:
     assert torch.autograd.gradcheck(functional.global_avg_pool2d, x)
 
 
-@pytest.mark.parametrize("batch", [0, 1, 2])
+@implementations
+@pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize("save", [False, True], ids=["forward", "training"])
-def test_opcheck_inception(batch: int, save: bool) -> None:
-    data = InceptionCase("", SMALL, batch, 4, 3).tensors(torch.float32)
+def test_opcheck_inception(batch: int, save: bool, impl: str, device: torch.device) -> None:
+    data = InceptionCase("", SMALL, batch, 4, 3).tensors(torch.float32, device)
     filters, biases = data.filters, data.biases
     if save:
         filters, biases = with_gradients(filters), with_gradients(biases)
         data.x.requires_grad_()
-    torch.library.opcheck(inception, (data.x, filters, biases, save, "torch"))
+    torch.library.opcheck(inception, (data.x, filters, biases, save, impl))
 
 
-@pytest.mark.parametrize(
-    "needs", [[True] * 13, [i % 2 == 0 for i in range(13)]], ids=["all", "some"]
-)
-def test_opcheck_inception_backward(needs: list[bool]) -> None:
-    data = InceptionCase("", SMALL, 2, 4, 3).tensors(torch.float32)
-    y, saved = inception(data.x, data.filters, data.biases, True, "torch")
-    arguments = (data.dy, data.x, y, saved, data.filters, data.biases, needs, "torch")
+@implementations
+@pytest.mark.parametrize("every", [1, 2], ids=["all", "every-second"])
+def test_opcheck_inception_backward(every: int, impl: str, device: torch.device) -> None:
+    data = InceptionCase("", SMALL, 2, 4, 3).tensors(torch.float32, device)
+    y, saved = inception(data.x, data.filters, data.biases, True, impl)
+    needs = [i % every == 0 for i in range(13)]
+    arguments = (data.dy, data.x, y, saved, data.filters, data.biases, needs, impl)
     torch.library.opcheck(inception_backward, arguments)
 
 
+@implementations
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (0, 5, 4, 3), (1, 1, 1, 1)], ids=str)
-def test_opcheck_global_pool(shape: tuple[int, int, int, int]) -> None:
-    x = torch.randn(shape, requires_grad=True)
-    torch.library.opcheck(global_avg_pool2d, (x, "torch"))
-    dy = torch.randn(shape[0], shape[1], 1, 1)
-    torch.library.opcheck(global_avg_pool2d_backward, (dy, shape, "torch"))
+def test_opcheck_global_pool(
+    shape: tuple[int, int, int, int], impl: str, device: torch.device
+) -> None:
+    x = torch.randn(shape, device=device, requires_grad=True)
+    torch.library.opcheck(global_avg_pool2d, (x, impl))
+    dy = torch.randn(shape[0], shape[1], 1, 1, device=device)
+    torch.library.opcheck(global_avg_pool2d_backward, (dy, shape, impl))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (0, 5, 4, 3), (1, 1, 1, 1), (3, 8, 7, 7)], ids=str)
