@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_inception.geometry import conv_out
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -56,6 +58,38 @@ def inception_parameters(
                 f"b{name} must be of shape [{weight.shape[0]}], one bias for each filter, "
                 f"got {list(bias.shape)}"
             )
+        _placed(x, f"w{name}", weight, f"b{name}", bias, casts)
+
+
+def conv_parameters(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, *, casts: bool
+) -> None:
+    """One square filter and its bias fit `x`; `casts` as above.
+
+    Raises:
+        ValueError, TypeError: of shapes, options or devices, of dtypes.
+    """
+    shape, c_in = weight.shape, x.shape[1]
+    if len(shape) != 4 or shape[0] < 1 or shape[1] != c_in or shape[2] < 1 or shape[3] != shape[2]:
+        raise ValueError(f"weight must be of shape [C_out, {c_in}, K, K], got {list(shape)}")
+    if bias.dim() != 1 or bias.shape[0] != shape[0]:
+        raise ValueError(f"bias must be of shape [{shape[0]}], got {list(bias.shape)}")
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    if padding < 0:
+        raise ValueError(f"padding must be at least 0, got {padding}")
+    for side in x.shape[2:]:
+        conv_out(side, shape[2], stride, padding)
+    _placed(x, "weight", weight, "bias", bias, casts)
+
+
+_NAMES = ("1", "3r", "3", "5r", "5", "p")
+
+
+def _placed(
+    x: Tensor, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor, casts: bool
+) -> None:
+    """Filter and bias are on the device of `x`, in dtypes that it can be combined with."""
     allowed_w: tuple[torch.dtype, ...]
     allowed_b: tuple[torch.dtype, ...]
     if casts:
@@ -63,24 +97,11 @@ def inception_parameters(
     else:
         allowed_w = (x.dtype,)
         allowed_b = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    _placed("w", filters, x.device, allowed_w)
-    _placed("b", biases, x.device, allowed_b)
-
-
-_NAMES = ("1", "3r", "3", "5r", "5", "p")
-
-
-def _placed(
-    letter: str,
-    tensors: Sequence[Tensor],
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    for name, t in zip(_NAMES, tensors, strict=True):
-        if t.device != device:
-            raise ValueError(f"{letter}{name} must be on the device of x, {device}, got {t.device}")
-        if t.dtype not in dtypes:
-            raise TypeError(f"{letter}{name} must be {_names(dtypes)}, got {_names([t.dtype])}")
+    for name, t, allowed in ((weight_name, weight, allowed_w), (bias_name, bias, allowed_b)):
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+        if t.dtype not in allowed:
+            raise TypeError(f"{name} must be {_names(allowed)}, got {_names([t.dtype])}")
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -14,6 +14,7 @@ from fused_inception.kernels.pack import launch_pack
 from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.launches import record_launches
 from fused_inception.ops import inception_triton
+from fused_inception.ops.problem import problem_of
 from fused_inception.tuning import heuristic
 from fused_inception.tuning.configs import BranchesConfig, PointwiseConfig, Tile
 from tests.cases import INCEPTION_CASES, InceptionCase, InceptionTensors
@@ -163,7 +164,7 @@ def test_slices_end_where_they_should(device: torch.device) -> None:
     them."""
     dims, n, height, width = InceptionDims(13, 7, 11, 17, 5, 3, 19), 2, 3, 7
     p = problem(device, torch.float32, dims, n, height, width)
-    ops, target, pixels = inception_triton._problem(p.x)
+    ops, target, pixels = problem_of(p.x)
     w, b = launch_pack(dims, p.filters, p.biases, torch.float32)
     x = inception_triton.for_kernels(p.x)
     y = torch.full((n, height, width, dims.out_channels), math.nan, device=device)

@@ -4,14 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_inception import functional
+
 PLAIN = "plain PyTorch: no fused kernel yet"
+FUSED = "one fused operator"
 
 
 class ConvBlock(nn.Module):
     """relu(conv(x) + bias), or relu(batch_norm(conv(x))) with `norm="batch"`.
 
-    Children: `conv`, and `bn` with BatchNorm; torchvision's names. Plain PyTorch so far; inside a
-    fused `Inception` it only holds the parameters.
+    Children: `conv`, and `bn` with BatchNorm; torchvision's names. With a bias it runs as
+    `functional.conv2d_relu`, with BatchNorm as plain PyTorch so far; inside a fused `Inception` it
+    only holds the parameters.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: of the convolution.
@@ -22,9 +26,6 @@ class ConvBlock(nn.Module):
     Raises:
         ValueError: unknown `norm`.
     """
-
-    # what `print` says; a fused parent writes its own
-    path = PLAIN
 
     def __init__(
         self,
@@ -44,6 +45,8 @@ class ConvBlock(nn.Module):
         if norm not in (None, "batch"):
             raise ValueError(f'norm must be None or "batch", got {norm!r}')
         self.norm = norm
+        # what `print` says; a fused parent writes its own
+        self.path = FUSED if norm is None else PLAIN
         self.conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -59,10 +62,10 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""
-        x = self.conv(x)
-        if self.norm == "batch":
-            x = self.bn(x)
-        return F.relu(x, inplace=True)
+        if self.norm is None and self.conv.bias is not None:
+            stride, padding = self.conv.stride[0], int(self.conv.padding[0])
+            return functional.conv2d_relu(x, self.conv.weight, self.conv.bias, stride, padding)
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def extra_repr(self) -> str:
         """Mode and path, for `print`."""

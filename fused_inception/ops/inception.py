@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_inception.ops import inception_aten
-from fused_inception.ops.layout import dims_of, empty_channels_last
+from fused_inception.ops.layout import dims_of, empty_channels_last, settle
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -65,7 +65,7 @@ def _backward(
         if not need or gradient is None:
             settled.append(tensor.new_empty(0))
         else:
-            settled.append(gradient if tensor is x else _settle(gradient, tensor))
+            settled.append(gradient if tensor is x else settle(gradient, tensor))
     return settled
 
 
@@ -86,14 +86,6 @@ def _backward_fake(
         gradient if need else tensor.new_empty(0)
         for gradient, tensor, need in zip(like, (x, *parameters), needs, strict=True)
     ]
-
-
-def _settle(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """`gradient` in the dtype and, where dense, the strides of its parameter, in its own memory."""
-    like = torch.empty_like(parameter)
-    alike = gradient.dtype == like.dtype and gradient.stride() == like.stride()
-    # a part of a larger gradient would keep all of it alive
-    return gradient if alike and not gradient._is_view() else like.copy_(gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:

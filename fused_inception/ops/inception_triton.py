@@ -14,9 +14,8 @@ from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.kernels.wgrad import launch_wgrad
 from fused_inception.ops import filter_cache
 from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
+from fused_inception.ops.problem import problem_of
 from fused_inception.tuning import heuristic
-from fused_inception.tuning.heuristic import Operands
-from fused_inception.tuning.targets import target_of
 
 
 def forward(
@@ -33,7 +32,7 @@ def forward(
     """
     dims = dims_of(filters)
     n, _, height, width = x.shape
-    ops, target, pixels = _problem(x)
+    ops, target, pixels = problem_of(x)
     w, b = filter_cache.packed(
         filters, biases, x.dtype, lambda: launch_pack(dims, filters, biases, x.dtype), save=save
     )
@@ -81,7 +80,7 @@ def backward(
     dims = dims_of(filters)
     r, index, mask = saved
     n, c_in, height, width = x.shape
-    ops, target, pixels = _problem(x)
+    ops, target, pixels = problem_of(x)
     need_x, need_w, need_b = needs[0], needs[1:7], needs[7:]
     reduce3 = need_x or need_w[1] or need_b[1]
     reduce5 = need_x or need_w[3] or need_b[3]
@@ -131,16 +130,6 @@ def backward(
             heuristic.finish_config(),
         )  # fmt: skip
     return [dx, *filter_grads, *bias_grads]
-
-
-def _problem(x: torch.Tensor) -> tuple[Operands, "heuristic.Target", int]:
-    """Operands, target, and the pixels rounded up to a power of two: neighbouring batches share
-    configurations."""
-    n, _, height, width = x.shape
-    precise = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
-    ops = Operands(x.element_size(), "ieee" if precise else "tf32")
-    pixels = n * height * width
-    return ops, target_of(x.device), 1 << max(0, pixels - 1).bit_length()
 
 
 def _grad_like(weight: torch.Tensor) -> torch.Tensor:

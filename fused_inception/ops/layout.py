@@ -91,3 +91,11 @@ def dims_of(filters: Sequence[Tensor]) -> InceptionDims:
         pool_proj=wp.shape[0],
         kernel_5x5=w5.shape[2],
     )
+
+
+def settle(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """`gradient` in the dtype and, where dense, the strides of its parameter, in its own memory."""
+    like = torch.empty_like(parameter)
+    alike = gradient.dtype == like.dtype and gradient.stride() == like.stride()
+    # a part of a larger gradient would keep all of it alive
+    return gradient if alike and not gradient._is_view() else like.copy_(gradient)

@@ -1,0 +1,137 @@
+"""The script of one convolution with bias and ReLU on the Triton path."""
+
+import torch
+from torch import Tensor
+
+from fused_inception.geometry import align_up, conv_out
+from fused_inception.kernels.conv2d import (
+    launch_conv2d_dgrad,
+    launch_conv2d_finish,
+    launch_conv2d_fwd,
+    launch_conv2d_wgrad,
+    launch_pack_filter,
+)
+from fused_inception.kernels.image_conv import (
+    ImageConv,
+    launch_image_conv_dgrad,
+    launch_image_conv_fwd,
+    launch_image_conv_wgrad,
+)
+from fused_inception.kernels.relu_mask import launch_relu_mask
+from fused_inception.ops import filter_cache
+from fused_inception.ops.conv2d import IMAGE_CHANNELS
+from fused_inception.ops.layout import empty_channels_last, for_kernels
+from fused_inception.ops.problem import problem_of
+from fused_inception.tuning.conv_heuristic import conv_config, image_conv_config
+from fused_inception.tuning.heuristic import finish_config, mask_config
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """y [N, C_OUT, H_out, W_out] exactly channels last, and with `save` [its ReLU mask, 1 bit].
+
+    An image is read in its own layout and dtype; any other x as `layout.for_kernels` has it.
+    """
+    (mask,) = saved_like(x, weight, stride, padding)
+    y = empty_channels_last(*_map_shape(x, weight, stride, padding), dtype=x.dtype, device=x.device)
+    if not save:
+        mask = mask.new_empty(0)
+    ops, target, pixels = problem_of(y)
+    shape = _image(weight, stride, padding)
+    if shape is not None:
+        launch_image_conv_fwd(
+            shape, x, weight.contiguous(), bias, y, mask,
+            image_conv_config(shape.positions, shape.c_out, pixels, ops, target),
+            save=save, precision=ops.precision,
+        )  # fmt: skip
+        return y, [mask] if save else []
+    c_out, c_in, k, _ = weight.shape
+    w, b = filter_cache.packed(
+        [weight], [bias], x.dtype, lambda: launch_pack_filter(weight, bias, x.dtype), save=save
+    )
+    launch_conv2d_fwd(
+        for_kernels(x), w, b, y, mask, conv_config(c_in, c_out, k, pixels, ops, target),
+        kernel=k, save=save, precision=ops.precision,
+    )  # fmt: skip
+    return y, [mask] if save else []
+
+
+def saved_like(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[Tensor]:
+    """An empty tensor of the shape of the mask that `forward` saves."""
+    n, c_out, height, width = _map_shape(x, weight, stride, padding)
+    return [x.new_empty((n * height * width, align_up(c_out) // 8), dtype=torch.uint8)]
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weight, bias; 0 elements where `needs` says no."""
+    need_x, need_w, need_b = needs
+    c_out, c_in, k, _ = weight.shape
+    ops, target, pixels = problem_of(dy)
+    (mask,) = saved
+    dz, partial_bias = launch_relu_mask(
+        (c_out,), dy, mask, mask_config(align_up(c_out), pixels, target)
+    )
+    dx, dw, db = x.new_empty(0), weight.new_empty(0), bias.new_empty(0)
+    if need_x:
+        dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+    if need_w:
+        dw = torch.empty_like(weight)
+    if need_b:
+        db = torch.empty_like(bias)
+    shape = _image(weight, stride, padding)
+    taps = k * k
+    if shape is not None:
+        image = image_conv_config(shape.positions, c_out, pixels, ops, target)
+        if need_x:
+            launch_image_conv_dgrad(
+                shape, dz, weight.contiguous(), dx, image, precision=ops.precision
+            )
+        if need_w:
+            partial = launch_image_conv_wgrad(shape, x, dz, image, precision=ops.precision)
+            # the last row of each split is the gradient of the bias
+            partial_bias = partial[:, -1]
+            taps, dw = 1, torch.empty_like(weight, memory_format=torch.contiguous_format)
+        else:
+            partial = partial_bias[:0, None]
+    else:
+        config = conv_config(c_in, c_out, k, pixels, ops, target)
+        if need_x:
+            w, _ = launch_pack_filter(weight, None, dz.dtype)
+            launch_conv2d_dgrad(dz, w, dx, None, config, kernel=k, precision=ops.precision)
+        if need_w:
+            partial = launch_conv2d_wgrad(
+                for_kernels(x), dz, config, kernel=k, precision=ops.precision
+            )
+        else:
+            partial = partial_bias[:0, None]
+    if need_w or need_b:
+        launch_conv2d_finish(partial, partial_bias, dw, db, finish_config(), taps=taps)
+    return [dx, dw, db]
+
+
+def _image(weight: Tensor, stride: int, padding: int) -> ImageConv | None:
+    c_out, c_in, k, _ = weight.shape
+    if c_in > IMAGE_CHANNELS:
+        return None
+    return ImageConv(c_in, c_out, k, stride, padding)
+
+
+def _map_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    n, _, height, width = x.shape
+    k = weight.shape[2]
+    return (
+        n,
+        weight.shape[0],
+        conv_out(height, k, stride, padding),
+        conv_out(width, k, stride, padding),
+    )

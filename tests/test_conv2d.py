@@ -1,0 +1,192 @@
+"""One convolution with bias and ReLU: kernels against fp64, and the operator around them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_inception as fi
+from fused_inception import functional, reference
+from fused_inception.ops import conv2d as ops
+from tests.tolerances import assert_within
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# C_in, C_out, kernel, stride, padding, N, H, W
+CASES = {
+    "first-layer": (3, 64, 7, 2, 3, 1, 19, 16),
+    "image-odd-widths": (1, 5, 3, 1, 0, 2, 6, 7),
+    "image-4-channels-even-filter": (4, 8, 4, 3, 1, 2, 9, 8),
+    "image-smaller-than-filter": (3, 16, 7, 2, 3, 2, 2, 3),
+    "1x1": (64, 64, 1, 1, 0, 2, 5, 6),
+    "1x1-odd-widths": (13, 7, 1, 1, 0, 2, 3, 5),
+    "3x3": (16, 72, 3, 1, 1, 2, 5, 13),
+    "5x5-odd-widths": (9, 17, 5, 1, 2, 1, 4, 4),
+    "empty-batch": (16, 8, 3, 1, 1, 0, 5, 5),
+}
+
+
+def data(name: str, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """[x, weight, bias] and the gradient of the output."""
+    c_in, c_out, k, stride, padding, n, height, width = CASES[name]
+    draw = torch.Generator().manual_seed(7)
+    x = torch.randn(n, c_in, height, width, generator=draw)
+    weight = torch.randn(c_out, c_in, k, k, generator=draw) * (2 / (c_in * k * k)) ** 0.5
+    bias = torch.randn(c_out, generator=draw) * 0.1
+    dy = torch.randn(reference.conv2d_relu(x, weight, bias, stride, padding).shape, generator=draw)
+    return [t.to(device, dtype) for t in (x, weight, bias)], dy.to(device, dtype)
+
+
+def results(function, inputs: list[Tensor], dy: Tensor, *options: int) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = function(*leaves, *options)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def check(inputs: list[Tensor], dy: Tensor, got: list[Tensor], *options: int) -> None:
+    want = results(reference.conv2d_relu, [t.double() for t in inputs], dy.double(), *options)
+    dtype = inputs[0].dtype
+    baseline = results(reference.conv2d_relu, [t.to(dtype) for t in inputs], dy, *options)
+    for name, ours, exact, theirs in zip(("y", "dx", "dw", "db"), got, want, baseline, strict=True):
+        slack = 2.0 if name == "y" else 3.0
+        assert_within(name, ours.to(theirs.dtype), exact, theirs, slack=slack)
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, dy = data(name, dtype, device)
+    options = CASES[name][3:5]
+    with fi.backend("triton"), fi.record_launches() as launches:
+        got = results(functional.conv2d_relu, inputs, dy, *options)
+    assert bool(launches) == (dy.numel() > 0) or name == "empty-batch"
+    check(inputs, dy, got, *options)
+    _, c, h, w = got[0].shape
+    assert got[0].stride() == (h * w * c, 1, w * c, c)
+
+
+@pytest.mark.parametrize("name", ["first-layer", "3x3"])
+@pytest.mark.parametrize("position", range(3), ids=["x", "weight", "bias"])
+def test_each_gradient_alone(name: str, position: int, device: torch.device) -> None:
+    """What is frozen costs no launch, and what is not comes out the same."""
+    inputs, dy = data(name, torch.float32, device)
+    options = CASES[name][3:5]
+    with fi.backend("triton"):
+        everything = results(functional.conv2d_relu, inputs, dy, *options)[1:]
+        leaves = [t.clone().requires_grad_(i == position) for i, t in enumerate(inputs)]
+        y = functional.conv2d_relu(*leaves, *options)
+    with fi.record_launches() as launches:
+        y.backward(dy)
+    torch.testing.assert_close(leaves[position].grad, everything[position], rtol=1e-5, atol=1e-5)
+    kernels = [launch.kernel for launch in launches]
+    assert any("dgrad" in k for k in kernels) == (position == 0)
+    assert any("wgrad" in k for k in kernels) == (position == 1)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_images_are_read_in_any_layout(device: torch.device) -> None:
+    inputs, dy = data("image-odd-widths", torch.float32, device)
+    last = inputs[0].contiguous(memory_format=torch.channels_last)
+    cut = torch.nn.functional.pad(inputs[0], (1, 2, 3, 1))[:, :, 3:-1, 1:-2]
+    with fi.backend("triton"):
+        for x in (last, cut, inputs[0].flip(3).flip(3)):
+            q = [x, *inputs[1:]]
+            check(q, dy, results(functional.conv2d_relu, q, dy))
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["first-layer", "3x3"])
+def test_filter_gradients_take_the_filters_strides_and_dtype(
+    name: str, memory: torch.memory_format, device: torch.device
+) -> None:
+    """Mixed precision: the filter stays fp32 under autocast, and so does its gradient."""
+    inputs, dy = data(name, torch.float32, device)
+    inputs[1] = inputs[1].contiguous(memory_format=memory)
+    with fi.backend("triton"), torch.autocast(device.type, torch.bfloat16):
+        got = results(functional.conv2d_relu, inputs, dy.bfloat16(), *CASES[name][3:5])
+    assert got[0].dtype == torch.bfloat16
+    assert got[2].dtype == torch.float32
+    assert got[2].stride() == inputs[1].stride()
+    half = [t.bfloat16() for t in inputs]
+    check(half, dy.bfloat16(), got, *CASES[name][3:5])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["image-odd-widths", "1x1-odd-widths"])
+def test_operator_passes_opcheck(name: str, impl: str, device: torch.device) -> None:
+    inputs, dy = data(name, torch.float32, device)
+    stride, padding = CASES[name][3:5]
+    leaves = [t.requires_grad_() for t in inputs]
+    torch.library.opcheck(ops.conv2d_relu, (*leaves, stride, padding, True, impl))
+    with torch.no_grad():
+        y, saved = ops.conv2d_relu(*inputs, stride, padding, True, impl)
+    x, weight, bias = (t.detach() for t in inputs)
+    torch.library.opcheck(
+        ops.conv2d_relu_backward,
+        (dy, x, y, saved, weight, bias, stride, padding, [True, True, False], impl),
+    )
+
+
+@pytest.mark.parametrize("name", ["image-odd-widths", "1x1-odd-widths"])
+def test_gradcheck_in_fp64(name: str) -> None:
+    inputs, _ = data(name, torch.float64, torch.device("cpu"))
+    leaves = [t.requires_grad_() for t in inputs]
+    options = CASES[name][3:5]
+    assert torch.autograd.gradcheck(
+        lambda *t: functional.conv2d_relu(*t, *options), leaves, fast_mode=True
+    )
+
+
+def test_double_backward_is_an_error(device: torch.device) -> None:
+    inputs, _ = data("3x3", torch.float32, device)
+    leaves = [t.requires_grad_() for t in inputs]
+    y = functional.conv2d_relu(*leaves, 1, 1)
+    (dx,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        dx.sum().backward()
+
+
+def test_convolutions_without_a_kernel(device: torch.device) -> None:
+    x, weight, bias = (
+        t.to(device) for t in (torch.randn(1, 8, 9, 9), torch.randn(8, 8, 3, 3), torch.randn(8))
+    )
+    want = reference.conv2d_relu(x, weight, bias, 2, 1)
+    torch.testing.assert_close(functional.conv2d_relu(x, weight, bias, 2, 1), want)
+    with fi.backend("triton"), pytest.raises(fi.BackendError, match="stride 2"):
+        functional.conv2d_relu(x, weight, bias, 2, 1)
+
+
+def test_parallel_1x1_is_one_product(device: torch.device) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 24, 4, 5, generator=draw).to(device)
+    weights = [torch.randn(c, 24, 1, 1, generator=draw).to(device) for c in (16, 9, 3)]
+    biases = [torch.randn(c, generator=draw).to(device) for c in (16, 9, 3)]
+    with fi.backend("triton"), fi.record_launches() as launches:
+        got = functional.parallel_conv1x1_relu(x, weights, biases)
+    assert [launch.kernel for launch in launches] == ["_pack_filter_kernel", "_conv2d_fwd_kernel"]
+    assert len({y.untyped_storage().data_ptr() for y in got}) == 1
+    for ours, theirs in zip(got, reference.parallel_conv1x1_relu(x, weights, biases), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="got 3 and 2"):
+        functional.parallel_conv1x1_relu(x, weights, biases[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": (8, 5, 3, 3)}, ValueError, r"weight must be of shape \[C_out, 6, K, K\]"),
+        ({"weight": (8, 6, 3, 1)}, ValueError, "weight must be of shape"),
+        ({"bias": (7,)}, ValueError, r"bias must be of shape \[8\]"),
+        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
+        ({"dtype": torch.float64}, TypeError, "weight must be float32, got float64"),
+    ],
+    ids=["channels", "not-square", "bias", "stride", "padding", "dtype"],
+)
+def test_wrong_arguments(change: dict, error: type[Exception], message: str) -> None:
+    weight = torch.randn(change.get("weight", (8, 6, 3, 3)), dtype=change.get("dtype"))
+    bias = torch.randn(change.get("bias", (8,)))
+    with pytest.raises(error, match=message):
+        functional.conv2d_relu(
+            torch.randn(1, 6, 5, 5), weight, bias, change.get("stride", 1), change.get("padding", 1)
+        )
