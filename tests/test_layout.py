@@ -74,6 +74,10 @@ def test_slices_are_read_in_place(shape: tuple[int, int, int, int], dtype: torch
         pytest.param(lambda x: x[:, ::3], "channels are not last", id="every-third-channel"),
         pytest.param(lambda x: x[:, :1].expand(-1, 8, -1, -1), "not last", id="one-channel"),
         pytest.param(lambda x: x[:, :, ::2], "not evenly spaced", id="every-second-row"),
+        pytest.param(lambda x: x[:1, :, ::2], "not evenly spaced", id="rows-of-one-image"),
+        pytest.param(
+            lambda x: x[:1, :, :1, :1].expand(-1, -1, 6, 5), "not last", id="one-pixel-everywhere"
+        ),
         pytest.param(lambda x: x[:, :, :, 1:], "not evenly spaced", id="cropped-columns"),
         pytest.param(lambda x: x[:, :, 1:], "not evenly spaced", id="cropped-rows"),
         pytest.param(lambda x: x[:1].expand(3, -1, -1, -1), "not evenly spaced", id="one-image"),
