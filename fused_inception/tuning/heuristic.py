@@ -53,11 +53,11 @@ class Operands:
             return target.tensor_flops
         return target.tensor_flops / (2 if self.precision == "tf32" else 14)
 
-    def max_elements(self) -> int:
+    def max_elements(self, target: Target) -> int:
         """Largest tile whose accumulators leave registers for everything else."""
         if self.itemsize == 2:
-            return 128 * 256
-        return 128 * 128 if self.tensor_cores else 64 * 64
+            return target.max_tile
+        return min(128 * 128, target.max_tile) if self.tensor_cores else 64 * 64
 
 
 def _tile_seconds(bm: int, bn: int, k: int, ops: Operands, target: Target) -> float:
@@ -96,7 +96,8 @@ def _best_tile(
 ) -> tuple[int, int]:
     """(rows, columns) of the cheapest tile for one m x n x k product; with `splits_free` waves do
     not count."""
-    limit = min(max_elements or ops.max_elements(), ops.max_elements())
+    largest = ops.max_elements(target)
+    limit = min(max_elements or largest, largest)
 
     def seconds(shape: tuple[int, int]) -> tuple[float, int, int]:
         bm, bn = shape
@@ -140,13 +141,18 @@ def pointwise_config(
         lost = math.ceil(tiles / target.processors) * target.processors / tiles
         return tiles_p * row / target.processors * lost, -bn
 
+    # one launch where launches are what it costs: inference, and less than a few waves of training
+    together = not save or n_pixels <= 64 * target.processors
+    # the bits of 256 rows, and those of 128 x 256 beside the pool's registers, would spill
+    largest = ops.max_elements(target)
+    if save and together:
+        largest = min(largest, 128 * 128)
     widths = list(WIDTH_EFFICIENCY)
     shapes = [
         (bm, bn, tail)
-        # packing the bits of 256 rows beside their accumulators spills
         for bm in _heights(ops, 128 if save else 256)
         for bn in widths
-        if bn >= 32 and bm * bn <= ops.max_elements()
+        if bn >= 32 and bm * bn <= largest
         for tail in [0, *(t for t in widths if 32 <= t < bn and width > t)]
     ]
     bm, bn, tail = min(shapes, key=seconds)
@@ -156,8 +162,6 @@ def pointwise_config(
     pool = Tile(pool_rows, min(128, max(32, _power_of_two(dims.pool_proj))), 32)
     if not ops.tensor_cores:
         pool = Tile(64, 64, 16)
-    # one launch where launches are what it costs: inference, and less than a few waves of training
-    together = not save or n_pixels <= 64 * target.processors
     return PointwiseConfig(
         gemm,
         tail,

@@ -17,7 +17,7 @@ class Target:
     tensor_flops: float  # per second, 16-bit operands, whole GPU
     stream_bytes: float  # per second, L2 to all processors
     max_stages: int  # software pipeline depth worth having
-    min_rows: int  # smallest tile height that reaches the wide tensor-core instruction
+    max_tile: int  # largest tile of 16-bit operands that compiles without spills
 
 
 # shared memory: the limits of the CUDA programming guide and of CDNA3; speeds: orders of magnitude
@@ -25,12 +25,12 @@ class Target:
 TARGETS = {
     t.name: t
     for t in (
-        Target("sm_90", 232448, 132, 790e12, 8.0e12, 4, 64),
-        Target("sm_80", 166912, 108, 280e12, 5.0e12, 4, 16),
-        Target("sm_89", 101376, 142, 330e12, 4.5e12, 3, 16),
-        Target("sm_100", 232448, 148, 1600e12, 10.0e12, 4, 64),
-        Target("sm_120", 101376, 170, 400e12, 6.0e12, 3, 16),
-        Target("gfx942", 65536, 304, 1000e12, 10.0e12, 2, 16),
+        Target("sm_90", 232448, 132, 790e12, 8.0e12, 4, 128 * 256),
+        Target("sm_80", 166912, 108, 280e12, 5.0e12, 4, 128 * 128),
+        Target("sm_89", 101376, 142, 330e12, 4.5e12, 3, 128 * 128),
+        Target("sm_100", 232448, 148, 1600e12, 10.0e12, 4, 128 * 128),
+        Target("sm_120", 101376, 170, 400e12, 6.0e12, 3, 128 * 128),
+        Target("gfx942", 65536, 304, 1000e12, 10.0e12, 2, 128 * 128),
     )
 }
 
