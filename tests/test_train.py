@@ -104,7 +104,7 @@ def test_run_writes_checkpoint_metrics_and_curves(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert [row["epoch"] for row in metrics["epochs"]] == [1, 2]
     assert metrics["test_accuracy"] == metrics["epochs"][-1]["test_accuracy"]
-    assert metrics["parity"]["ok"] is True
+    assert [(p["mode"], p["verdict"]) for p in metrics["parity"]] == [("fp32", "ok")]
     assert metrics["images_per_second"]["fused"] > 0
     assert metrics["images_per_second"]["reference"] > 0
     with Image.open(finished / "curves.png") as picture:
@@ -174,7 +174,11 @@ def test_torchvision_variant_trains_with_heads(tmp_path, capsys):
     flags = ["--variant", "torchvision", "--image-size", "32", "--batch-size", "8"]
     flags += ["--limit", "16", "--epochs", "1", "--optimizer", "adamw", "--amp", "bf16"]
     assert main(["train", *flags, "--out", str(tmp_path / "run")]) == 0
-    assert "parity" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines if line.startswith("parity")] == [
+        "parity in fp32",
+        "parity in bf16",
+    ]
     assert any("num_batches_tracked" in key for key in read(tmp_path / "run")["model"])
 
 
@@ -397,11 +401,20 @@ def test_parity_fails_on_a_wrong_module():
     torch.manual_seed(0)
     model = fi.googlenet(**network)
     x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
-    assert parity.compare(model, network, x, labels, "off").ok
+    assert parity.compare(model, network, x, labels, "fp32").verdict == "ok"
     model.inception4c.register_forward_hook(lambda module, inputs, output: 1.05 * output)
-    wrong = parity.compare(model, network, x, labels, "off")
-    assert not wrong.ok
-    assert "FAILED" in str(wrong)
+    assert str(parity.compare(model, network, x, labels, "fp32")).endswith("FAILED")
+
+
+def test_parity_gives_no_verdict_where_rounding_decides():
+    def verdict(gradients, own_gradients):
+        return parity.Parity(16, "bf16", 0.01, gradients, 0.01, own_gradients).verdict
+
+    nan = float("nan")
+    assert verdict(0.02, 0.01) == verdict(0.02, 0.5) == "ok"
+    assert verdict(0.3, 0.01) == verdict(nan, 0.01) == "FAILED"
+    assert verdict(0.6, 0.5).startswith("inconclusive")
+    assert verdict(nan, nan).startswith("inconclusive")
 
 
 def test_info_names_versions_and_what_is_fused(monkeypatch, capsys):

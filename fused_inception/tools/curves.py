@@ -25,5 +25,5 @@ def draw_curves(history: Sequence[dict[str, Any]], title: str, path: Path) -> No
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper right" if name == "loss" else "lower right")
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -17,7 +17,7 @@ from fused_inception.tools.data import Data, held_out_batches, to_input, train_b
 from fused_inception.tools.errors import UserError
 from fused_inception.tools.loop import evaluate, learning_rate, new_optimizer, placed, train_epoch
 from fused_inception.tools.options import Options, loading, network_arguments
-from fused_inception.tools.parity import compare, training_speed
+from fused_inception.tools.parity import compare, modes, training_speed
 
 PARITY_IMAGES = 16
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -164,8 +164,11 @@ class Run:
         few = how | {"limit": PARITY_IMAGES}
         pixels, labels = next(iter(held_out_batches(self.data.test, PARITY_IMAGES, **few)))
         x, labels = to_input(pixels, self.device), labels.to(self.device)
-        parity = compare(self.model, self.network, x, labels, options.amp)
-        print(parity)
+        parities = [
+            compare(self.model, self.network, x, labels, mode)
+            for mode in modes(self.device, options.amp)
+        ]
+        print(*parities, sep="\n")
 
         batches = train_batches(self.data.train, options.batch_size, seed=options.seed, **how)
         pixels, labels = next(iter(batches))
@@ -174,12 +177,14 @@ class Run:
         print(speed_line(speed, len(x)))
 
         self._write_metrics(
-            self.history, parity=asdict(parity) | {"ok": parity.ok}, images_per_second=speed
+            self.history,
+            parity=[asdict(parity) | {"verdict": parity.verdict} for parity in parities],
+            images_per_second=speed,
         )
         title = f"GoogLeNet ({options.variant}) on {options.data}, {options.image_size} px"
         draw_curves(self.history, title, self.folder / "curves.png")
         print(f"wrote {CHECKPOINT}, metrics.json and curves.png in {self.folder}")
-        return 0 if parity.ok else 1
+        return int(any(parity.verdict == "FAILED" for parity in parities))
 
 
 def headline(model: nn.Module, options: Options, device: torch.device) -> str:

@@ -1,0 +1,168 @@
+"""The cost of a network as text: the paper's table beside exact counts, then the three plans."""
+
+from collections.abc import Sequence
+
+from fused_inception import cost
+from fused_inception.cost import Cost, Device, Network
+
+MILLION = 1e6
+KI = 1024
+
+
+def report(variant: str, *, batch: int, image_size: int, dtype: str, device: Device) -> list[str]:
+    """Lines to print.
+
+    Raises:
+        ValueError: an unknown name, or images that are too small.
+    """
+    sizes = {"batch": batch, "image_size": image_size, "dtype": dtype}
+    network = Network(variant, image_size=image_size)
+    plans = {plan: cost.network(variant, plan=plan, **sizes) for plan in cost.PLANS}  # type: ignore[arg-type]
+    inference = {
+        plan: cost.network(variant, plan=plan, training=False, **sizes)  # type: ignore[arg-type]
+        for plan in cost.PLANS
+    }
+    return [
+        f'GoogLeNet "{variant}", {image_size} x {image_size} pixels, batch {batch}, {dtype}. '
+        f"All times are predicted for one {device.name}; none is measured.",
+        "",
+        *_paper_table(network),
+        "",
+        *_layer_table(network, plans, batch, device),
+        "",
+        *_totals(plans, inference, batch, device),
+        "",
+        *_assumptions(device),
+    ]
+
+
+def _paper_table(network: Network) -> list[str]:
+    """The printed table 1 counts weights in Ki, biases not."""
+    rows: list[Sequence[str]] = [("row of table 1", "Ki weights", "", "M multiply-adds", "")]
+    rows.append(("", "paper", "exact", "paper", "exact"))
+    for row in cost.PAPER_TABLE_1:
+        weights = network.weights(*row.layers) / KI
+        multiply_adds = network.multiply_adds(*row.layers) / MILLION
+        printed = (f"{row.parameters:,g}", f"{row.multiply_adds:,}")
+        rows.append((row.name, printed[0], f"{weights:,.1f}", printed[1], f"{multiply_adds:,.1f}"))
+    total = network.inference_multiply_adds()
+    rows.append(
+        (
+            "all",
+            f"{sum(row.parameters for row in cost.PAPER_TABLE_1):,g}",
+            f"{sum(network.weights(*row.layers) for row in cost.PAPER_TABLE_1) / KI:,.1f}",
+            f"{sum(row.multiply_adds for row in cost.PAPER_TABLE_1):,}",
+            f"{total / MILLION:,.1f}",
+        )
+    )
+    lines = ["The paper's table 1 (its network, 224 x 224) beside the exact counts of this one:"]
+    lines += _aligned(rows)
+    share = total / cost.PAPER_BUDGET - 1
+    lines.append(
+        f"Budget of the paper: {cost.PAPER_BUDGET / MILLION:,.0f} M multiply-adds at inference; "
+        f"exact: {total:,} ({share:+.1%})."
+    )
+    return lines
+
+
+def _layer_table(network: Network, plans: dict[str, Cost], batch: int, device: Device) -> list[str]:
+    seconds = {plan: _layer_seconds(plans[plan], device) for plan in plans}
+    planned = {op.layer for op in plans["fused"].ops if op.planned}
+    head: tuple[Sequence[str], ...] = (
+        ("layer", "parameters", "M multiply-adds", "saved kB/image", "", "launches", "",
+         "predicted us", "", ""),
+        ("", "", "one image", "eager", "fused", "eager", "fused", "eager", "compiled", "fused"),
+    )  # fmt: skip
+    rows = list(head)
+
+    def row(name: str, layers: tuple[str, ...]) -> None:
+        def saved(plan: str) -> str:
+            total = sum(plans[plan].part(layer=layer).saved_bytes for layer in layers)
+            return f"{total / batch / 1e3:,.1f}"
+
+        def launches(plan: str) -> str:
+            return str(sum(plans[plan].part(layer=layer).launches() for layer in layers))
+
+        def micro(plan: str) -> str:
+            return f"{sum(seconds[plan].get(layer, 0.0) for layer in layers) * 1e6:,.1f}"
+
+        rows.append(
+            (
+                name,
+                f"{network.parameters(*layers):,}",
+                f"{network.multiply_adds(*layers) / MILLION:,.1f}",
+                *map(saved, ("eager", "fused")),
+                *map(launches, ("eager", "fused")),
+                *map(micro, plans),
+            )
+        )
+
+    for layer in network.layers:
+        row(layer + (" *" if layer in planned else ""), (layer,))
+    row("all", tuple(network.layers))
+    lines = ["A training step, layer by layer (without loss and optimiser):", *_aligned(rows)]
+    if planned:
+        lines.append(
+            "* the fused columns are a plan: the network runs PyTorch's operators there for now."
+        )
+    return lines
+
+
+def _layer_seconds(cost: Cost, device: Device) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for op, taken in cost.timeline(device):
+        seconds[op.layer] = seconds.get(op.layer, 0.0) + taken
+    return seconds
+
+
+def _totals(
+    training: dict[str, Cost], inference: dict[str, Cost], batch: int, device: Device
+) -> list[str]:
+    rows: list[Sequence[str]] = [
+        ("", "plan", "launches", "ours", "not built", "packing", "saved", "moved", "FLOPs",
+         "predicted", "", "images/s"),
+        ("", "", "all", "", "of ours", "", "MB/image", "GB", "G", "graph ms", "eager ms",
+         "in graphs"),
+    ]  # fmt: skip
+    for what, plans in (("training step", training), ("inference", inference)):
+        for plan, total in plans.items():
+            seconds = total.seconds(device)
+            rows.append(
+                (
+                    what,
+                    plan,
+                    str(total.launches()),
+                    str(total.launches("triton", "inductor")),
+                    str(total.launches("triton", planned=True)),
+                    str(total.launches("packing")),
+                    f"{total.saved_bytes / batch / MILLION:.2f}",
+                    f"{(total.read_bytes + total.write_bytes) / 1e9:.2f}",
+                    f"{total.flops / 1e9:,.1f}",
+                    f"{seconds * 1e3:.3f}",
+                    f"{total.eager_seconds(device) * 1e3:.3f}",
+                    f"{batch / seconds:,.0f}",
+                )
+            )
+            what = ""
+    return ["Totals:", *_aligned(rows, names=2)]
+
+
+def _assumptions(device: Device) -> list[str]:
+    rows: list[Sequence[str]] = [
+        (name, f"{figure.value:g}", "measured" if figure.measured else "assumed", figure.source)
+        for name, figure in device.figures().items()
+    ]
+    return [f"The {device.name} of these predictions, in SI units:", *_aligned(rows, names=4)]
+
+
+def _aligned(rows: Sequence[Sequence[str]], names: int = 1) -> list[str]:
+    """Columns of equal width; the first `names` start left, numbers end right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < names else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
