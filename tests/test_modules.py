@@ -214,11 +214,14 @@ def test_print_tells_widths_mode_and_path() -> None:
 
 def test_print_hides_no_plain_layer() -> None:
     network = fi.googlenet("paper", num_classes=3)
-    assert "9 of 9 Inception modules" in repr(network)
-    for plain in (network.conv1, network.norm1, network.aux1, network.aux1.conv):
+    assert "9 of 9 Inception modules, 5 of 5 other convolutions" in repr(network)
+    for plain in (network.norm1, network.norm2, network.aux1, network.aux2):
         assert "no fused kernel yet" in plain.extra_repr()
-    assert "fused" in network.avgpool.extra_repr()
-    assert "0 of 9 Inception modules" in repr(fi.googlenet("torchvision", num_classes=3))
+    for fused in (network.conv1, network.aux1.conv, network.avgpool):
+        assert "one fused operator" in fused.extra_repr()
+    network = fi.googlenet("torchvision", num_classes=3)
+    assert "0 of 9 Inception modules, 0 of 5 other convolutions" in repr(network)
+    assert "no fused kernel yet" in network.conv1.extra_repr()
 
 
 def test_optimiser_and_freezing_see_the_parameters() -> None:
@@ -293,6 +296,40 @@ class TestInnerChanges:
         self.module.branch1 = nn.Sequential(self.module.branch1, nn.Dropout(0.5))
         assert "layers were added or removed" in repr(self.module)
         self.module(self.x)
+
+
+class TestInnerChangesOfAConvBlock:
+    block: fi.ConvBlock
+    x = torch.rand(2, 4, 3, 3)
+
+    @pytest.fixture(autouse=True)
+    def _block(self) -> None:
+        self.block = fi.ConvBlock(4, 8, kernel_size=3, padding=1)
+
+    def test_hook(self) -> None:
+        seen = []
+        handle = self.block.conv.register_forward_hook(lambda *a: seen.append(a))
+        y = self.block(self.x)
+        assert len(seen) == 1
+        assert "conv has a hook" in repr(self.block)
+        handle.remove()
+        torch.testing.assert_close(self.block(self.x), y)
+        assert self.block.is_fused
+
+    def test_pruning_follows_its_mask(self) -> None:
+        prune.l1_unstructured(self.block.conv, "weight", amount=0.5)
+        for _ in range(2):  # a stale weight has a graph for one backward alone
+            self.block(self.x).sum().backward()
+
+    def test_no_bias(self) -> None:
+        self.block.conv.bias = None
+        assert "conv has no bias" in repr(self.block)
+        torch.testing.assert_close(self.block(self.x), self.block.conv(self.x).relu())
+
+    def test_replaced_layer(self) -> None:
+        self.block.conv = nn.Sequential(self.block.conv, nn.Tanh())
+        assert "conv is a Sequential" in repr(self.block)
+        assert self.block(self.x).max() < 1
 
 
 def test_compiled_network() -> None:

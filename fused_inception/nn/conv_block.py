@@ -1,5 +1,7 @@
 """Convolution, BatchNorm or bias, ReLU: the unit that GoogLeNet is made of."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,12 +12,28 @@ PLAIN = "plain PyTorch: no fused kernel yet"
 FUSED = "one fused operator"
 
 
+def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
+    """What a fused operator would pass over in an inner layer: type, hook, no bias."""
+    if type(module) is not expected:
+        return f"is a {type(module).__name__}"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "has a hook"
+    if isinstance(module, nn.Conv2d) and module.bias is None:
+        return "has no bias"
+    return None
+
+
 class ConvBlock(nn.Module):
     """relu(conv(x) + bias), or relu(batch_norm(conv(x))) with `norm="batch"`.
 
     Children: `conv`, and `bn` with BatchNorm; torchvision's names. With a bias it runs as
     `functional.conv2d_relu`, with BatchNorm as plain PyTorch so far; inside a fused `Inception` it
-    only holds the parameters.
+    only holds the parameters. Where `conv` has got a hook or another type, it computes itself.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: of the convolution.
@@ -26,6 +44,9 @@ class ConvBlock(nn.Module):
     Raises:
         ValueError: unknown `norm`.
     """
+
+    # what `print` says of a fused block; a fused parent writes its own
+    path = FUSED
 
     def __init__(
         self,
@@ -45,8 +66,6 @@ class ConvBlock(nn.Module):
         if norm not in (None, "batch"):
             raise ValueError(f'norm must be None or "batch", got {norm!r}')
         self.norm = norm
-        # what `print` says; a fused parent writes its own
-        self.path = FUSED if norm is None else PLAIN
         self.conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -62,11 +81,28 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""
-        if self.norm is None and self.conv.bias is not None:
-            stride, padding = self.conv.stride[0], int(self.conv.padding[0])
-            return functional.conv2d_relu(x, self.conv.weight, self.conv.bias, stride, padding)
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        conv: Any = self.conv
+        if self.is_fused:
+            stride, padding = conv.stride[0], conv.padding[0]
+            return functional.conv2d_relu(x, conv.weight, conv.bias, stride, padding)
+        x = conv(x)
+        if self.norm == "batch":
+            x = self.bn(x)
+        return F.relu(x, inplace=True)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether forward is the fused operator."""
+        return self._obstacle() is None
+
+    def _obstacle(self) -> str | None:
+        """Why the children compute; None where the fused operator does."""
+        if self.norm is not None:
+            return PLAIN
+        change = change_of(self.conv, nn.Conv2d)
+        return None if change is None else f"plain PyTorch: conv {change}"
 
     def extra_repr(self) -> str:
         """Mode and path, for `print`."""
-        return f"{'batch norm' if self.norm else 'bias'}, relu, {self.path}"
+        mode = "bias" if self.norm is None else "batch norm"
+        return f"{mode}, relu, {self._obstacle() or self.path}"

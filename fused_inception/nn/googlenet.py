@@ -137,10 +137,12 @@ class GoogLeNet(nn.Module):
     def extra_repr(self) -> str:
         """Variant and what is fused in it, for `print`."""
         modules = [m for m in self.modules() if isinstance(m, Inception)]
-        fused = sum(m.is_fused for m in modules)
+        inside = {block for m in modules for block in m.modules()}
+        convs = [m for m in self.modules() if isinstance(m, ConvBlock) and m not in inside]
         return (
-            f'"{self.variant}", fused: {fused} of {len(modules)} Inception modules and the global '
-            "average pool; all else is plain PyTorch"
+            f'"{self.variant}", fused: {sum(m.is_fused for m in modules)} of {len(modules)} '
+            f"Inception modules, {sum(m.is_fused for m in convs)} of {len(convs)} other "
+            "convolutions, the global average pool; all else is plain PyTorch"
         )
 
 

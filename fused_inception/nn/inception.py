@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fused_inception import functional
 from fused_inception.geometry import InceptionDims
-from fused_inception.nn.conv_block import PLAIN, ConvBlock
+from fused_inception.nn.conv_block import FUSED, PLAIN, ConvBlock, change_of
 
 
 class Inception(nn.Module):
@@ -100,7 +100,7 @@ class Inception(nn.Module):
             f"{d.in_channels} -> {d.out_channels} (1x1: {d.ch1x1}, 3x3: {d.ch3x3red} -> {d.ch3x3}, "
             f"{k}x{k}: {d.ch5x5red} -> {d.ch5x5}, pool: {d.pool_proj}), "
             f"{'batch norm' if self.norm else 'bias'}, relu, "
-            f"{'one fused operator' if obstacle is None else obstacle}"
+            f"{FUSED if obstacle is None else obstacle}"
         )
 
     @property
@@ -117,15 +117,9 @@ class Inception(nn.Module):
         if len(inside) != len(_INSIDE):
             return "plain PyTorch: layers were added or removed"
         for (name, expected), module in zip(_INSIDE, inside, strict=True):
-            if type(module) is not expected:
-                return f"plain PyTorch: {name} is a {type(module).__name__}"
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
-                return f"plain PyTorch: {name} has a hook"
+            change = change_of(module, expected)
+            if change is not None:
+                return f"plain PyTorch: {name} {change}"
         return None
 
 
