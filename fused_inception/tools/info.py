@@ -1,28 +1,55 @@
-"""`info`: versions, devices, which implementation runs on each, and which layers are fused."""
+"""`info`: versions, devices, which implementation runs on each, and which layers are fused; or,
+with `--network`, what a network costs."""
 
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 from fused_inception.backend import BackendError, choose
+from fused_inception.cost import H200, ITEMSIZE
 from fused_inception.nn.googlenet import VARIANTS, googlenet
-from fused_inception.tools.options import pick_backend
+from fused_inception.tools.errors import UserError
+from fused_inception.tools.network_table import report
+from fused_inception.tools.options import pick_backend, positive
 
 LIBRARIES = ("torch", "triton", "numpy", "pillow", "scikit-learn", "matplotlib", "tqdm")
+NETWORK_DEFAULTS: dict[str, Any] = {"batch": 32, "image_size": 224, "dtype": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has none."""
+    """Those of the table; the other facts need none."""
+    parser.add_argument(
+        "--network", choices=VARIANTS, help="print what this GoogLeNet costs, counted and predicted"
+    )
+    add = parser.add_argument_group("of the network").add_argument
+    for flag, text in (
+        ("--batch", "images (default: 32)"),
+        ("--image-size", "side (default: 224)"),
+    ):
+        add(flag, type=positive, default=argparse.SUPPRESS, help=text)
+    add("--dtype", choices=tuple(ITEMSIZE), default=argparse.SUPPRESS, help="default: bfloat16")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the facts; the exit status is 0.
 
     Raises:
-        UserError: the environment variable names no backend.
+        UserError: the environment variable names no backend; flags of a network without one, or
+            images that are too small for it.
     """
+    sizes = {k: v for k, v in vars(arguments).items() if k in NETWORK_DEFAULTS}
+    if arguments.network is not None:
+        try:
+            lines = report(arguments.network, **{**NETWORK_DEFAULTS, **sizes}, device=H200)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        print("\n".join(lines))
+        return 0
+    if sizes:
+        raise UserError("--batch, --image-size and --dtype describe a network: add --network")
     name = pick_backend(None).name
     own = _version("fused-inception", absent="in a checkout, not installed")
     print(f"fused_inception {own}, Python {platform.python_version()}")

@@ -38,7 +38,9 @@ def report(variant: str, *, batch: int, image_size: int, dtype: str, device: Dev
 
 def _paper_table(network: Network) -> list[str]:
     """The printed table 1 counts weights in Ki, biases not."""
-    rows: list[Sequence[str]] = [("row of table 1", "Ki weights", "", "M multiply-adds", "")]
+    rows: list[Sequence[str]] = [
+        ("row of table 1", "Ki weights", "Ki weights", "M mult-adds", "M mult-adds")
+    ]
     rows.append(("", "paper", "exact", "paper", "exact"))
     for row in cost.PAPER_TABLE_1:
         weights = network.weights(*row.layers) / KI
@@ -69,9 +71,9 @@ def _layer_table(network: Network, plans: dict[str, Cost], batch: int, device: D
     seconds = {plan: _layer_seconds(plans[plan], device) for plan in plans}
     planned = {op.layer for op in plans["fused"].ops if op.planned}
     head: tuple[Sequence[str], ...] = (
-        ("layer", "parameters", "M multiply-adds", "saved kB/image", "", "launches", "",
-         "predicted us", "", ""),
-        ("", "", "one image", "eager", "fused", "eager", "fused", "eager", "compiled", "fused"),
+        ("layer", "parameters", "M mult-adds", "saved kB", "saved kB", "launches", "launches",
+         "predicted us", "predicted us", "predicted us"),
+        ("", "", "an image", "eager", "fused", "eager", "fused", "eager", "compiled", "fused"),
     )  # fmt: skip
     rows = list(head)
 
@@ -100,7 +102,10 @@ def _layer_table(network: Network, plans: dict[str, Cost], batch: int, device: D
     for layer in network.layers:
         row(layer + (" *" if layer in planned else ""), (layer,))
     row("all", tuple(network.layers))
-    lines = ["A training step, layer by layer (without loss and optimiser):", *_aligned(rows)]
+    lines = [
+        "A training step, layer by layer, saved kB an image, without loss and optimiser:",
+        *_aligned(rows),
+    ]
     if planned:
         lines.append(
             "* the fused columns are a plan: the network runs PyTorch's operators there for now."
@@ -119,10 +124,10 @@ def _totals(
     training: dict[str, Cost], inference: dict[str, Cost], batch: int, device: Device
 ) -> list[str]:
     rows: list[Sequence[str]] = [
-        ("", "plan", "launches", "ours", "not built", "packing", "saved", "moved", "FLOPs",
-         "predicted", "", "images/s"),
-        ("", "", "all", "", "of ours", "", "MB/image", "GB", "G", "graph ms", "eager ms",
-         "in graphs"),
+        ("", "plan", "launches", "Triton", "of these", "packing", "saved", "moved", "GFLOP",
+         "predicted ms", "predicted ms", "predicted"),
+        ("", "", "in all", "", "not built", "", "MB/image", "GB", "", "in a graph", "no graph",
+         "images/s"),
     ]  # fmt: skip
     for what, plans in (("training step", training), ("inference", inference)):
         for plan, total in plans.items():

@@ -1,0 +1,93 @@
+"""What a GPU can do: every figure with its origin, so that a measurement can correct it."""
+
+from dataclasses import dataclass, fields, replace
+
+# share of the tensor cores' peak by columns of the tile: below 64 the reads of the left operand
+# take longer than the products
+COLUMN_SHARE = {16: 0.25, 32: 0.5, 64: 0.92, 128: 0.98, 256: 1.0}
+TILE_ROWS = (64, 128, 256)
+TILE_ELEMENTS = 128 * 256  # more accumulators than these do not fit the registers
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number, in SI units, and where it comes from."""
+
+    value: float
+    measured: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as the cost model sees it; rates are those of the whole GPU, per second.
+
+    A *share* is the part of the roofline that kernels of a kind usually reach.
+    """
+
+    name: str
+    processors: Figure  # streaming multiprocessors
+    tensor_flops: Figure  # 16-bit operands, fp32 accumulation
+    tf32_flops: Figure  # fp32 operands, rounded to TF32
+    memory_rate: Figure  # bytes read and written
+    stream_rate: Figure  # bytes from the L2 cache to all processors
+    cache_bytes: Figure  # of the L2 cache, as far as one kernel finds what another left
+    launch_seconds: Figure  # a kernel inside a CUDA graph takes at least so long
+    host_seconds: Figure  # CPU time of an operator that is launched on its own
+    tile_seconds: Figure  # prologue and epilogue of a tile, not hidden by its neighbours
+    memory_share: Figure  # kernels that are bound by memory
+    scatter_share: Figure  # of the same: windows, 8-byte indices, atomics
+    library_share: Figure  # library convolutions and GEMMs
+    library_filter_share: Figure  # filter gradients of the library
+    pointwise_share: Figure  # our 1x1 convolutions
+    window_share: Figure  # our 3x3 and 5x5 convolutions, forward and backward
+    filter_share: Figure  # our filter gradients
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure by name."""
+        names = [field.name for field in fields(self) if field.name != "name"]
+        return {name: getattr(self, name) for name in names}
+
+    def corrected(self, source: str, **values: float) -> "Device":
+        """A copy in which `values` replace figures, marked as measured; `source` says how."""
+        return replace(self, **{name: Figure(v, True, source) for name, v in values.items()})  # type: ignore[arg-type]
+
+    def roofline(self) -> "Device":
+        """A copy whose kernels reach the roofline: every share is 1."""
+        ideal = Figure(1.0, False, "the roofline itself")
+        shares = {name: ideal for name in self.figures() if name.endswith("_share")}
+        return replace(self, **shares)  # type: ignore[arg-type]
+
+    def flops(self, itemsize: int) -> float:
+        """Peak of tensor-core products of operands of `itemsize` bytes."""
+        return (self.tensor_flops if itemsize == 2 else self.tf32_flops).value
+
+
+def _measured(value: float, source: str) -> Figure:
+    return Figure(value, True, source)
+
+
+def _assumed(value: float, source: str) -> Figure:
+    return Figure(value, False, source)
+
+
+H200 = Device(
+    name="NVIDIA H200",
+    processors=_assumed(132, "data sheet"),
+    tensor_flops=_measured(790e12, "large bf16 GEMM, measured once; the data sheet says 989e12"),
+    tf32_flops=_assumed(395e12, "half of the 16-bit rate, as in the data sheet"),
+    memory_rate=_measured(4.3e12, "copy inside the device, measured once; data sheet: 4.8e12"),
+    stream_rate=_assumed(8.0e12, "between 5.5e12 and 10e12; matters most of all that is assumed"),
+    cache_bytes=_assumed(30e6, "half of 60 MB: each half of the chip keeps a copy of its own"),
+    launch_seconds=_assumed(1.75e-6, "usual for CUDA graphs on this generation"),
+    host_seconds=_assumed(5e-6, "usual for eager PyTorch on a server's CPU"),
+    tile_seconds=_assumed(0.4e-6, "pipeline start, epilogue and store of one tile"),
+    memory_share=_assumed(0.85, "streaming kernels usually reach 0.8 to 0.9 of a copy"),
+    scatter_share=_assumed(0.5, "pooling with 8-byte indices, atomic additions"),
+    library_share=_assumed(0.75, "cuDNN and cuBLAS on shapes of this size"),
+    library_filter_share=_assumed(0.6, "cuDNN's split reductions over pixels"),
+    pointwise_share=_assumed(0.75, "plain GEMM in Triton"),
+    window_share=_assumed(0.6, "implicit GEMM in Triton with pointer arithmetic"),
+    filter_share=_assumed(0.6, "split reductions with masked loads"),
+)
+DEVICES = {"H200": H200}

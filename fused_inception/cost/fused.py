@@ -1,0 +1,373 @@
+"""This library: which launches run, on which tensors.
+
+A record says `planned` where the network does not launch such a kernel yet; a test runs the real
+network, records its launches and holds every record against them that does not say so. Planned
+records describe the launches that are to replace PyTorch's own operators there.
+
+Left out of the bytes, being under a hundredth: column partials of bias gradients, and biases.
+"""
+
+from collections.abc import Iterable
+
+from fused_inception.cost.layers import Aux, Conv, Module, Pool
+from fused_inception.cost.ops import Gemm, Tensor, gradient
+from fused_inception.cost.plan import IMAGE, Plan
+from fused_inception.geometry import align_up
+
+# in training the pool branch is a launch of its own above so many pixels, a power of two
+POOL_APART_PIXELS = 64 * 132
+FP32 = 4  # bytes of a partial sum
+
+
+# kinds of layers whose launches the network makes today
+BUILT = frozenset({"convolution", "module", "head"})
+
+
+def kind_of(layer: str) -> str:
+    """ "convolution", "pool", "module", "aux" or "head"."""
+    for kind, start in (("convolution", "conv"), ("pool", "maxpool"), ("pool", "norm")):
+        if layer.startswith(start):
+            return kind
+    if layer.startswith("aux") or layer == "head":
+        return layer[:4].rstrip("12")
+    return "module"
+
+
+class Fused(Plan):
+    """Our kernels; linear layers, losses and sums of gradients are the library's."""
+
+    def __init__(self, batch: int, itemsize: int, *, training: bool) -> None:
+        super().__init__(batch, itemsize, training=training)
+        self._given: set[str] = set()
+
+    def _launch(
+        self,
+        name: str,
+        layer: str,
+        reads: Iterable[Tensor],
+        writes: Iterable[Tensor],
+        gemms: Iterable[Gemm] = (),
+        *,
+        kernel: str = "",
+        source: str = "triton",
+    ) -> None:
+        """One launch of ours; planned where nothing is built, or nothing with BatchNorm."""
+        planned = not kernel or kind_of(layer) not in BUILT
+        self.op(name, layer, reads, writes, gemms, source=source, kernel=kernel, planned=planned)
+
+    def _give(self, layer: str, x: Tensor) -> None:
+        """A second gradient of `x` is added to the first by autograd."""
+        if x.name in self._given:
+            self.op("add", layer, [gradient(x), gradient(x)], [gradient(x)])
+        self._given.add(x.name)
+
+    # modules
+
+    def module(self, module: Module, x: Tensor) -> Tensor:
+        """Bias mode, or BatchNorm in eval folded into filters and bias: A, B; M, L1, L2, L3, F."""
+        if module.norm and self.training:
+            return self._norm_module(module, x)
+        parts = _ModuleTensors(self, module, x)
+        layer, dims, y = module.name, module.dims, parts.y
+        if self.training:  # else the packed filters stay until a parameter changes
+            self._pack(module, parts)
+        pool = [parts.y_slice(dims.pool_proj)]
+        if self.training:
+            pool += [parts.index, parts.mask_slice(dims.pool_proj)]
+        one = [parts.y_slice(dims.ch1x1), parts.r]
+        window = [parts.y_slice(dims.ch3x3 + dims.ch5x5)]
+        if self.training:
+            one.append(parts.mask_slice(dims.ch1x1))
+            window.append(parts.mask_slice(dims.ch3x3 + dims.ch5x5))
+        width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
+        gemm = self.gemm(module.pixels, width, dims.in_channels, "pointwise")
+        pool_gemm = self.gemm(module.pixels, dims.pool_proj, dims.in_channels, "pointwise")
+        kernel = "" if module.norm else "_pointwise_kernel"
+        reads = [x, parts.packed_cat]
+        if self.training and _power_of_two(self.batch * module.pixels) > POOL_APART_PIXELS:
+            self._launch("A", layer, reads, one, [gemm], kernel=kernel)
+            reads = [x, parts.packed_projection]
+            self._launch("A pool", layer, reads, pool, [pool_gemm], kernel=kernel)
+        else:
+            reads.append(parts.packed_projection)
+            self._launch("A", layer, reads, [*one, *pool], [gemm, pool_gemm], kernel=kernel)
+        gemms = [
+            self.gemm(module.pixels, dims.ch3x3, 9 * dims.ch3x3red, "window"),
+            self.gemm(module.pixels, dims.ch5x5, dims.kernel_5x5**2 * dims.ch5x5red, "window"),
+        ]
+        kernel = "" if module.norm else "_branches_kernel"
+        self._launch("B", layer, [parts.r, parts.packed_windows], window, gemms, kernel=kernel)
+        self.save(layer, x, parts.r, parts.index, parts.mask)
+        self.later(lambda: self._module_backward(module, parts))
+        return y
+
+    def _pack(self, module: Module, parts: "_ModuleTensors") -> None:
+        self._launch(
+            "pack", module.name, [parts.filters], [parts.packed],
+            kernel="" if module.norm else "_pack_kernel", source="packing",
+        )  # fmt: skip
+
+    def _module_backward(self, module: Module, parts: "_ModuleTensors") -> None:
+        layer = module.name
+        self._launch(
+            "M", layer, [gradient(parts.y), parts.mask], [parts.dz], kernel="_relu_mask_kernel"
+        )
+        self._pack(module, parts)
+        self._reduction_gradients(module, parts, "_dgrad_kernel")
+        self._input_gradient(module, parts, "_input_grad_kernel")
+        self._filter_gradients(module, parts, "_wgrad_kernel")
+        self._launch("F", layer, [parts.partials], [gradient(parts.filters)],
+                     kernel="_finish_kernel")  # fmt: skip
+
+    def _reduction_gradients(self, module: Module, parts: "_ModuleTensors", kernel: str) -> None:
+        dims, pixels = module.dims, module.pixels
+        gemms = [
+            self.gemm(pixels, dims.ch3x3red, 9 * dims.ch3x3, "window"),
+            self.gemm(pixels, dims.ch5x5red, dims.kernel_5x5**2 * dims.ch5x5, "window"),
+            self.gemm(pixels, dims.in_channels, dims.pool_proj, "pointwise"),
+        ]
+        dz = parts.dz_slice(dims.ch3x3 + dims.ch5x5 + dims.pool_proj)
+        reads = [dz, parts.r, parts.packed_windows, parts.packed_projection]
+        self._launch("L1", module.name, reads, [parts.dr, parts.dp], gemms, kernel=kernel)
+
+    def _input_gradient(self, module: Module, parts: "_ModuleTensors", kernel: str) -> None:
+        dims = module.dims
+        width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
+        gemm = self.gemm(module.pixels, dims.in_channels, width, "pointwise")
+        reads = [parts.dz_slice(dims.ch1x1), parts.dr, parts.dp, parts.index, parts.packed_cat]
+        self._launch("L2", module.name, reads, [gradient(parts.x)], [gemm], kernel=kernel)
+        self._give(module.name, parts.x)
+
+    def _filter_gradients(self, module: Module, parts: "_ModuleTensors", kernel: str) -> None:
+        reads = [parts.x, parts.index, parts.r, parts.dz, parts.dr]
+        self._launch("L3", module.name, reads, [parts.partials], parts.filter_gemms, kernel=kernel)
+
+    def _norm_module(self, module: Module, x: Tensor) -> Tensor:
+        """BatchNorm in training: raw results and their statistics, then one pass that normalises.
+
+        The 3x3 and 5x5 normalise the reduced maps while they load them.
+        """
+        parts = _ModuleTensors(self, module, x)
+        layer, dims, pixels = module.name, module.dims, module.pixels
+        raw, moments = parts.raw, parts.moments
+        self._pack(module, parts)
+        width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
+        gemms = [
+            self.gemm(pixels, width, dims.in_channels, "pointwise"),
+            self.gemm(pixels, dims.pool_proj, dims.in_channels, "pointwise"),
+        ]
+        first = parts.raw_slice(dims.ch1x1 + dims.pool_proj)
+        reads = [x, parts.packed_cat, parts.packed_projection]
+        self._launch("A", layer, reads, [first, parts.r, parts.index], gemms)
+        self._launch("finish statistics", layer, [moments], [moments])
+        gemms = [
+            self.gemm(pixels, dims.ch3x3, 9 * dims.ch3x3red, "window"),
+            self.gemm(pixels, dims.ch5x5, dims.kernel_5x5**2 * dims.ch5x5red, "window"),
+        ]
+        second = parts.raw_slice(dims.ch3x3 + dims.ch5x5)
+        self._launch("B", layer, [parts.r, parts.packed_windows, moments], [second], gemms)
+        self._launch("finish statistics", layer, [moments], [moments])
+        self._launch("normalise", layer, [raw, moments], [parts.y])
+        self.save(layer, x, parts.r, raw, parts.index, moments)
+
+        def backward() -> None:
+            dz = parts.dz
+            self._launch("M", layer, [gradient(parts.y), raw, moments], [dz])
+            self._launch("finish statistics", layer, [moments], [moments])
+            self._launch("normalise backward", layer, [dz, raw, moments], [dz])
+            self._pack(module, parts)
+            self._reduction_gradients(module, parts, "")
+            self._launch("finish statistics", layer, [moments], [moments])
+            self._input_gradient(module, parts, "")
+            self._filter_gradients(module, parts, "")
+            self._launch("F", layer, [parts.partials], [gradient(parts.filters)])
+
+        self.later(backward)
+        return parts.y
+
+    # stem
+
+    def conv(self, conv: Conv, x: Tensor) -> Tensor:
+        """A convolution with its epilogue: A; M, the gradients of input and filter, F."""
+        layer = conv.layer
+        y = self.tensor(conv.name, conv.outputs, conv.c_out)
+        mask = self.tensor(f"{conv.name} mask", conv.outputs, align_up(conv.c_out) // 8, 1)
+        weight = self.parameter(f"{conv.name} weight", conv.weights)
+        packed = Tensor(f"{conv.name} packed", weight.bytes)
+        image = x.name == IMAGE  # whose filter is read as it is
+        taps = conv.kernel**2
+        normalises = conv.norm and self.training
+        moments = self.parameter(f"{conv.name} mean and deviation", 2 * conv.c_out, 4)
+
+        def launch(
+            name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
+        ) -> None:
+            source = "packing" if name == "pack" else "triton"
+            kernel = "" if conv.norm else kernel
+            self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
+
+        if self.training and not image:
+            launch("pack", [weight], [packed], "_pack_filter_kernel")
+        writes = [y, mask] if self.training and not conv.norm else [y]
+        forward = self.gemm(conv.outputs, conv.c_out, conv.c_in * taps, conv.kind)
+        kernel = "_image_conv_fwd_kernel" if image else "_conv2d_fwd_kernel"
+        launch("conv", [x, weight if image else packed], writes, kernel, forward)
+        if normalises:
+            # the reader normalises on load; the raw result takes the mask's place
+            launch("finish statistics", [moments], [moments], "")
+        self.save(layer, x, *([y, moments] if conv.norm else [mask]))
+
+        def backward() -> None:
+            dz = gradient(y)
+            if normalises:
+                launch("M", [dz, y, moments], [dz], "")
+                launch("finish statistics", [moments], [moments], "")
+                launch("normalise backward", [dz, y, moments], [dz], "")
+            else:
+                launch("M", [dz, mask], [dz], "_relu_mask_kernel")
+            if not image:
+                data = self.gemm(conv.inputs, conv.c_in, conv.c_out * taps, conv.kind)
+                launch("pack", [weight], [packed], "_pack_filter_kernel")
+                launch("data gradient", [dz, packed], [gradient(x)], "_conv2d_dgrad_kernel", data)
+            filters = self.filters_gemm(conv.c_in * taps, conv.c_out, conv.outputs)
+            partials = Tensor(f"{conv.name} partials", filters.splits * conv.weights * FP32)
+            kernel = "_image_conv_wgrad_kernel" if image else "_conv2d_wgrad_kernel"
+            launch("filter gradient", [x, dz], [partials], kernel, filters)
+            launch("F", [partials], [gradient(weight)], "_conv2d_finish_kernel")
+
+        self.later(backward)
+        return y
+
+    def pool(self, pool: Pool, x: Tensor) -> Tensor:
+        """Max pool and normalisation in one launch each way; 1-byte indices, gather backward."""
+        layer, channels = pool.layer, pool.channels
+        index = self.tensor(f"{layer} index", pool.outputs, align_up(channels), 1)
+        y = self.tensor(f"{layer} output", pool.outputs, channels)
+        # what the normalisation is recomputed from
+        source = {
+            "": [],
+            "before": [x],
+            "after": [self.tensor(f"{layer} pooled", pool.outputs, align_up(channels))],
+        }[pool.lrn]
+        kernel = {"": "_max_pool", "before": "_lrn_max_pool", "after": "_max_pool_lrn"}[pool.lrn]
+        extra = [index, *(source if pool.lrn == "after" else [])] if self.training else []
+        self._launch("pool", layer, [x], [y, *extra], kernel=f"{kernel}_fwd_kernel")
+        self.save(layer, index, *source)
+
+        def backward() -> None:
+            reads, writes = [gradient(y), index, *source], [gradient(x)]
+            self._launch("pool backward", layer, reads, writes, kernel=f"{kernel}_bwd_kernel")
+
+        self.later(backward)
+        return y
+
+    # classifiers
+
+    def aux(self, aux: Aux, x: Tensor) -> None:
+        """Average pool, convolution and ReLU in one launch; forward keeps the pooled map."""
+        layer, conv = aux.name, aux.conv
+        pooled = self.tensor(f"{layer} pooled", conv.inputs, conv.c_in)
+        y = self.tensor(conv.name, conv.outputs, conv.c_out)
+        weight = self.parameter(f"{conv.name} weight", conv.weights)
+        packed = Tensor(f"{conv.name} packed", weight.bytes)
+        self._launch("pack", layer, [weight], [packed], source="packing")
+        gemm = self.gemm(conv.outputs, conv.c_out, conv.c_in, "pointwise")
+        self._launch("pool conv", layer, [x, packed], [pooled, y], [gemm])
+        moments = self.parameter(f"{conv.name} mean and deviation", 2 * conv.c_out, 4)
+        if conv.norm:
+            self._launch("normalise", layer, [y, moments], [y])
+            self.save(layer, moments)
+        self.save(layer, pooled, y)
+
+        def backward() -> None:
+            dz = gradient(y)
+            if conv.norm:
+                self._launch("normalise backward", layer, [dz, y, moments], [dz])
+            self._launch("pack", layer, [weight], [packed], source="packing")
+            filters = self.filters_gemm(conv.c_in, conv.c_out, conv.outputs)
+            partials = Tensor(f"{layer} partials", filters.splits * conv.weights * FP32)
+            data = self.gemm(conv.outputs, conv.c_in, conv.c_out, "pointwise")
+            reads = [dz, y, pooled, packed]
+            writes = [gradient(x), partials]
+            self._launch("pool conv backward", layer, reads, writes, [data, filters])
+            self._launch("finish", layer, [partials], [gradient(weight)])
+            self._give(layer, x)
+
+        self.later(backward)
+        hidden = self.linear(aux.hidden, y)
+        self.op("relu_", layer, [hidden], [hidden])
+        self.save(layer, hidden)
+        d_hidden = gradient(hidden)
+        self.later(lambda: self.op("threshold_backward", layer, [d_hidden, hidden], [d_hidden]))
+        self.linear(aux.classes, self.dropout(layer, hidden))
+
+    def head(self, classifier: Conv, pixels: int, x: Tensor) -> None:
+        """Mean in one launch each way."""
+        layer = classifier.layer
+        mean = self.tensor("mean", 1, classifier.c_in)
+        self._launch("mean", layer, [x], [mean], kernel="_global_pool_fwd_kernel")
+
+        def backward() -> None:
+            kernel = "_global_pool_bwd_kernel"
+            self._launch("mean backward", layer, [gradient(mean)], [gradient(x)], kernel=kernel)
+
+        self.later(backward)
+        self.linear(classifier, self.dropout(layer, mean) if self.training else mean)
+
+
+class _ModuleTensors:
+    """The tensors of one module: activations, scratch, packed filters, what is saved."""
+
+    def __init__(self, plan: Fused, module: Module, x: Tensor) -> None:
+        dims, pixels, name = module.dims, module.pixels, module.name
+        self._plan, self._pixels = plan, pixels
+        self.x = x
+        self.y = plan.tensor(f"{name} output", pixels, dims.out_channels)
+        self.r = plan.tensor(f"{name} reduced", pixels, dims.reduced_channels)
+        s_in = align_up(dims.in_channels)
+        self.index = plan.tensor(f"{name} index", pixels, s_in, 1)
+        self.mask = plan.tensor(f"{name} mask", pixels, dims.slot_channels // 8, 1)
+        self.raw = plan.tensor(f"{name} raw", pixels, dims.out_channels)
+        self.moments = plan.parameter(f"{name} mean and deviation", 2 * dims.biases, 4)
+        self.dz = plan.tensor(f"d {name} masked", pixels, dims.slot_channels)
+        self.dr = plan.tensor(f"d {name} reduced", pixels, dims.reduced_channels)
+        self.dp = plan.tensor(f"d {name} pooled", pixels, s_in)
+        s1, s3, s5, sp = (align_up(width) for width in dims.branch_widths)
+        s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
+        taps = dims.kernel_5x5**2
+        self.filters = plan.parameter(f"{name} filters", dims.weights)
+        self.packed_cat = plan.parameter(f"{name} packed 1x1", (s1 + s3r + s5r) * s_in)
+        windows = s3 * 9 * s3r + s5 * taps * s5r
+        self.packed_windows = plan.parameter(f"{name} packed 3x3, 5x5", windows)
+        self.packed_projection = plan.parameter(f"{name} packed projection", sp * s_in)
+        total = self.packed_cat.bytes + self.packed_windows.bytes + self.packed_projection.bytes
+        self.packed = Tensor(f"{name} packed", total)
+        self.filter_gemms = [
+            plan.filters_gemm(9 * dims.ch3x3red, dims.ch3x3, pixels),
+            plan.filters_gemm(dims.in_channels, dims.ch1x1, pixels),
+            plan.filters_gemm(dims.in_channels, dims.ch3x3red + dims.ch5x5red, pixels),
+            plan.filters_gemm(taps * dims.ch5x5red, dims.ch5x5, pixels),
+            plan.filters_gemm(dims.in_channels, dims.pool_proj, pixels),
+        ]
+        partials = sum(gemm.splits * gemm.rows * gemm.columns for gemm in self.filter_gemms)
+        self.partials = Tensor(f"{name} partials", partials * FP32)
+
+    def y_slice(self, channels: int) -> Tensor:
+        """`channels` channels of the output."""
+        return self._plan.tensor(self.y.name, self._pixels, channels)
+
+    def raw_slice(self, channels: int) -> Tensor:
+        """The same of the raw results."""
+        return self._plan.tensor(self.raw.name, self._pixels, channels)
+
+    def dz_slice(self, channels: int) -> Tensor:
+        """The same of the masked gradient."""
+        return self._plan.tensor(self.dz.name, self._pixels, channels)
+
+    def mask_slice(self, channels: int) -> Tensor:
+        """The mask of so many channels."""
+        return self._plan.tensor(self.mask.name, self._pixels, align_up(channels) // 8, 1)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

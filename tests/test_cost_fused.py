@@ -1,0 +1,246 @@
+"""The cost model's account of this library against what the library launches and keeps."""
+
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fused_inception as fi
+from fused_inception import cost
+from fused_inception.backend import backend
+from fused_inception.cost.fused import BUILT, Fused, kind_of
+from fused_inception.cost.layers import Conv
+from fused_inception.functional import conv2d_relu, inception
+from fused_inception.geometry import GOOGLENET, InceptionDims
+from fused_inception.launches import Launch, record, record_launches
+from fused_inception.tuning.heuristic import Operands, pointwise_config, wgrad_config
+from fused_inception.tuning.targets import TARGETS
+from tests.cases import InceptionCase
+from tests.conftest import HAS_TRITON
+from tests.tracing import SavedMemory, layers_of
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="launches need Triton")
+
+SMALL = InceptionDims(16, 8, 16, 24, 8, 16, 8)
+ODD = InceptionDims(24, 10, 12, 20, 6, 9, 11)
+OURS = ("triton", "packing")
+
+
+def kernels(total: cost.Cost) -> list[str]:
+    """Our launches in order, without those that are only planned."""
+    return [op.kernel for op in total.ops if op.source in OURS and not op.planned]
+
+
+def names(launches: list[Launch]) -> list[str]:
+    return [launch.kernel for launch in launches]
+
+
+@pytest.fixture
+def launches_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are recorded, not run: which there are never depends on values."""
+    package = importlib.import_module("fused_inception.kernels")
+
+    def note(kernel, grid, args, constants, *, num_warps):
+        if 0 not in grid:
+            record(getattr(kernel, "fn", kernel).__name__, grid, constants)
+
+    for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
+        if hasattr(module, "run"):
+            monkeypatch.setattr(module, "run", note)
+
+
+def parameters(data, dtype: torch.dtype) -> list[torch.Tensor]:
+    pairs = zip(data.filters, data.biases, strict=True)
+    return [t.to(dtype).requires_grad_() for pair in pairs for t in pair]
+
+
+@pytest.mark.parametrize("dims", [SMALL, InceptionDims(16, 16, 8, 16, 24, 16, 8, 3)])
+def test_module_launches_and_saves_what_is_predicted(dims, device):
+    data = InceptionCase("cost", dims, 2, 5, 7).tensors(torch.bfloat16, device)
+    weights = parameters(data, torch.bfloat16)
+    x = data.x.requires_grad_()
+    memory = SavedMemory(torch.nn.ParameterList(weights))
+    total = cost.inception(dims, batch=2, height=5, width=7)
+    with backend("triton"), record_launches() as launches, memory.watch():
+        y = inception(x, *weights)
+    assert names(launches) == kernels(total.part(phase=cost.FORWARD))
+    assert total.saved_bytes == memory.bytes
+    with record_launches() as launches:
+        y.backward(data.dy)
+    assert names(launches) == kernels(total.part(phase=cost.BACKWARD))
+    assert total.launches(*OURS) == total.launches() == len(kernels(total))
+
+
+def test_module_of_odd_widths_saves_padded_scratch(device, launches_do_nothing):
+    data = InceptionCase("cost", ODD, 2, 5, 7).tensors(torch.bfloat16, device)
+    weights = parameters(data, torch.bfloat16)
+    memory = SavedMemory(torch.nn.ParameterList(weights))
+    with backend("triton"), memory.watch():
+        inception(data.x.requires_grad_(), *weights)
+    assert cost.inception(ODD, batch=2, height=5, width=7).saved_bytes == memory.bytes
+
+
+def test_module_without_gradients_launches_twice_and_saves_nothing(device):
+    data = InceptionCase("cost", SMALL, 1, 5, 7).tensors(torch.bfloat16, device)
+    weights = [t for pair in zip(data.filters, data.biases, strict=True) for t in pair]
+    with backend("triton"), torch.no_grad():
+        inception(data.x, *weights)
+        # from the second call on the packed filters are there
+        with record_launches() as launches:
+            inception(data.x, *weights)
+    total = cost.inception(SMALL, batch=1, height=5, width=7, training=False)
+    assert names(launches) == kernels(total)
+    assert total.saved_bytes == 0
+
+
+@pytest.mark.parametrize("side", [90, 91, 92])  # 8100 pixels, 8281 and more: the next power of two
+def test_large_module_launches_what_is_predicted(side, device, launches_do_nothing):
+    data = InceptionCase("cost", SMALL, 1, side, side).tensors(torch.bfloat16, device)
+    weights = parameters(data, torch.bfloat16)
+    with backend("triton"), record_launches() as launches:
+        inception(data.x.requires_grad_(), *weights).backward(data.dy)
+    assert names(launches) == kernels(cost.inception(SMALL, batch=1, height=side, width=side))
+
+
+@pytest.mark.parametrize("name", GOOGLENET)
+@pytest.mark.parametrize("batch", [1, 8, 10, 11, 32, 41, 43, 168, 256])
+@pytest.mark.parametrize("training", [False, True])
+def test_pool_branch_is_apart_where_the_heuristic_says_so(name, batch, training):
+    side = {"3": 28, "4": 14, "5": 7}[name[0]]
+    pixels = 1 << (batch * side * side - 1).bit_length()
+    target, operands = TARGETS["sm_90"], Operands(2, "tf32")
+    config = pointwise_config(GOOGLENET[name], pixels, operands, target, training)
+    total = cost.inception(GOOGLENET[name], batch=batch, height=side, width=side, training=training)
+    launched = sum(op.kernel == "_pointwise_kernel" for op in total.ops)
+    assert launched == (1 if config.pool_in_launch else 2)
+
+
+@pytest.mark.parametrize("name", GOOGLENET)
+@pytest.mark.parametrize("batch", [32, 256])
+def test_partial_filter_gradients_are_about_as_large_as_the_heuristic_makes_them(name, batch):
+    dims, side = GOOGLENET[name], {"3": 28, "4": 14, "5": 7}[name[0]]
+    pixels = batch * side * side
+    config = wgrad_config(
+        dims, 1 << (pixels - 1).bit_length(), Operands(2, "tf32"), TARGETS["sm_90"]
+    )
+    jobs = [
+        (config.conv3, 9 * dims.ch3x3red * dims.ch3x3),
+        (config.conv5, 25 * dims.ch5x5red * dims.ch5x5),
+        (config.branch1, dims.in_channels * dims.ch1x1),
+        (config.reduces, dims.in_channels * (dims.ch3x3red + dims.ch5x5red)),
+        (config.projection, dims.in_channels * dims.pool_proj),
+    ]
+    real = sum(4 * job.chunks(pixels)[1] * elements for job, elements in jobs)
+    total = cost.inception(dims, batch=batch, height=side, width=side)
+    (written,) = [op.write_bytes for op in total.ops if op.name == "L3"]
+    assert written == pytest.approx(real, rel=0.25)
+
+
+CONVS = {
+    "image": Conv("conv", "conv", 3, 16, 7, 19 * 19, 10 * 10, norm=False),
+    "1x1": Conv("conv", "conv", 24, 16, 1, 5 * 5, 5 * 5, norm=False),
+    "3x3": Conv("conv", "conv", 16, 40, 3, 5 * 5, 5 * 5, norm=False),
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convolution_launches_and_saves_what_is_predicted(name, device, launches_do_nothing):
+    conv, image = CONVS[name], name == "image"
+    stride, padding = (2, 3) if image else (1, conv.kernel // 2)
+    side = round(conv.inputs**0.5)
+    factory = {"dtype": torch.bfloat16, "device": device}
+    x = torch.randn(2, conv.c_in, side, side, **factory, requires_grad=not image)
+    x = x.contiguous(memory_format=torch.channels_last)
+    module = torch.nn.Conv2d(conv.c_in, conv.c_out, conv.kernel, **factory)
+    memory = SavedMemory(module)
+    with backend("triton"), record_launches() as launches:
+        with memory.watch():
+            y = conv2d_relu(x, module.weight, module.bias, stride, padding)
+        y.sum().backward()
+    plan = Fused(2, 2, training=True)
+    plan.conv(conv, plan.tensor("image" if image else "x", conv.inputs, conv.c_in))
+    total = plan.cost()
+    assert names(launches) == kernels(total)
+    assert total.saved_bytes == memory.bytes
+
+
+@pytest.fixture
+def fused_pass(device, launches_do_nothing) -> Iterator[tuple[torch.nn.Module, torch.Tensor]]:
+    """The real network on the Triton path, with auxiliary classifiers once they are built."""
+    options = {"image_size": 96, "aux_logits": "aux" in BUILT, "device": device}
+    network = fi.googlenet("paper", **options, dtype=torch.bfloat16).train()
+    x = torch.randn(2, 3, 96, 96, device=device, dtype=torch.bfloat16)
+    with backend("triton"):
+        yield network, x.contiguous(memory_format=torch.channels_last)
+
+
+def predicted(training: bool = True) -> cost.Cost:
+    options = {"batch": 2, "image_size": 96, "aux_logits": "aux" in BUILT}
+    return cost.network("paper", training=training, **options)
+
+
+def test_network_launches_what_is_not_planned_and_nothing_else(fused_pass):
+    network, x = fused_pass
+    with record_launches() as launches:
+        outputs = network(x)
+    assert names(launches) == kernels(predicted().part(phase=cost.FORWARD))
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    with record_launches() as launches:
+        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    assert Counter(names(launches)) == Counter(kernels(predicted().part(phase=cost.BACKWARD)))
+
+
+def test_network_without_gradients_launches_what_is_not_planned(fused_pass):
+    network, x = fused_pass
+    network.eval()
+    with torch.no_grad():
+        network(x)
+        with record_launches() as launches:
+            network(x)
+    assert names(launches) == kernels(predicted(training=False))
+
+
+def test_network_saves_what_is_predicted_in_layers_that_are_built(fused_pass):
+    network, x = fused_pass
+    memory = SavedMemory(network)
+    total = predicted()
+    layers = layers_of(network, total.layers)
+    memory.follow(layers)
+    with memory.watch():
+        network(x)
+    built = [layer for layer in total.layers if kind_of(layer) in BUILT]
+    assert len(built) >= 10
+    for layer in built:
+        # on a CPU dropout keeps its mask in the type of its input, on a GPU one byte an element
+        wide = 2 if x.device.type == "cpu" else 1
+        want = sum(
+            kept.bytes * (wide if kept.name.endswith("dropout mask") else 1)
+            for kept in total.part(layer=layer).saved
+        )
+        kept = sum(memory.by_layer[part] for part in {layer, *layer.split()})
+        assert kept == want, layer
+
+
+def test_planned_layers_are_those_that_are_not_built():
+    assert BUILT.issubset(("convolution", "pool", "module", "aux", "head"))
+    for variant in cost.VARIANTS:
+        for op in cost.network(variant, batch=2).ops:
+            if op.source not in OURS:
+                assert not op.planned
+                assert not op.kernel
+            elif not op.planned:
+                assert op.kernel
+                assert kind_of(op.layer) in BUILT
+
+
+def test_launches_of_the_whole_network_are_within_the_plan():
+    inference = cost.network("paper", batch=1, training=False)
+    assert inference.launches("triton") == 26
+    assert inference.launches("packing") == 0
+    # one more for each module whose pool branch is a launch of its own
+    small, large = (cost.network("paper", batch=n).launches("triton") for n in (1, 256))
+    assert large == small + 9
