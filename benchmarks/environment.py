@@ -1,0 +1,94 @@
+"""Where and with what a number was measured."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU_FACTS = (
+    (
+        *("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
+        *("power.draw", "power.limit", "temperature.gpu"),
+    ),
+    # a query of its own: older drivers refuse a whole query for a name that they do not know
+    ("clocks_event_reasons.active",),
+)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, threads, commit; on CUDA also driver, clocks and what holds them back."""
+    facts: dict[str, Any] = {
+        "device": device_name(device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "pytest_benchmark": _version("pytest-benchmark"),
+        "commit": _commit(),
+    }
+    if device.type == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["gpu"] = gpu_facts(device)
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_facts(device: torch.device) -> dict[str, str] | None:
+    """What nvidia-smi says of the device, in its own units; None where it cannot be asked."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    # nvidia-smi does not know CUDA_VISIBLE_DEVICES, the identifier is the same for both
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    which = f"GPU-{uuid}" if uuid is not None else str(index)
+    answers: dict[str, str] = {}
+    for facts in GPU_FACTS:
+        query = f"--query-gpu={','.join(facts)}"
+        answer = _ask("nvidia-smi", f"--id={which}", query, "--format=csv,noheader")
+        if answer is not None:
+            answers.update(zip(facts, answer.split(", "), strict=True))
+    return answers or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where tracked files differ from it; None outside of git."""
+    commit = _ask("git", "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _ask("git", "status", "--porcelain", "--untracked-files=no", "--", "fused_inception")
+    return f"{commit} and changes" if changed else commit
+
+
+def _ask(*command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
