@@ -259,6 +259,21 @@ def test_nan_passes_relu_forward_and_backward(device: torch.device) -> None:
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_infinity_does_not_turn_to_nan_in_padding(device: torch.device) -> None:
+    """Widths that are no multiple of 8 are padded with zero filters; infinity times zero is NaN."""
+    p = problem(device, torch.float32, InceptionDims(8, 7, 11, 17, 5, 3, 19), 1, 3, 7)
+    p = p._replace(filters=[w.abs() for w in p.filters], biases=[b.abs() for b in p.biases])
+    p.x[0, 2, 1, 3] = math.inf
+    p.dy[0, :, 0, 1] = math.inf
+    y, dx, *_ = run(p)
+    want_y, want_dx, *_ = plain(p)
+    assert torch.equal(y.isinf(), want_y.isinf())
+    assert not y.isnan().any()
+    assert torch.equal(dx.isnan(), want_dx.isnan())
+    assert torch.equal(dx.isinf(), want_dx.isinf())
+
+
 @pytest.mark.parametrize("layout", ["nchw", "slice", "odd-slice", "expanded"])
 def test_any_input_and_gradient_strides(layout: str, device: torch.device) -> None:
     p = problem(device)

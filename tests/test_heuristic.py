@@ -1,0 +1,120 @@
+"""Launch configurations are arithmetic: their limits hold for every module, dtype and target."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from fused_inception.geometry import GOOGLENET, InceptionDims, googlenet_sizes
+from fused_inception.tuning import conv_heuristic, heuristic
+from fused_inception.tuning.configs import PointwiseConfig, Tile, WgradConfig, WgradJob
+from fused_inception.tuning.heuristic import Operands
+from fused_inception.tuning.targets import TARGETS, Target
+
+OPERANDS = {"16-bit": Operands(2, "tf32"), "tf32": Operands(4, "tf32"), "ieee": Operands(4, "ieee")}
+ODD = InceptionDims(13, 7, 11, 17, 5, 3, 19)
+PROBLEMS = [
+    *((dims, 1 << (n * googlenet_sizes(224).module(name) ** 2 - 1).bit_length())
+      for name, dims in GOOGLENET.items() for n in (1, 8, 32, 256)),
+    (ODD, 1),
+    (ODD, 2**28),
+]  # fmt: skip
+
+
+def configurations(
+    dims: InceptionDims, pixels: int, ops: Operands, target: Target
+) -> Iterator[object]:
+    for save in (True, False):
+        yield heuristic.pointwise_config(dims, pixels, ops, target, save)
+    yield heuristic.branches_config(dims, pixels, ops, target)
+    yield heuristic.dgrad_config(dims, pixels, ops, target)
+    yield heuristic.input_grad_config(dims, pixels, ops, target)
+    yield heuristic.wgrad_config(dims, pixels, ops, target)
+    for k in (1, 3, 5):
+        yield conv_heuristic.conv_config(dims.in_channels, dims.ch3x3, k, pixels, ops, target)
+    yield conv_heuristic.image_conv_config(147, 64, pixels, ops, target)
+
+
+def tiles_of(config: object) -> list[Tile]:
+    fields = vars(config).values()
+    return [
+        f.tile if isinstance(f, WgradJob) else f for f in fields if isinstance(f, Tile | WgradJob)
+    ]
+
+
+@pytest.mark.parametrize("precision", OPERANDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_tile_is_one_that_the_compiler_takes(target: str, precision: str) -> None:
+    """Powers of two, a reduction of at least 16, a pipeline that fits into shared memory."""
+    ops, gpu = OPERANDS[precision], TARGETS[target]
+    for dims, pixels in PROBLEMS:
+        for config in configurations(dims, pixels, ops, gpu):
+            pipelined = tiles_of(config)
+            for tile in pipelined:
+                sides = (tile.block_m, tile.block_n, tile.block_k)
+                assert all(side >= 16 and side & (side - 1) == 0 for side in sides), config
+                assert tile.block_m * tile.block_n <= gpu.max_tile, config
+            if isinstance(config, PointwiseConfig):
+                # the pool's tile is not pipelined
+                pipelined = [config.gemm]
+            num_stages = getattr(config, "num_stages", 1)
+            step = max((t.block_m + t.block_n) * t.block_k for t in pipelined) * ops.itemsize
+            assert num_stages * step <= gpu.shared_bytes, config
+
+
+@pytest.mark.parametrize("precision", OPERANDS)
+def test_tiles_cover_the_width_of_launch_a(precision: str) -> None:
+    for dims, pixels in PROBLEMS:
+        for save in (True, False):
+            config = heuristic.pointwise_config(
+                dims, pixels, OPERANDS[precision], TARGETS["sm_90"], save
+            )
+            width = dims.ch1x1 + dims.reduced_channels
+            wide, tail = config.split_width(width)
+            assert wide >= 1
+            assert wide * config.gemm.block_n + tail >= width
+            assert wide * config.gemm.block_n + tail - width < config.gemm.block_n
+
+
+def test_a_narrow_tail_instead_of_padding() -> None:
+    """3b has 288 columns: 256 and 32, or 128 twice and 32, never 384."""
+    dims, pixels = GOOGLENET["3b"], 2**18
+    config = heuristic.pointwise_config(dims, pixels, OPERANDS["16-bit"], TARGETS["sm_90"], True)
+    wide, tail = config.split_width(288)
+    assert wide * config.gemm.block_n + tail == 288
+
+
+@pytest.mark.parametrize(
+    ("channels", "step"), [(16, 16), (24, 32), (48, 32), (96, 32), (112, 64), (128, 64), (192, 64)]
+)
+def test_step_of_the_reduction(channels: int, step: int) -> None:
+    """64 where that pads the channels of a tap by no more than a seventh."""
+    assert heuristic._block_k(channels, OPERANDS["16-bit"]) == step
+
+
+def test_large_batches_take_large_tiles() -> None:
+    dims = GOOGLENET["3b"]
+    for pixels, least in ((2**10, 64 * 16), (2**18, 128 * 128)):
+        config = heuristic.branches_config(dims, pixels, OPERANDS["16-bit"], TARGETS["sm_90"])
+        assert config.conv3.block_m * config.conv3.block_n >= least
+    small = heuristic.branches_config(dims, 2**10, OPERANDS["16-bit"], TARGETS["sm_90"])
+    programs = 2**10 // small.conv3.block_m * -(-dims.ch3x3 // small.conv3.block_n)
+    assert programs >= 32
+
+
+def test_weight_gradients_are_split_where_there_are_pixels() -> None:
+    ops, gpu = OPERANDS["16-bit"], TARGETS["sm_90"]
+    for (name, dims), n in itertools.product(GOOGLENET.items(), (1, 32, 256)):
+        pixels = n * googlenet_sizes(224).module(name) ** 2
+        config: WgradConfig = heuristic.wgrad_config(dims, pixels, ops, gpu)
+        for job in (config.conv3, config.conv5, config.branch1, config.reduces, config.projection):
+            chunk, splits = job.chunks(pixels)
+            assert splits * chunk >= pixels > (splits - 1) * chunk
+            assert chunk % job.tile.block_k == 0
+        if n == 256:
+            assert config.conv3.splits >= 4
+
+
+def test_no_pixels_no_splits() -> None:
+    job = WgradJob(Tile(64, 64, 32), 7)
+    assert job.chunks(0) == (32, 0)
