@@ -187,7 +187,7 @@ def launch_dgrad(
 
     Returns (dr like r, dp [N, slots of C_IN, H, W], partial3, partial5), the partials being column
     sums of dr over each tile of pixels, [tiles, reduced_channels]. What is not asked for is not
-    computed: its part of dr is left unwritten, dp is empty.
+    computed: its part of dr is zero, dp is empty.
     """
     layout = PackedLayout(dims)
     n, _, height, width = r.shape
@@ -195,7 +195,8 @@ def launch_dgrad(
     s_in = layout.slots_in
     c3, c5, cp = config.conv3, config.conv5, config.pool
     s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
-    dr = torch.empty_like(r)
+    # the weight gradient reads both halves together: one that is not computed is zero
+    dr = torch.empty_like(r) if reduce3 and reduce5 else torch.zeros_like(r)
     dp = torch.empty_strided(
         (n if pooled else 0, s_in, height, width),
         (height * width * s_in, 1, width * s_in, s_in),
