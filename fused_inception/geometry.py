@@ -185,6 +185,24 @@ def pool_out(size: int, kernel: int, stride: int, padding: int = 0, ceil_mode: b
     return _at_least_one(windows, size, kernel, padding)
 
 
+@dataclass(frozen=True)
+class Window:
+    """Square pooling windows."""
+
+    kernel: int
+    stride: int
+    padding: int = 0
+    ceil_mode: bool = False
+
+    def out(self, size: int) -> int:
+        """Number of windows along a side, `pool_out`."""
+        return pool_out(size, self.kernel, self.stride, self.padding, self.ceil_mode)
+
+    def cells(self, size: int) -> int:
+        """Number of cells, `stride` pixels from where a window begins, that cover a side."""
+        return (size - 1 + self.padding) // self.stride - self.padding // self.stride + 1
+
+
 def googlenet_dims(kernel_5x5: int = 5) -> dict[str, InceptionDims]:
     """The nine modules of the paper's table 1 by name; `kernel_5x5=3` is torchvision's network."""
     table = {

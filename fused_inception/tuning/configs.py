@@ -143,3 +143,20 @@ class ConvConfig:
     wgrad: WgradJob
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """A kernel over vectors of channels, one or more a thread."""
+
+    block_v: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class MarchConfig:
+    """The same, where a thread goes down `rows` rows of windows or of cells."""
+
+    rows: int
+    block_v: int
+    num_warps: int

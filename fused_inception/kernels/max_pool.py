@@ -1,0 +1,330 @@
+"""Max pooling, forward with a 1-byte index of the winning tap, backward by gather.
+
+torch's rule: the first maximum in row-major order wins, the last NaN wins, padding takes no part.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_inception.geometry import ALIGN, Window
+from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.vectors import (
+    has_group,
+    lanes_of,
+    load_tile,
+    offsets,
+    program_vectors,
+    store_tile,
+)
+from fused_inception.tuning.configs import VectorConfig
+
+
+@triton.jit
+def window_position(pixel, out_height, out_width, STRIDE: tl.constexpr, PAD: tl.constexpr):
+    """(image, row, column) of tap (0, 0) of the window of each output pixel."""
+    column = pixel % out_width
+    row = pixel // out_width % out_height
+    return pixel // out_width // out_height, row * STRIDE - PAD, column * STRIDE - PAD
+
+
+@triton.jit
+def first_tap(row, column, K: tl.constexpr):
+    """The first tap inside the map: it wins a window of -inf alone."""
+    return tl.maximum(-row, 0) * K + tl.maximum(-column, 0)
+
+
+@triton.jit
+def beats(v, best):
+    """Where `v`, met after `best`, is the new maximum."""
+    return (v > best) | (v != v)
+
+
+@triton.jit
+def best_of(taps, FIRST: tl.constexpr, N: tl.constexpr):
+    """(maximum, FIRST + its number) of N tiles.
+
+    Maximum first, winner by comparison with it: both work on pairs of 16-bit numbers, where the
+    choice tap by tap needs single numbers and more predicates than a thread has.
+    """
+    best = taps[0]
+    for i in tl.static_range(1, N):
+        best = tl.maximum(best, taps[i], propagate_nan=tl.PropagateNan.ALL).to(best.dtype)
+    winner = tl.full(best.shape, FIRST, tl.int32)
+    for i in tl.static_range(1, N):
+        winner = tl.where(taps[N - i] == best, FIRST + N - i, winner)
+    winner = tl.where(taps[0] == best, FIRST, winner)
+    # a NaN is the maximum and equals nothing; of several the last is taken
+    for i in tl.static_range(N):
+        winner = tl.where(taps[i] != taps[i], FIRST + i, winner)
+    return best, winner
+
+
+@triton.jit
+def pool_tile(
+    rows,  # [BLOCK_V] pointers to tap (0, 0)
+    inside,
+    row,
+    column,
+    height,
+    width,
+    x_stride,
+    K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """(maximum, winning tap) of each window, [BLOCK_V, LANES] each; -inf where not `inside`."""
+    # as many rows of a window at a time as registers hold
+    HELD: tl.constexpr = K if K <= 3 else 1
+    best = tl.full((BLOCK_V, LANES), float("-inf"), tl.float32)
+    winner = tl.zeros((BLOCK_V, LANES), tl.int32)
+    for r0 in tl.static_range(0, K, HELD):
+        taps = ()
+        for r in tl.static_range(r0, r0 + HELD):
+            for s in tl.static_range(K):
+                is_row = (row + r >= 0) & (row + r < height)
+                is_column = (column + s >= 0) & (column + s < width)
+                shift = (r * width + s) * x_stride
+                is_tap = inside & is_row & is_column
+                taps = taps + (load_tile(rows + shift, is_tap, float("-inf"), LANES),)
+        held_best, held_winner = best_of(taps, r0 * K, HELD * K)
+        if r0 == 0:
+            best = held_best
+            winner = held_winner
+        else:
+            take = beats(held_best.to(tl.float32), best.to(tl.float32))
+            best = tl.where(take, held_best, best)
+            winner = tl.where(take, held_winner, winner)
+    # taps outside are -inf too
+    first = tl.broadcast_to(first_tap(row, column, K)[:, None], (BLOCK_V, LANES))
+    return best, tl.where(best == float("-inf"), first, winner)
+
+
+@triton.jit
+def cell_position(cell, height, width, STRIDE: tl.constexpr, PAD: tl.constexpr):
+    """(image, row, column) of each cell, counted through all images.
+
+    Cell (i, j) is the STRIDE x STRIDE pixels at which windows (i - a, j - b) have the taps
+    (u + STRIDE a, v + STRIDE b): pixel (u, v) of all cells sees the same taps of its windows.
+    """
+    FIRST: tl.constexpr = PAD // STRIDE
+    rows = (height - 1 + PAD) // STRIDE - FIRST + 1
+    columns = (width - 1 + PAD) // STRIDE - FIRST + 1
+    row = cell // columns % rows + FIRST
+    return cell // columns // rows, row, cell % columns + FIRST
+
+
+@triton.jit
+def gather_tiles(
+    dy_rows,  # [BLOCK_V] pointers to the gradient of window (i, j) of each cell
+    index_rows,  # [BLOCK_V] pointers to its index
+    inside,
+    group,
+    i,
+    j,
+    u,
+    v,
+    out_height,
+    out_width,
+    dy_stride,
+    GROUPS: tl.constexpr,
+    HALO: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Sums of the gradients of the windows that pixel (u, v) of each cell won, fp32.
+
+    2 * HALO + 1 tiles [BLOCK_V, LANES]: those of HALO groups on both sides of the vectors too.
+    """
+    OPEN: tl.constexpr = (K - 1) // STRIDE + 1
+    totals = ()
+    for _ in tl.static_range(2 * HALO + 1):
+        totals = totals + (tl.zeros((BLOCK_V, LANES), tl.float32),)
+    for a in tl.static_range(OPEN):
+        for b in tl.static_range(OPEN):
+            r = u + STRIDE * a
+            s = v + STRIDE * b
+            if (r < K) & (s < K):
+                is_row = (i - a >= 0) & (i - a < out_height)
+                is_column = (j - b >= 0) & (j - b < out_width)
+                is_window = inside & is_row & is_column
+                back = a * out_width + b
+                sums = ()
+                for shift in tl.static_range(-HALO, HALO + 1):
+                    mask = is_window & has_group(group, shift, GROUPS)
+                    index_shift = shift * LANES - back * (GROUPS * LANES)
+                    winner = load_tile(index_rows + index_shift, mask, 255, LANES)
+                    dy_tile = load_tile(
+                        dy_rows + (shift * LANES - back * dy_stride), mask, 0.0, LANES
+                    )
+                    won = winner.to(tl.int32) == r * K + s
+                    total = totals[HALO + shift] + tl.where(won, dy_tile.to(tl.float32), 0.0)
+                    sums = sums + (total,)
+                totals = sums
+    return totals
+
+
+@triton.jit(
+    do_not_specialize=["n_pixels", "height", "width", "out_height", "out_width", "x_stride8"]
+)
+def _max_pool_fwd_kernel(
+    # tensors
+    x_ptr,  # [N, H, W, 8 x_stride8]
+    y_ptr,  # [P, C]
+    index_ptr,  # [P, GROUPS * LANES] uint8, winning tap of each window
+    # sizes
+    n_pixels,  # of y
+    height,
+    width,
+    out_height,
+    out_width,
+    # strides
+    x_stride8,
+    # problem
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    SAVE: tl.constexpr,
+    # tile
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """y[p, c] = max over the K * K taps of x, index[p, c] = the tap that has it; one program per
+    BLOCK_V vectors of y."""
+    pixel, group = program_vectors(GROUPS, BLOCK_V)
+    inside = pixel < n_pixels
+    image, row, column = window_position(pixel, out_height, out_width, STRIDE, PAD)
+    rows = x_ptr + offsets(
+        image * height * width + row * width + column, group, x_stride8 * 8, LANES
+    )
+    best, winner = pool_tile(
+        rows, inside, row, column, height, width, x_stride8 * 8, K, BLOCK_V, LANES
+    )
+    store_tile(y_ptr, best, pixel, group, inside, C, BLOCK_V, LANES)
+    if SAVE:
+        store_tile(index_ptr, winner, pixel, group, inside, GROUPS * LANES, BLOCK_V, LANES)
+
+
+@triton.jit(
+    do_not_specialize=["n_cells", "height", "width", "out_height", "out_width", "dy_stride8"]
+)
+def _max_pool_bwd_kernel(
+    # tensors
+    dy_ptr,  # [N, OH, OW, 8 dy_stride8]
+    index_ptr,  # [N, OH, OW, GROUPS * LANES] uint8
+    dx_ptr,  # [N, H, W, C]
+    # sizes
+    n_cells,
+    height,
+    width,
+    out_height,
+    out_width,
+    # strides
+    dy_stride8,
+    # problem
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    # tile
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """dx[pixel] = sum of dy over the windows that the pixel won; one program per BLOCK_V vectors of
+    cells.
+
+    Pixels of a cell beyond its first K x K are in no window and left as they are.
+    """
+    cell, group = program_vectors(GROUPS, BLOCK_V)
+    inside = cell < n_cells
+    image, i, j = cell_position(cell, height, width, STRIDE, PAD)
+    window = (image * out_height + i) * out_width + j
+    dy_rows = dy_ptr + offsets(window, group, dy_stride8 * 8, LANES)
+    index_rows = index_ptr + offsets(window, group, GROUPS * LANES, LANES)
+    for u in tl.static_range(STRIDE if STRIDE < K else K):
+        for v in tl.static_range(STRIDE if STRIDE < K else K):
+            (dx_tile,) = gather_tiles(
+                dy_rows, index_rows, inside, group, i, j, u, v, out_height, out_width,
+                dy_stride8 * 8, GROUPS, 0, K, STRIDE, BLOCK_V, LANES,
+            )  # fmt: skip
+            row, column = i * STRIDE + u - PAD, j * STRIDE + v - PAD
+            is_pixel = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            pixel = (image * height + row) * width + column
+            store_tile(dx_ptr, dx_tile, pixel, group, is_pixel, C, BLOCK_V, LANES)
+
+
+def window_constants(window: Window) -> dict[str, int]:
+    """The window's part of a kernel's constants."""
+    return dict(K=window.kernel, STRIDE=window.stride, PAD=window.padding)
+
+
+def clear_gaps(dx: torch.Tensor, window: Window) -> None:
+    """Zero what a kernel that walks the windows leaves: pixels between windows that lie apart."""
+    if window.stride > window.kernel:
+        dx.zero_()
+
+
+def launch_max_pool_fwd(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    index: torch.Tensor,
+    window: Window,
+    config: VectorConfig,
+    *,
+    save: bool,
+) -> None:
+    """Fill `y`, [N, C, OH, OW] exactly channels last, and with `save` `index`, from `x` as
+    `layout.for_kernels` gives it."""
+    _, _, height, width = x.shape
+    n, c, out_height, out_width = y.shape
+    lanes = lanes_of(x.dtype)
+    groups = x.shape[1] // lanes
+    n_pixels = n * out_height * out_width
+    run(
+        _max_pool_fwd_kernel,
+        (cdiv(n_pixels * groups, config.block_v),),
+        (x, y, index, n_pixels, height, width, out_height, out_width, x.stride(3) // ALIGN),
+        dict(
+            C=c,
+            GROUPS=groups,
+            **window_constants(window),
+            SAVE=save,
+            BLOCK_V=config.block_v,
+            LANES=lanes,
+        ),
+        num_warps=config.num_warps,
+    )
+
+
+def launch_max_pool_bwd(
+    dy: torch.Tensor,
+    index: torch.Tensor,
+    dx: torch.Tensor,
+    window: Window,
+    config: VectorConfig,
+) -> None:
+    """Fill `dx`, [N, C, H, W] exactly channels last; `dy` as `layout.for_kernels` gives it."""
+    n, c, height, width = dx.shape
+    _, _, out_height, out_width = dy.shape
+    lanes = lanes_of(dy.dtype)
+    groups = dy.shape[1] // lanes
+    cells = n * window.cells(height) * window.cells(width)
+    clear_gaps(dx, window)
+    run(
+        _max_pool_bwd_kernel,
+        (cdiv(cells * groups, config.block_v),),
+        (dy, index, dx, cells, height, width, out_height, out_width, dy.stride(3) // ALIGN),
+        dict(
+            C=c,
+            GROUPS=groups,
+            **window_constants(window),
+            BLOCK_V=config.block_v,
+            LANES=lanes,
+        ),
+        num_warps=config.num_warps,
+    )
