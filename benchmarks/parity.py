@@ -51,7 +51,6 @@ def run(
         summary = summarise([_events(log) for log in logs])
         # 2: the time was spent; 5: no test in this share
         ended = [p in late or p.returncode in (0, 1, 2, 5) for p in processes]
-        summary["complete"] &= not late and all(ended)
         if not all(ended) or not sum(summary["counts"].values()):
             tails = {i: outputs[i].read_text(errors="replace")[-3000:] for i in range(workers)}
             summary["processes"] = [{"status": statuses[i], "tail": tails[i]} for i in tails]
@@ -61,7 +60,8 @@ def run(
 def summarise(shares: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Counts, failures and gaps of the events that the processes wrote."""
     events = [event for share in shares for event in share]
-    collected = sum(e["tests"] for e in events if e["event"] == "collected")
+    sizes = [e["tests"] for e in events if e["event"] == "collected"]
+    collected = sum(sizes)
     unreadable = [e for e in events if e["event"] == "unreadable"]
     outcomes: dict[str, dict[str, Any]] = {}
     for e in events:
@@ -73,7 +73,8 @@ def summarise(shares: list[list[dict[str, Any]]]) -> dict[str, Any]:
     counts = Counter(e["event"] for e in outcomes.values())
     slowest = sorted(outcomes.values(), key=lambda e: -e["seconds"])[:10]
     return {
-        "complete": bool(collected) and len(outcomes) == collected and not unreadable,
+        # a process that never came to know its share counts for one that did not run it
+        "complete": 0 < collected == len(outcomes) and len(sizes) == len(shares) and not unreadable,
         "counts": {**counts, "not run": collected - len(outcomes)},
         "failures": [{"test": e["test"], "message": e["message"]} for e in failures],
         "unreadable": [{"file": e["test"], "message": e["message"]} for e in _once(unreadable)],

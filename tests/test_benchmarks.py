@@ -208,6 +208,26 @@ def test_parity_ends_with_its_time(tmp_path: Path) -> None:
     assert summary["counts"] == {"passed": 1, "not run": 2}
 
 
+@pytest.mark.parametrize(
+    ("events", "complete"),
+    [
+        ([{"event": "collected", "tests": 0}], True),
+        ([{"event": "collected", "tests": 1}], False),
+        ([{"event": "unreadable", "test": "t.py", "message": "no such module"}], False),
+        ([], False),
+    ],
+)
+def test_parity_is_complete_where_every_process_ran_its_share(
+    events: list[dict[str, Any]], complete: bool
+) -> None:
+    share = [
+        {"event": "collected", "tests": 1},
+        {"event": "started", "test": "t"},
+        {"event": "passed", "test": "t", "seconds": 1.0, "message": None},
+    ]
+    assert parity.summarise([share, events])["complete"] is complete
+
+
 def test_parity_finds_the_tests_of_the_device() -> None:
     found = parity.device_tests()
     assert "tests/test_inception_kernels.py" in found
