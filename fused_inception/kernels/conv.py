@@ -12,6 +12,50 @@ from fused_inception.tuning.configs import BranchesConfig
 
 
 @triton.jit
+def convolve(
+    x_ptr,  # [P, x_stride] at the first pixel of the tile, first channel of the slot
+    w_ptr,  # [C_OUT, K * K, C_IN]
+    valid,  # [BLOCK_P] bits of the taps inside the map
+    pid_co,
+    width,
+    x_stride,
+    K: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Sum over taps and i of x[p + tap, i] * w[o, tap, i], fp32: stride 1, "same" padding."""
+    offs_ci = tl.arange(0, BLOCK_CI)
+    offs_co = pid_co * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    mask_co = offs_co < C_OUT
+    x_offs = (tl.arange(0, BLOCK_P) * x_stride)[:, None] + offs_ci[None, :]
+    w_offs = offs_co[None, :] * (K * K * C_IN) + offs_ci[:, None]
+    # one flat loop over taps and channel blocks: nested loops pipeline badly
+    BLOCKS_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
+    acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+    for step in tl.range(0, K * K * BLOCKS_CI, num_stages=NUM_STAGES):
+        tap = step // BLOCKS_CI
+        ci0 = (step - tap * BLOCKS_CI) * BLOCK_CI
+        r = tap // K
+        s = tap - r * K
+        x_mask = (((valid >> tap) & 1) != 0)[:, None]
+        w_mask = mask_co[None, :]
+        if C_IN % BLOCK_CI != 0:
+            mask_ci = offs_ci < C_IN - ci0
+            x_mask = x_mask & mask_ci[None, :]
+            w_mask = w_mask & mask_ci[:, None]
+        shift = ((r - K // 2) * width + (s - K // 2)) * x_stride + ci0
+        x_tile = tl.load(x_ptr + shift + x_offs, mask=x_mask, other=0.0)
+        w_tile = tl.load(w_ptr + (tap * C_IN + ci0) + w_offs, mask=w_mask, other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def conv_tile(
     # tensors
     x_ptr,  # [P, x_stride] first channel of the input slot
@@ -43,37 +87,15 @@ def conv_tile(
 ):
     """y[p, o] = relu(sum over taps and i of x[p + tap, i] * w[o, tap, i] + b[o]), stride 1, "same"
     padding."""
-    local_p = tl.arange(0, BLOCK_P)
-    offs_p = pid_p * BLOCK_P + local_p
+    offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_co = pid_co * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    offs_ci = tl.arange(0, BLOCK_CI)
-    valid = tap_validity(offs_p, n_pixels, height, width, K)
-    mask_co = offs_co < C_OUT
     p0 = (pid_p * BLOCK_P).to(tl.int64)
-    x_tile_ptr = x_ptr + p0 * x_stride
-    x_offs = (local_p * x_stride)[:, None] + offs_ci[None, :]
-    w_offs = offs_co[None, :] * (K * K * C_IN) + offs_ci[:, None]
-
-    # one flat loop over taps and channel blocks: nested loops pipeline badly
-    BLOCKS_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
-    acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
-    for step in tl.range(0, K * K * BLOCKS_CI, num_stages=NUM_STAGES):
-        tap = step // BLOCKS_CI
-        ci0 = (step - tap * BLOCKS_CI) * BLOCK_CI
-        r = tap // K
-        s = tap - r * K
-        x_mask = (((valid >> tap) & 1) != 0)[:, None]
-        w_mask = mask_co[None, :]
-        if C_IN % BLOCK_CI != 0:
-            mask_ci = offs_ci < C_IN - ci0
-            x_mask = x_mask & mask_ci[None, :]
-            w_mask = w_mask & mask_ci[:, None]
-        shift = ((r - K // 2) * width + (s - K // 2)) * x_stride + ci0
-        x_tile = tl.load(x_tile_ptr + shift + x_offs, mask=x_mask, other=0.0)
-        w_tile = tl.load(w_ptr + (tap * C_IN + ci0) + w_offs, mask=w_mask, other=0.0)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-
-    bias = tl.load(b_ptr + offs_co, mask=mask_co, other=0.0)
+    acc = convolve(
+        x_ptr + p0 * x_stride, w_ptr, tap_validity(offs_p, n_pixels, height, width, K),
+        pid_co, width, x_stride, K, C_IN, C_OUT, PRECISION,
+        BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES,
+    )  # fmt: skip
+    bias = tl.load(b_ptr + offs_co, mask=offs_co < C_OUT, other=0.0)
     y_tile = relu(acc + bias[None, :]).to(y_ptr.dtype.element_ty)
     store_slice(
         y_tile, y_ptr, mask_ptr, p0, pid_co * BLOCK_CO, n_pixels,

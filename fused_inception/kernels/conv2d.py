@@ -20,7 +20,7 @@ def _pack_filter_kernel(
     # tensors
     w_ptr,  # [C_OUT, C_IN, K, K], or in memory [C_OUT, K, K, C_IN] with CHANNELS_LAST
     b_ptr,  # [C_OUT]
-    packed_w_ptr,  # [S_OUT, TAPS, S_IN]
+    packed_w_ptr,  # [S_OUT, TAPS, S_IN]; with FOR_DGRAD [S_IN, TAPS backwards, S_OUT]
     packed_b_ptr,  # [S_OUT] fp32
     # problem
     C_IN: tl.constexpr,
@@ -29,16 +29,19 @@ def _pack_filter_kernel(
     S_IN: tl.constexpr,
     S_OUT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    WITH_BIAS: tl.constexpr,
+    FOR_DGRAD: tl.constexpr,
     # tile
     BLOCK: tl.constexpr,
 ):
-    """Copy, transpose to [C_OUT, tap, C_IN] and cast one filter; the last program its bias."""
+    """Copy, transpose and cast one filter; for a forward the last program packs its bias."""
     pid = tl.program_id(0)
     TILES: tl.constexpr = (S_OUT * TAPS * S_IN + BLOCK - 1) // BLOCK
     if pid < TILES:
-        pack_rows(w_ptr, packed_w_ptr, pid, C_OUT, C_IN, TAPS, S_IN, S_OUT, CHANNELS_LAST, BLOCK)
-    elif WITH_BIAS:
+        pack_rows(
+            w_ptr, packed_w_ptr, pid,
+            C_OUT, C_IN, TAPS, S_IN, S_OUT, S_OUT, CHANNELS_LAST, FOR_DGRAD, BLOCK,
+        )  # fmt: skip
+    elif not FOR_DGRAD:
         pack_bias(b_ptr, packed_b_ptr, C_OUT, S_OUT, BLOCK)
 
 
@@ -85,7 +88,7 @@ def _conv2d_fwd_kernel(
 def _conv2d_dgrad_kernel(
     # tensors
     dz_ptr,  # [P, S_OUT]
-    w_ptr,  # [S_OUT, K * K, S_IN]
+    w_ptr,  # [S_IN, K * K, S_OUT] taps backwards
     x_ptr,  # [P, DX_STRIDE] output of the ReLU before, with GATED
     dx_ptr,  # [P, DX_STRIDE]
     partial_ptr,  # [tiles of pixels, DX_STRIDE] fp32 column sums, with GATED
@@ -190,11 +193,16 @@ def _conv2d_finish_kernel(
 def launch_pack_filter(
     weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, block: int = 2048
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One filter as [slots of C_OUT, K * K, slots of C_IN] in `dtype`, its bias in fp32."""
+    """One filter as [slots of C_OUT, K * K, slots of C_IN] in `dtype`, its bias in fp32.
+
+    Without a bias it is packed for the data gradient: [slots of C_IN, K * K backwards, slots of
+    C_OUT].
+    """
     c_out, c_in, k, _ = weight.shape
     s_out, s_in = align_up(c_out), align_up(c_in)
     source = weight if is_channels_last_filter(weight) else weight.contiguous()
-    packed_w = torch.empty((s_out, k * k, s_in), dtype=dtype, device=weight.device)
+    shape = (s_in, k * k, s_out) if bias is None else (s_out, k * k, s_in)
+    packed_w = torch.empty(shape, dtype=dtype, device=weight.device)
     packed_b = torch.empty(0 if bias is None else s_out, dtype=torch.float32, device=weight.device)
     run(
         _pack_filter_kernel,
@@ -207,7 +215,7 @@ def launch_pack_filter(
             S_IN=s_in,
             S_OUT=s_out,
             CHANNELS_LAST=is_channels_last_filter(source),
-            WITH_BIAS=bias is not None,
+            FOR_DGRAD=bias is None,
             BLOCK=block,
         ),
         num_warps=4,
@@ -285,8 +293,8 @@ def launch_conv2d_dgrad(
         dict(
             K=kernel,
             C_IN=c_in,
-            S_IN=packed_w.shape[2],
-            S_OUT=packed_w.shape[0],
+            S_IN=packed_w.shape[0],
+            S_OUT=packed_w.shape[2],
             DX_STRIDE=c_in,
             GATED=gate is not None,
             PRECISION=precision,

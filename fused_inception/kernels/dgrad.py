@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.kernels.conv import convolve
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.tiles import is_open, tap_validity
@@ -16,7 +17,7 @@ from fused_inception.tuning.configs import DgradConfig
 def dgrad_tile(
     # tensors
     dz_ptr,  # [P, DZ_STRIDE] first channel of the branch's slot
-    w_ptr,  # [C_OUT, K * K, C_IN]
+    w_ptr,  # [C_IN, K * K, C_OUT] taps backwards
     x_ptr,  # [P, DX_STRIDE] rounded output of the ReLU before this convolution, with GATED
     dx_ptr,  # [P, DX_STRIDE]
     partial_ptr,  # [tiles of pixels, DX_STRIDE] fp32, with GATED
@@ -47,35 +48,14 @@ def dgrad_tile(
     local_p = tl.arange(0, BLOCK_P)
     offs_p = pid_p * BLOCK_P + local_p
     offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
-    offs_co = tl.arange(0, BLOCK_CO)
-    valid = tap_validity(offs_p, n_pixels, height, width, K)
     mask_p = offs_p < n_pixels
-    mask_ci = offs_ci < C_IN
     p0 = (pid_p * BLOCK_P).to(tl.int64)
-    dz_tile_ptr = dz_ptr + p0 * DZ_STRIDE
-    dz_offs = (local_p * DZ_STRIDE)[:, None] + offs_co[None, :]
-    w_offs = (offs_co * (K * K * C_IN))[:, None] + offs_ci[None, :]
-
-    BLOCKS_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
-    acc = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
-    for step in tl.range(0, K * K * BLOCKS_CO, num_stages=NUM_STAGES):
-        tap = step // BLOCKS_CO
-        co0 = (step - tap * BLOCKS_CO) * BLOCK_CO
-        r = tap // K
-        s = tap - r * K
-        dz_mask = (((valid >> tap) & 1) != 0)[:, None]
-        w_mask = mask_ci[None, :]
-        if C_OUT % BLOCK_CO != 0:
-            mask_co = offs_co < C_OUT - co0
-            dz_mask = dz_mask & mask_co[None, :]
-            w_mask = w_mask & mask_co[:, None]
-        shift = ((r - K // 2) * width + (s - K // 2)) * DZ_STRIDE + co0
-        dz_tile = tl.load(dz_tile_ptr + shift + dz_offs, mask=dz_mask, other=0.0)
-        # the window is walked forwards, so the filter backwards
-        w_shift = co0 * (K * K * C_IN) + (K * K - 1 - tap) * C_IN
-        w_tile = tl.load(w_ptr + w_shift + w_offs, mask=w_mask, other=0.0)
-        acc = tl.dot(dz_tile, w_tile, acc, input_precision=PRECISION)
-
+    # with the taps backwards it is a convolution of dz
+    acc = convolve(
+        dz_ptr + p0 * DZ_STRIDE, w_ptr, tap_validity(offs_p, n_pixels, height, width, K),
+        pid_ci, width, DZ_STRIDE, K, C_OUT, C_IN, PRECISION,
+        BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
+    )  # fmt: skip
     dx_offs = (local_p * DX_STRIDE)[:, None] + offs_ci[None, :]
     dx_mask = mask_p[:, None] & (offs_ci < STORED_IN)[None, :]
     # rounded before it is masked: 128 x 256 accumulators beside a tile of x would spill
@@ -96,8 +76,8 @@ def dgrad_tile(
 def _dgrad_kernel(
     # tensors
     dz_ptr,  # [P, DZ_STRIDE]
-    # packed filters: [S3, 9, S3R] from FILTER_3 on, [S5, K5 * K5, S5R] from FILTER_5, [SP, S_IN]
-    # from FILTER_P
+    # packed for the data gradients: [S3R, 9, S3] from FILTER_3 on, [S5R, K5 * K5, S5] from
+    # FILTER_5, [S_IN, SP] from FILTER_P
     w_ptr,
     r_ptr,  # [P, S3R + S5R]
     dr_ptr,  # [P, S3R + S5R]

@@ -16,23 +16,24 @@ from fused_inception.tuning.configs import InputGradConfig
 def _accumulate(
     acc,
     g_ptr,  # [P, G_STRIDE] at the first pixel of the tile
-    w_ptr,  # [C_OUT, C_IN]
+    w_ptr,  # [C_IN, W_STRIDE] first of the C_OUT columns
     mask_p,
     pid_ci,
     C_OUT: tl.constexpr,
     C_IN: tl.constexpr,
     G_STRIDE: tl.constexpr,
+    W_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_CI: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """acc[p, i] += sum_o g[p, o] * w[o, i]."""
+    """acc[p, i] += sum_o g[p, o] * w[i, o]."""
     offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
     offs_co = tl.arange(0, BLOCK_CO)
     g_offs = (tl.arange(0, BLOCK_P) * G_STRIDE)[:, None] + offs_co[None, :]
-    w_offs = (offs_co * C_IN)[:, None] + offs_ci[None, :]
+    w_offs = offs_ci[None, :] * W_STRIDE + offs_co[:, None]
     for co0 in tl.range(0, C_OUT, BLOCK_CO, num_stages=NUM_STAGES):
         g_mask = mask_p[:, None]
         w_mask = (offs_ci < C_IN)[None, :]
@@ -41,7 +42,7 @@ def _accumulate(
             g_mask = g_mask & mask_co[None, :]
             w_mask = w_mask & mask_co[:, None]
         g_tile = tl.load(g_ptr + co0 + g_offs, mask=g_mask, other=0.0)
-        w_tile = tl.load(w_ptr + co0 * C_IN + w_offs, mask=w_mask, other=0.0)
+        w_tile = tl.load(w_ptr + co0 + w_offs, mask=w_mask, other=0.0)
         acc = tl.dot(g_tile, w_tile, acc, input_precision=PRECISION)
     return acc
 
@@ -53,7 +54,7 @@ def _input_grad_kernel(
     dr_ptr,  # [P, SR] gradients of both reduced maps
     dp_ptr,  # [P, S_IN] gradient of the pooled map
     index_ptr,  # [P, S_IN] uint8, winning tap of each window
-    w_ptr,  # [S1 + SR, S_IN]
+    w_ptr,  # [S_IN, S1 + SR] packed for the data gradients
     dx_ptr,  # [P, C_IN]
     # sizes
     n_pixels,
@@ -72,7 +73,7 @@ def _input_grad_kernel(
     BLOCK_CO: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """dx[p, i] = sum over windows that p won of dp + sum_o [dz1 | dr][p, o] * w[o, i]; one program
+    """dx[p, i] = sum over windows that p won of dp + sum_o [dz1 | dr][p, o] * w[i, o]; one program
     per tile of dx."""
     TILES_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
     pid_p = tl.program_id(0) // TILES_CI
@@ -96,11 +97,11 @@ def _input_grad_kernel(
 
     acc = _accumulate(
         acc, dz_ptr + p0 * DZ_STRIDE, w_ptr, mask_p, pid_ci,
-        S1, S_IN, DZ_STRIDE, PRECISION, BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
+        S1, S_IN, DZ_STRIDE, S1 + SR, PRECISION, BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip
     acc = _accumulate(
-        acc, dr_ptr + p0 * SR, w_ptr + S1 * S_IN, mask_p, pid_ci,
-        SR, S_IN, SR, PRECISION, BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
+        acc, dr_ptr + p0 * SR, w_ptr + S1, mask_p, pid_ci,
+        SR, S_IN, SR, S1 + SR, PRECISION, BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip
     dx_mask = mask_p[:, None] & (offs_ci < C_IN)[None, :]
     dx_offs = (local_p * C_IN)[:, None] + offs_ci[None, :]

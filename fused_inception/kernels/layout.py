@@ -8,11 +8,12 @@ from fused_inception.geometry import InceptionDims, align_up
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Element offsets of the packed filters [rows, taps, slot channels] and of the packed biases.
+    """Element offsets of the packed filters and biases; channels and rows are padded to slots.
 
-    Filters: the 1x1 convolutions that read x (1x1 branch, 3x3 reduce, 5x5 reduce) follow each other
-    as one matrix [cat_rows, C_IN]; then 3x3, 5x5, projection. Biases in the same order. Rows and
-    channels are padded to slots.
+    Filters are [C_OUT, taps, C_IN]. The 1x1 convolutions that read x (1x1 branch, 3x3 reduce, 5x5
+    reduce) follow each other as one matrix [cat_rows, C_IN]; then 3x3, 5x5, projection. Packed for
+    the data gradients they are [C_IN, taps backwards, C_OUT] at the same offsets, the first matrix
+    [C_IN, cat_rows]. Biases come in the same order.
     """
 
     dims: InceptionDims

@@ -13,28 +13,44 @@ from fused_inception.kernels.layout import PackedLayout
 @triton.jit
 def pack_rows(
     src_ptr,  # [C_OUT, C_IN, K, K] in torch's order, or [C_OUT, K, K, C_IN] with CHANNELS_LAST
-    dst_ptr,  # [rows, K * K, SLOT_IN]
+    dst_ptr,  # [ROWS, TAPS, SLOT_IN]; with FOR_DGRAD [SLOT_IN, TAPS, ROWS], rows DST_STRIDE apart
     pid,
     C_OUT: tl.constexpr,
     C_IN: tl.constexpr,
     TAPS: tl.constexpr,
     SLOT_IN: tl.constexpr,
     ROWS: tl.constexpr,
+    DST_STRIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    FOR_DGRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dst[o, tap, i] = src[o, i, tap]; zero where o or i only pads a slot."""
+    """dst[o, tap, i] = src[o, i, tap]; zero where o or i only pads a slot.
+
+    With FOR_DGRAD dst[i, TAPS - 1 - tap, o]: the data gradient is then a convolution too, and in
+    both directions the reduction runs along memory.
+    """
     offs = pid * BLOCK + tl.arange(0, BLOCK)
-    ci = offs % SLOT_IN
-    tap = (offs // SLOT_IN) % TAPS
-    co = offs // (SLOT_IN * TAPS)
+    INNER: tl.constexpr = ROWS if FOR_DGRAD else SLOT_IN
+    inner = offs % INNER
+    tap = (offs // INNER) % TAPS
+    outer = offs // (INNER * TAPS)
+    if FOR_DGRAD:
+        ci = outer
+        co = inner
+        dst_offs = (ci * TAPS + (TAPS - 1 - tap)) * DST_STRIDE + co
+    else:
+        ci = inner
+        co = outer
+        dst_offs = offs
     if CHANNELS_LAST:
         src_offs = (co * TAPS + tap) * C_IN + ci
     else:
         src_offs = (co * C_IN + ci) * TAPS + tap
     inside = (co < C_OUT) & (ci < C_IN)
     value = tl.load(src_ptr + src_offs, mask=inside, other=0.0)
-    tl.store(dst_ptr + offs, value.to(dst_ptr.dtype.element_ty), mask=co < ROWS)
+    mask = offs < ROWS * TAPS * SLOT_IN
+    tl.store(dst_ptr + dst_offs, value.to(dst_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -81,12 +97,12 @@ def _pack_kernel(
     SP: tl.constexpr,
     LAST3: tl.constexpr,  # w3 and w5 lie in memory as [C_OUT, K, K, C_IN]
     LAST5: tl.constexpr,
-    WITH_BIAS: tl.constexpr,
+    FOR_DGRAD: tl.constexpr,
     # tile
     BLOCK: tl.constexpr,
 ):
-    """Copy, transpose to [C_OUT, tap, C_IN] and cast all filters; one program per BLOCK elements,
-    the last for biases."""
+    """Copy, transpose and cast all filters; one program per BLOCK elements. For a forward the last
+    program packs the biases; FOR_DGRAD needs none."""
     pid = tl.program_id(0)
     # packed elements up to each segment, and programs up to each segment
     W1: tl.constexpr = S1 * S_IN
@@ -100,19 +116,24 @@ def _pack_kernel(
     T3: tl.constexpr = T5R + (S3 * 9 * S3R + BLOCK - 1) // BLOCK
     T5: tl.constexpr = T3 + (S5 * K5 * K5 * S5R + BLOCK - 1) // BLOCK
     TP: tl.constexpr = T5 + (SP * S_IN + BLOCK - 1) // BLOCK
+    # the 1x1 filters that read x follow each other by rows, for the data gradient side by side
+    CAT: tl.constexpr = S1 + S3R + S5R
+    AT_3R: tl.constexpr = S1 if FOR_DGRAD else W1
+    AT_5R: tl.constexpr = S1 + S3R if FOR_DGRAD else W3R
+    D: tl.constexpr = FOR_DGRAD
     if pid < T1:
-        pack_rows(w1_ptr, w_ptr, pid, N1, C_IN, 1, S_IN, S1, False, BLOCK)
+        pack_rows(w1_ptr, w_ptr, pid, N1, C_IN, 1, S_IN, S1, CAT, False, D, BLOCK)
     elif pid < T3R:
-        pack_rows(w3r_ptr, w_ptr + W1, pid - T1, R3, C_IN, 1, S_IN, S3R, False, BLOCK)
+        pack_rows(w3r_ptr, w_ptr + AT_3R, pid - T1, R3, C_IN, 1, S_IN, S3R, CAT, False, D, BLOCK)
     elif pid < T5R:
-        pack_rows(w5r_ptr, w_ptr + W3R, pid - T3R, R5, C_IN, 1, S_IN, S5R, False, BLOCK)
+        pack_rows(w5r_ptr, w_ptr + AT_5R, pid - T3R, R5, C_IN, 1, S_IN, S5R, CAT, False, D, BLOCK)
     elif pid < T3:
-        pack_rows(w3_ptr, w_ptr + W5R, pid - T5R, N3, R3, 9, S3R, S3, LAST3, BLOCK)
+        pack_rows(w3_ptr, w_ptr + W5R, pid - T5R, N3, R3, 9, S3R, S3, S3, LAST3, D, BLOCK)
     elif pid < T5:
-        pack_rows(w5_ptr, w_ptr + W3, pid - T3, N5, R5, K5 * K5, S5R, S5, LAST5, BLOCK)
+        pack_rows(w5_ptr, w_ptr + W3, pid - T3, N5, R5, K5 * K5, S5R, S5, S5, LAST5, D, BLOCK)
     elif pid < TP:
-        pack_rows(wp_ptr, w_ptr + W5, pid - T5, NP, C_IN, 1, S_IN, SP, False, BLOCK)
-    elif WITH_BIAS:
+        pack_rows(wp_ptr, w_ptr + W5, pid - T5, NP, C_IN, 1, S_IN, SP, SP, False, D, BLOCK)
+    elif not FOR_DGRAD:
         pack_bias(b1_ptr, b_ptr, N1, S1, BLOCK)
         pack_bias(b3r_ptr, b_ptr + S1, R3, S3R, BLOCK)
         pack_bias(b5r_ptr, b_ptr + (S1 + S3R), R5, S5R, BLOCK)
@@ -128,9 +149,10 @@ def launch_pack(
     dtype: torch.dtype,
     block: int = 2048,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack six filters (cast to `dtype`) and six biases (cast to fp32; none for a backward).
+    """Pack six filters (cast to `dtype`) and six biases (cast to fp32).
 
-    Returns (filters, biases) as flat tensors laid out as `PackedLayout` says.
+    Without biases the filters are packed for the data gradients. Returns (filters, biases) as flat
+    tensors, laid out as `PackedLayout` says.
     """
     layout = PackedLayout(dims)
     device = filters[0].device
@@ -175,7 +197,7 @@ def launch_pack(
             **slots,
             LAST3=is_channels_last_filter(sources[2]),
             LAST5=is_channels_last_filter(sources[4]),
-            WITH_BIAS=bool(biases),
+            FOR_DGRAD=not biases,
             BLOCK=block,
         ),
         num_warps=4,
