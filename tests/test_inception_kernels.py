@@ -239,6 +239,10 @@ def test_pooling_follows_torch_with_ties_nan_and_infinity(device: torch.device) 
     column = torch.arange(6, device=device)[None, :]
     tap = (flat // 6 - row + 1) * 3 + (flat % 6 - column + 1)
     assert torch.equal(index.long(), tap)
+    # the projection of the pooled map, so its NaN too, is the same where no index is kept
+    for training in (True, False):
+        y, _ = inception_triton.forward(x, p.filters, p.biases, training)
+        assert torch.equal(y.isnan(), plain(p._replace(x=x))[0].isnan())
 
 
 def test_nan_passes_relu_forward_and_backward(device: torch.device) -> None:

@@ -98,7 +98,6 @@ def _conv2d_dgrad_kernel(
     width,
     # problem
     K: tl.constexpr,
-    C_IN: tl.constexpr,
     S_IN: tl.constexpr,
     S_OUT: tl.constexpr,
     DX_STRIDE: tl.constexpr,
@@ -117,7 +116,7 @@ def _conv2d_dgrad_kernel(
     dgrad_tile(
         dz_ptr, w_ptr, x_ptr, dx_ptr, partial_ptr,
         pid // TILES_CI, pid % TILES_CI, n_pixels, height, width,
-        K, S_IN, S_OUT, S_OUT, DX_STRIDE, GATED, C_IN, DX_STRIDE, PRECISION,
+        K, S_IN, S_OUT, S_OUT, DX_STRIDE, GATED, DX_STRIDE, PRECISION,
         BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip
 
@@ -292,7 +291,6 @@ def launch_conv2d_dgrad(
         (dz, packed_w, dx if gate is None else gate, dx, partial, n_pixels, height, width),
         dict(
             K=kernel,
-            C_IN=c_in,
             S_IN=packed_w.shape[0],
             S_OUT=packed_w.shape[2],
             DX_STRIDE=c_in,

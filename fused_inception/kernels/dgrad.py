@@ -34,7 +34,6 @@ def dgrad_tile(
     DZ_STRIDE: tl.constexpr,
     DX_STRIDE: tl.constexpr,
     GATED: tl.constexpr,
-    REAL_IN: tl.constexpr,  # channels of C_IN that are no padding
     STORED_IN: tl.constexpr,  # channels that dx has
     PRECISION: tl.constexpr,
     # tile
@@ -61,11 +60,9 @@ def dgrad_tile(
     # rounded before it is masked: 128 x 256 accumulators beside a tile of x would spill
     dx_tile = acc.to(dx_ptr.dtype.element_ty)
     if GATED:
+        # closes the padding channels too: there x is 0
         x_tile = tl.load(x_ptr + p0 * DX_STRIDE + dx_offs, mask=dx_mask, other=0.0)
         dx_tile = tl.where(dx_mask & is_open(x_tile), dx_tile, 0.0)
-    if REAL_IN != STORED_IN:
-        # padding channels of the scratch hold zeros whatever dz is
-        dx_tile = tl.where((offs_ci < REAL_IN)[None, :], dx_tile, 0.0)
     tl.store(dx_ptr + p0 * DX_STRIDE + dx_offs, dx_tile, mask=dx_mask)
     if GATED:
         sums = tl.sum(dx_tile.to(tl.float32), axis=0)
@@ -92,8 +89,6 @@ def _dgrad_kernel(
     programs5,
     # problem
     S_IN: tl.constexpr,
-    R3: tl.constexpr,
-    R5: tl.constexpr,
     S3R: tl.constexpr,
     S5R: tl.constexpr,
     S3: tl.constexpr,
@@ -130,7 +125,7 @@ def _dgrad_kernel(
         dgrad_tile(
             dz_ptr + SLOT_3, w_ptr + FILTER_3, r_ptr, dr_ptr, partial3_ptr,
             pid // TILES_3, pid % TILES_3, n_pixels, height, width,
-            3, S3R, S3, DZ_STRIDE, R_STRIDE, True, R3, S3R, PRECISION,
+            3, S3R, S3, DZ_STRIDE, R_STRIDE, True, S3R, PRECISION,
             P3, CI3, CO3, NUM_STAGES,
         )  # fmt: skip
     elif pid < programs3 + programs5:
@@ -138,7 +133,7 @@ def _dgrad_kernel(
         dgrad_tile(
             dz_ptr + SLOT_5, w_ptr + FILTER_5, r_ptr + S3R, dr_ptr + S3R, partial5_ptr + S3R,
             pid5 // TILES_5, pid5 % TILES_5, n_pixels, height, width,
-            K5, S5R, S5, DZ_STRIDE, R_STRIDE, True, R5, S5R, PRECISION,
+            K5, S5R, S5, DZ_STRIDE, R_STRIDE, True, S5R, PRECISION,
             P5, CI5, CO5, NUM_STAGES,
         )  # fmt: skip
     else:
@@ -146,7 +141,7 @@ def _dgrad_kernel(
         dgrad_tile(
             dz_ptr + SLOT_P, w_ptr + FILTER_P, dp_ptr, dp_ptr, partial3_ptr,
             pidp // TILES_P, pidp % TILES_P, n_pixels, height, width,
-            1, S_IN, SP, DZ_STRIDE, S_IN, False, S_IN, S_IN, PRECISION,
+            1, S_IN, SP, DZ_STRIDE, S_IN, False, S_IN, PRECISION,
             PP, CIP, COP, NUM_STAGES,
         )  # fmt: skip
 
@@ -209,8 +204,6 @@ def launch_dgrad(
         ),
         dict(
             S_IN=s_in,
-            R3=dims.ch3x3red,
-            R5=dims.ch5x5red,
             S3R=s3r,
             S5R=s5r,
             S3=align_up(dims.ch3x3),

@@ -76,7 +76,7 @@ def store_slice(
     y_offs = (local_p * Y_STRIDE)[:, None] + offs_co[None, :]
     tl.store(y_ptr + p0 * Y_STRIDE + y_offs, y_tile, mask=mask_y)
     if SAVE:
-        bits = pack_bits(is_open(y_tile) & (offs_co < C_OUT)[None, :], BLOCK_P, BLOCK_CO)
+        bits = pack_bits(is_open(y_tile), BLOCK_P, BLOCK_CO)
         offs_byte = co0 // 8 + tl.arange(0, BLOCK_CO // 8)
         mask_byte = mask_p[:, None] & (offs_byte < (C_OUT + 7) // 8)[None, :]
         byte_offs = (local_p * MASK_STRIDE)[:, None] + offs_byte[None, :]
