@@ -11,6 +11,7 @@ from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.googlenet import GoogLeNet, googlenet
 from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception
+from fused_inception.nn.pooling import LocalResponseNorm, LRNMaxPool2d, MaxPool2d, MaxPoolLRN2d
 from fused_inception.ops.filter_cache import clear as clear_cache
 from fused_inception.reference import GoogLeNetOutputs
 from fused_inception.tools.checkpoint import load_checkpoint
@@ -25,7 +26,11 @@ __all__ = [
     "GoogLeNetOutputs",
     "Inception",
     "InceptionAux",
+    "LRNMaxPool2d",
     "Launch",
+    "LocalResponseNorm",
+    "MaxPool2d",
+    "MaxPoolLRN2d",
     "__version__",
     "backend",
     "clear_cache",

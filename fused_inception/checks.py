@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import conv_out
+from fused_inception.geometry import Window, conv_out
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,6 +81,55 @@ def conv_parameters(
     for side in x.shape[2:]:
         conv_out(side, shape[2], stride, padding)
     _placed(x, "weight", weight, "bias", bias, casts)
+
+
+def pool_window(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    ceil_mode: bool,
+) -> Window:
+    """The square window that these options of a pool mean, if it fits `x`; no stride means one
+    window beside the other.
+
+    Raises:
+        ValueError: of options that differ between height and width, are out of range or don't fit.
+    """
+    kernel = _side("kernel_size", kernel_size, 1)
+    step = kernel if stride is None else _side("stride", stride, 1)
+    border = _side("padding", padding, 0)
+    if _side("dilation", dilation, 1) != 1:
+        raise ValueError(f"dilation must be 1, got {dilation}")
+    if border > kernel // 2:
+        raise ValueError(
+            f"padding must be at most half of kernel_size, {kernel // 2}, got {border}"
+        )
+    window = Window(kernel, step, border, ceil_mode)
+    for side in x.shape[2:]:
+        window.out(side)
+    return window
+
+
+def norm_size(size: int) -> None:
+    """`size` channels are a window.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+
+
+def _side(name: str, value: int | Sequence[int], least: int) -> int:
+    """One number for height and width."""
+    sides = [value, value] if isinstance(value, int) else list(value)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(f"{name} must be one number for height and width, got {value}")
+    if sides[0] < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return sides[0]
 
 
 _NAMES = ("1", "3r", "3", "5r", "5", "p")

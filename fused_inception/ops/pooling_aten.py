@@ -29,10 +29,12 @@ def max_pool2d_backward(
     dy: Tensor, shape: tuple[int, int, int, int], index: Tensor, window: Window
 ) -> Tensor:
     """The gradient of x, which is of `shape`."""
-    # of x only shape and layout matter
-    x = empty_channels_last(*shape, dtype=dy.dtype, device=dy.device)
-    dx = aten.max_pool2d_with_indices_backward(channels_last(dy), x, *_of(window), index)
-    return channels_last(dx)
+    dx = empty_channels_last(*shape, dtype=dy.dtype, device=dy.device)
+    # of x only shape and layout matter: dx stands for it
+    aten.max_pool2d_with_indices_backward.grad_input(
+        channels_last(dy), dx, *_of(window), index, grad_input=dx
+    )
+    return dx
 
 
 def local_response_norm(
@@ -41,7 +43,7 @@ def local_response_norm(
     """y; nothing but x is needed for its gradient."""
     wide = _wide(channels_last(x))
     power, _ = _powers(wide, size, alpha, beta, k)
-    return power.mul_(wide).to(x.dtype), []
+    return channels_last(power.mul_(wide).to(x.dtype)), []
 
 
 def local_response_norm_saved_like(x: Tensor, y: Tensor) -> list[Tensor]:
@@ -58,7 +60,8 @@ def local_response_norm_backward(
     power, inverse = _powers(x, size, alpha, beta, k)
     dx = power.mul_(dy)
     total = _window_sum(inverse.mul_(dx).mul_(x), (size - 1) // 2, size // 2)
-    return dx.addcmul_(total, x, value=-2 * beta * alpha / size).to(dtype)
+    dx.addcmul_(total, x, value=-2 * beta * alpha / size)
+    return channels_last(dx.to(dtype))
 
 
 def lrn_max_pool2d(

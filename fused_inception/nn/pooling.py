@@ -1,0 +1,127 @@
+"""Max pooling and local response normalisation, alone and in pairs."""
+
+from torch import Tensor, nn
+
+from fused_inception import functional
+
+PATH = "one fused operator"
+
+
+class MaxPool2d(nn.Module):
+    """Maximum over square windows, `functional.max_pool2d`; no stride means one window beside the
+    other."""
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        ceil_mode: bool = False,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+        self.ceil_mode = ceil_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H_out, W_out]."""
+        return functional.max_pool2d(
+            x, self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode
+        )
+
+    def extra_repr(self) -> str:
+        """Window and path, for `print`."""
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"ceil_mode={self.ceil_mode}, {PATH}"
+        )
+
+
+class LocalResponseNorm(nn.Module):
+    """Local response normalisation across channels, `functional.local_response_norm`."""
+
+    def __init__(self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> None:
+        super().__init__()
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]."""
+        return functional.local_response_norm(x, self.size, self.alpha, self.beta, self.k)
+
+    def extra_repr(self) -> str:
+        """Constants and path, for `print`."""
+        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, {PATH}"
+
+
+class _NormAndPool(nn.Module):
+    """The options of both."""
+
+    def __init__(
+        self,
+        size: int,
+        kernel_size: int,
+        stride: int,
+        *,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 1.0,
+        padding: int = 0,
+        ceil_mode: bool = False,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+        self.padding = padding
+        self.ceil_mode = ceil_mode
+
+    def extra_repr(self) -> str:
+        """Constants, window and path, for `print`."""
+        return (
+            f"{self.size}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"alpha={self.alpha}, beta={self.beta}, k={self.k}, padding={self.padding}, "
+            f"ceil_mode={self.ceil_mode}, {PATH}"
+        )
+
+
+class LRNMaxPool2d(_NormAndPool):
+    """Local response normalisation, then a max pool, `functional.lrn_max_pool2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H_out, W_out]."""
+        return functional.lrn_max_pool2d(
+            x,
+            self.size,
+            self.kernel_size,
+            self.stride,
+            alpha=self.alpha,
+            beta=self.beta,
+            k=self.k,
+            padding=self.padding,
+            ceil_mode=self.ceil_mode,
+        )
+
+
+class MaxPoolLRN2d(_NormAndPool):
+    """A max pool, then local response normalisation, `functional.max_pool2d_lrn`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H_out, W_out]."""
+        return functional.max_pool2d_lrn(
+            x,
+            self.size,
+            self.kernel_size,
+            self.stride,
+            alpha=self.alpha,
+            beta=self.beta,
+            k=self.k,
+            padding=self.padding,
+            ceil_mode=self.ceil_mode,
+        )
