@@ -94,6 +94,24 @@ def test_images_are_read_in_any_layout(device: torch.device) -> None:
             check(q, dy, results(functional.conv2d_relu, q, dy))
 
 
+def test_pixels_beyond_two_to_the_31_elements(device: torch.device) -> None:
+    """x as a slice of a tensor so large that element offsets of late pixels leave int32."""
+    apart, pixels = 2**22, 2**9 + 8
+    storage = torch.empty(apart * pixels, dtype=torch.float16, device=device)
+    x = storage.as_strided((1, 8, 8, 65), (apart * pixels, 1, apart * 65, apart))
+    draw = torch.Generator().manual_seed(3)
+    x.copy_(torch.randn(x.shape, generator=draw))
+    weight = torch.randn(16, 8, 3, 3, generator=draw).to(device, torch.float16)
+    bias = torch.randn(16, generator=draw).to(device, torch.float16)
+    dy = torch.randn(1, 16, 8, 65, generator=draw).to(device, torch.float16)
+    dense = x.contiguous(memory_format=torch.channels_last)
+    with fi.backend("triton"):
+        got = results(functional.conv2d_relu, [x, weight, bias], dy, 1, 1)
+        want = results(functional.conv2d_relu, [dense, weight, bias], dy, 1, 1)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", ["first-layer", "3x3"])
 def test_filter_gradients_take_the_filters_strides_and_dtype(

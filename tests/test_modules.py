@@ -215,7 +215,7 @@ def test_print_tells_widths_mode_and_path() -> None:
 def test_print_hides_no_plain_layer() -> None:
     network = fi.googlenet("paper", num_classes=3)
     assert "9 of 9 Inception modules, 5 of 5 other convolutions" in repr(network)
-    for plain in (network.norm1, network.norm2, network.aux1, network.aux2):
+    for plain in (network.aux1, network.aux2):
         assert "no fused kernel yet" in plain.extra_repr()
     for fused in (network.conv1, network.aux1.conv, network.avgpool):
         assert "one fused operator" in fused.extra_repr()

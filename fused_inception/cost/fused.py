@@ -20,7 +20,7 @@ FP32 = 4  # bytes of a partial sum
 
 
 # kinds of layers whose launches the network makes today
-BUILT = frozenset({"convolution", "module", "head"})
+BUILT = frozenset({"convolution", "pool", "module", "head"})
 
 
 def kind_of(layer: str) -> str:

@@ -26,7 +26,7 @@ def _relu_mask_kernel(
     n_pixels,
     height,
     width,
-    chunk,
+    chunk,  # pixels of one program, a multiple of BLOCK_P
     # strides, in elements
     dy_image_stride,
     dy_channel_stride,
@@ -76,8 +76,7 @@ def _relu_mask_kernel(
         p0 = pid_p * chunk + start
         local_p = tl.arange(0, BLOCK_P)
         offs_p = p0 + local_p
-        # a chunk ends where the next one begins, whatever BLOCK_P is
-        mask_p = (offs_p < n_pixels) & (start + local_p < chunk)
+        mask_p = offs_p < n_pixels
         p0 = p0.to(tl.int64)
         mask_byte = mask_p[:, None] & (offs_byte < SLOTS // 8)[None, :]
         byte_offs = (local_p * (SLOTS // 8))[:, None] + offs_byte[None, :]

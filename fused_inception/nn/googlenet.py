@@ -10,7 +10,12 @@ from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception
-from fused_inception.nn.stem import LocalResponseNorm
+from fused_inception.nn.pooling import (
+    LocalResponseNorm,
+    MaxPool2d,
+    norm_then_pool,
+    pool_then_norm,
+)
 from fused_inception.reference import GoogLeNetOutputs
 
 VARIANTS = ("paper", "torchvision", "torchvision5x5")
@@ -58,8 +63,8 @@ class GoogLeNet(nn.Module):
         def conv(c_in: int, c_out: int, **options: Any) -> ConvBlock:
             return ConvBlock(c_in, c_out, norm=norm, **options, **factory)
 
-        def pool(side: int = 3) -> nn.MaxPool2d:
-            return nn.MaxPool2d(side, stride=2, ceil_mode=True)
+        def pool(side: int = 3) -> MaxPool2d:
+            return MaxPool2d(side, stride=2, ceil_mode=True)
 
         def lrn() -> LocalResponseNorm | None:
             return LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0) if paper else None
@@ -108,13 +113,10 @@ class GoogLeNet(nn.Module):
         """[N, 3, H, W] -> [N, num_classes]; with heads and in training, `GoogLeNetOutputs`."""
         if self.transform_input:
             x = _from_imagenet_to_half(x)
-        x = self.maxpool1(self.conv1(x))
-        if self.norm1 is not None:
-            x = self.norm1(x)
+        x = self.conv1(x)
+        x = pool_then_norm(x, self.maxpool1, self.norm1)
         x = self.conv3(self.conv2(x))
-        if self.norm2 is not None:
-            x = self.norm2(x)
-        x = self.maxpool2(x)
+        x = norm_then_pool(x, self.norm2, self.maxpool2)
         x = self.inception3a(x)
         x = self.inception3b(x)
         x = self.maxpool3(x)
@@ -142,7 +144,7 @@ class GoogLeNet(nn.Module):
         return (
             f'"{self.variant}", fused: {sum(m.is_fused for m in modules)} of {len(modules)} '
             f"Inception modules, {sum(m.is_fused for m in convs)} of {len(convs)} other "
-            "convolutions, the global average pool; all else is plain PyTorch"
+            "convolutions, all pools and local response norms; all else is plain PyTorch"
         )
 
 

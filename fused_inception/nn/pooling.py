@@ -1,10 +1,11 @@
 """Max pooling and local response normalisation, alone and in pairs."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fused_inception import functional
-
-PATH = "one fused operator"
+from fused_inception.nn.conv_block import FUSED, change_of
 
 
 class MaxPool2d(nn.Module):
@@ -34,7 +35,7 @@ class MaxPool2d(nn.Module):
         """Window and path, for `print`."""
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
-            f"ceil_mode={self.ceil_mode}, {PATH}"
+            f"ceil_mode={self.ceil_mode}, {FUSED}"
         )
 
 
@@ -54,7 +55,7 @@ class LocalResponseNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Constants and path, for `print`."""
-        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, {PATH}"
+        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, {FUSED}"
 
 
 class _NormAndPool(nn.Module):
@@ -87,7 +88,7 @@ class _NormAndPool(nn.Module):
         return (
             f"{self.size}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"alpha={self.alpha}, beta={self.beta}, k={self.k}, padding={self.padding}, "
-            f"ceil_mode={self.ceil_mode}, {PATH}"
+            f"ceil_mode={self.ceil_mode}, {FUSED}"
         )
 
 
@@ -125,3 +126,39 @@ class MaxPoolLRN2d(_NormAndPool):
             padding=self.padding,
             ceil_mode=self.ceil_mode,
         )
+
+
+def pool_then_norm(x: Tensor, pool: nn.Module, norm: nn.Module | None) -> Tensor:
+    """`norm(pool(x))`, in one kernel where both are our own and nothing looks in between."""
+    if norm is None:
+        return pool(x)
+    if _is_pair(pool, norm):
+        return functional.max_pool2d_lrn(x, *_window_of(pool, norm), **_options_of(pool, norm))
+    return norm(pool(x))
+
+
+def norm_then_pool(x: Tensor, norm: nn.Module | None, pool: nn.Module) -> Tensor:
+    """`pool(norm(x))`, in one kernel where both are our own and nothing looks in between."""
+    if norm is None:
+        return pool(x)
+    if _is_pair(pool, norm):
+        return functional.lrn_max_pool2d(x, *_window_of(pool, norm), **_options_of(pool, norm))
+    return pool(norm(x))
+
+
+def _is_pair(pool: nn.Module, norm: nn.Module) -> bool:
+    return change_of(pool, MaxPool2d) is None and change_of(norm, LocalResponseNorm) is None
+
+
+def _window_of(pool: nn.Module, norm: nn.Module) -> tuple[Any, Any, Any]:
+    return norm.size, pool.kernel_size, pool.stride
+
+
+def _options_of(pool: nn.Module, norm: nn.Module) -> dict[str, Any]:
+    return {
+        "alpha": norm.alpha,
+        "beta": norm.beta,
+        "k": norm.k,
+        "padding": pool.padding,
+        "ceil_mode": pool.ceil_mode,
+    }

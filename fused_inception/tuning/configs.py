@@ -48,7 +48,8 @@ class BranchesConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Launch M: masking of the incoming gradient; each program walks `pixels` pixels."""
+    """Launch M: masking of the incoming gradient; each program walks `pixels`
+    pixels, a multiple of `block_p`."""
 
     block_p: int
     block_c: int
