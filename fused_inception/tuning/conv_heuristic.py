@@ -8,6 +8,7 @@ from fused_inception.tuning.configs import ConvConfig, ImageConvConfig, Tile, Wg
 from fused_inception.tuning.heuristic import (
     Operands,
     conv_tile,
+    gated_tile,
     stages,
     warps,
     wgrad_job,
@@ -22,7 +23,7 @@ def conv_config(
     """One "same" convolution."""
     taps = kernel * kernel
     forward = conv_tile(n_pixels, c_out, align_up(c_in), taps, ops, target)
-    dgrad = conv_tile(n_pixels, c_in, align_up(c_out), taps, ops, target, max_width=128)
+    dgrad = gated_tile(n_pixels, c_in, align_up(c_out), taps, ops, target)
     wgrad = wgrad_job(taps * align_up(c_in), align_up(c_out), n_pixels, ops, target)
     tiles = [forward, dgrad, wgrad.tile]
     return ConvConfig(forward, dgrad, wgrad, warps(tiles), stages(tiles, ops, target))
@@ -44,5 +45,6 @@ def image_conv_config(
         forward=Tile(rows, width, step),
         wgrad=WgradJob(wgrad, splits),
         dgrad=Tile(64, 16, min(64, width)),
-        num_warps=4,
+        # 16 gathered elements a thread: their addresses and masks would spill with more
+        num_warps=8 if rows == 128 else 4,
     )

@@ -8,7 +8,7 @@ prologue and epilogue.
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.tuning.configs import (
@@ -199,6 +199,18 @@ def conv_tile(
     return Tile(*_best_tile(m, n, depth, ops, target, max_width=max_width), step)
 
 
+def gated_tile(m: int, n: int, channels: int, taps: int, ops: Operands, target: Target) -> Tile:
+    """The tile of a data gradient that a ReLU masks.
+
+    The mask of 128 x 256 would spill beside its accumulators, so would that of 256 x 128 with the
+    addresses of a long step.
+    """
+    tile = conv_tile(m, n, channels, taps, ops, target, max_width=128)
+    if tile.block_m * tile.block_n <= 128 * 128:
+        return tile
+    return replace(tile, block_k=min(tile.block_k, 32))
+
+
 @functools.lru_cache(maxsize=4096)
 def mask_config(slots: int, n_pixels: int, target: Target) -> MaskConfig:
     """Launch M: about four programs a processor, each walking whole tiles of pixels."""
@@ -210,11 +222,11 @@ def mask_config(slots: int, n_pixels: int, target: Target) -> MaskConfig:
 
 @functools.lru_cache(maxsize=4096)
 def dgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Target) -> DgradConfig:
-    """Launch L1: the mask of a 128 x 256 tile would spill beside its accumulators."""
+    """Launch L1."""
     taps5 = dims.kernel_5x5**2
     s3, s5 = align_up(dims.ch3x3), align_up(dims.ch5x5)
-    conv3 = conv_tile(n_pixels, dims.ch3x3red, s3, 9, ops, target, max_width=128)
-    conv5 = conv_tile(n_pixels, dims.ch5x5red, s5, taps5, ops, target, max_width=128)
+    conv3 = gated_tile(n_pixels, dims.ch3x3red, s3, 9, ops, target)
+    conv5 = gated_tile(n_pixels, dims.ch5x5red, s5, taps5, ops, target)
     pool = conv_tile(n_pixels, dims.in_channels, align_up(dims.pool_proj), 1, ops, target)
     tiles = [conv3, conv5, pool]
     return DgradConfig(conv3, conv5, pool, warps(tiles), stages(tiles, ops, target))
