@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_inception import checks
 from fused_inception.backend import BackendError, Implementation, resolve, selected
-from fused_inception.geometry import Window
+from fused_inception.geometry import IMAGE_CHANNELS, Window
 from fused_inception.ops import conv2d as _conv2d
 from fused_inception.ops import global_pool as _global_pool
 from fused_inception.ops import inception as _inception
@@ -121,7 +121,7 @@ def conv2d_relu(
             raise BackendError(f'backend "triton" has no kernel for this convolution: {reason}')
         impl = "torch"
     x = autocast(x)
-    if impl == "torch" or x.shape[1] > _conv2d.IMAGE_CHANNELS:
+    if impl == "torch" or x.shape[1] > IMAGE_CHANNELS:
         x = _settle(x, impl)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     y, _ = _conv2d.conv2d_relu(x, weight, bias, stride, padding, save, impl)

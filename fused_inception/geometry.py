@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from math import prod
 
 ALIGN = 8  # channels: 16 bytes in 16-bit types, the widest vector load
+# as many input channels at the most are read as an image, one element at a time
+IMAGE_CHANNELS = 4
+IMAGE_POSITIONS = 256
 AUX_CHANNELS = 128  # filters of the 1x1 convolution in an auxiliary head
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import align_up, conv_out
+from fused_inception.geometry import IMAGE_CHANNELS, IMAGE_POSITIONS, align_up, conv_out
 from fused_inception.ops.layout import channels_last, empty_channels_last, settle
 from fused_inception.ops.registration import (
     refuse_double_backward,
@@ -15,10 +15,6 @@ from fused_inception.ops.registration import (
 )
 
 aten = torch.ops.aten
-
-# as many input channels at the most are read as an image, one element at a time
-IMAGE_CHANNELS = 4
-IMAGE_POSITIONS = 256
 
 
 def why_not(weight: Tensor, stride: int, padding: int) -> str | None:

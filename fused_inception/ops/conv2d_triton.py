@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import align_up, conv_out
+from fused_inception.geometry import IMAGE_CHANNELS, align_up, conv_out
 from fused_inception.kernels.conv2d import (
     launch_conv2d_dgrad,
     launch_conv2d_finish,
@@ -19,7 +19,6 @@ from fused_inception.kernels.image_conv import (
 )
 from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.ops import filter_cache
-from fused_inception.ops.conv2d import IMAGE_CHANNELS
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.tuning.conv_heuristic import conv_config, image_conv_config
