@@ -200,7 +200,9 @@ def max_pool2d(
     Raises:
         ValueError: a shape or an option that does not fit.
         TypeError: a dtype that does not fit, or float64 under the backend "triton".
-        BackendError: the backend "triton" cannot run here, or windows are too large for it (15).
+        BackendError: the backend "triton" cannot run here, or windows are larger than 3.
+
+    Larger windows than 3 run through ATen.
 
     Autograd saves one byte an output on the Triton path, 8 on the ATen path, and not `input`. A
     double backward raises RuntimeError.

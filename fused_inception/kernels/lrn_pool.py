@@ -14,7 +14,6 @@ from fused_inception.geometry import ALIGN, Window
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.lrn import Norm, normalise, normalise_grad
 from fused_inception.kernels.max_pool import (
-    beats,
     cell_position,
     clear_gaps,
     first_tap,
@@ -30,6 +29,12 @@ from fused_inception.kernels.vectors import (
     store_tile,
 )
 from fused_inception.tuning.configs import MarchConfig, VectorConfig
+
+
+@triton.jit
+def beats(v, best):
+    """Where `v`, met after `best`, is the new maximum."""
+    return (v > best) | (v != v)
 
 
 @triton.jit(

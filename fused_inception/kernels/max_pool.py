@@ -35,32 +35,6 @@ def first_tap(row, column, K: tl.constexpr):
 
 
 @triton.jit
-def beats(v, best):
-    """Where `v`, met after `best`, is the new maximum."""
-    return (v > best) | (v != v)
-
-
-@triton.jit
-def best_of(taps, FIRST: tl.constexpr, N: tl.constexpr):
-    """(maximum, FIRST + its number) of N tiles.
-
-    Maximum first, winner by comparison with it: both work on pairs of 16-bit numbers, where the
-    choice tap by tap needs single numbers and more predicates than a thread has.
-    """
-    best = taps[0]
-    for i in tl.static_range(1, N):
-        best = tl.maximum(best, taps[i], propagate_nan=tl.PropagateNan.ALL).to(best.dtype)
-    winner = tl.full(best.shape, FIRST, tl.int32)
-    for i in tl.static_range(1, N):
-        winner = tl.where(taps[N - i] == best, FIRST + N - i, winner)
-    winner = tl.where(taps[0] == best, FIRST, winner)
-    # a NaN is the maximum and equals nothing; of several the last is taken
-    for i in tl.static_range(N):
-        winner = tl.where(taps[i] != taps[i], FIRST + i, winner)
-    return best, winner
-
-
-@triton.jit
 def pool_tile(
     rows,  # [BLOCK_V] pointers to tap (0, 0)
     inside,
@@ -73,31 +47,31 @@ def pool_tile(
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """(maximum, winning tap) of each window, [BLOCK_V, LANES] each; -inf where not `inside`."""
-    # as many rows of a window at a time as registers hold
-    HELD: tl.constexpr = K if K <= 3 else 1
-    best = tl.full((BLOCK_V, LANES), float("-inf"), tl.float32)
-    winner = tl.zeros((BLOCK_V, LANES), tl.int32)
-    for r0 in tl.static_range(0, K, HELD):
-        taps = ()
-        for r in tl.static_range(r0, r0 + HELD):
-            for s in tl.static_range(K):
-                is_row = (row + r >= 0) & (row + r < height)
-                is_column = (column + s >= 0) & (column + s < width)
-                shift = (r * width + s) * x_stride
-                is_tap = inside & is_row & is_column
-                taps = taps + (load_tile(rows + shift, is_tap, float("-inf"), LANES),)
-        held_best, held_winner = best_of(taps, r0 * K, HELD * K)
-        if r0 == 0:
-            best = held_best
-            winner = held_winner
-        else:
-            take = beats(held_best.to(tl.float32), best.to(tl.float32))
-            best = tl.where(take, held_best, best)
-            winner = tl.where(take, held_winner, winner)
-    # taps outside are -inf too
+    """(maximum, winning tap) of each window, [BLOCK_V, LANES] each; -inf where not `inside`.
+
+    Maximum first, winner by comparison with it: both work on pairs of 16-bit numbers, where the
+    choice tap by tap needs single numbers and more predicates than a thread has.
+    """
+    taps = ()
+    for tap in tl.static_range(K * K):
+        is_row = (row + tap // K >= 0) & (row + tap // K < height)
+        is_column = (column + tap % K >= 0) & (column + tap % K < width)
+        shift = (tap // K * width + tap % K) * x_stride
+        v = load_tile(rows + shift, inside & is_row & is_column, float("-inf"), LANES)
+        taps = taps + (v,)
+    best = taps[0]
+    for tap in tl.static_range(1, K * K):
+        best = tl.maximum(best, taps[tap], propagate_nan=tl.PropagateNan.ALL).to(best.dtype)
+    # the first that equals it; in a window of -inf alone taps outside do too
     first = tl.broadcast_to(first_tap(row, column, K)[:, None], (BLOCK_V, LANES))
-    return best, tl.where(best == float("-inf"), first, winner)
+    winner = first
+    for n in tl.static_range(1, K * K + 1):
+        winner = tl.where(taps[K * K - n] == best, K * K - n, winner)
+    winner = tl.where(best == float("-inf"), first, winner)
+    # a NaN is the maximum and equals nothing; of several the last is taken
+    for tap in tl.static_range(K * K):
+        winner = tl.where(taps[tap] != taps[tap], tap, winner)
+    return best, winner
 
 
 @triton.jit
