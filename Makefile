@@ -8,13 +8,15 @@ ARGS ?=
 
 METADATA := constraints.txt pyproject.toml setup.py
 
-.PHONY: help train test lint bench environment clean
+.PHONY: help train test lint bench environment compile-all compile-triton36 clean
 
 help:
 	@echo "make train [ARGS=...]   train GoogLeNet; ARGS go to 'python -m fused_inception train'"
 	@echo "make test [ARGS=...]    run all tests; ARGS go to pytest"
 	@echo "make bench [ARGS=...]   run the benchmarks; ARGS go to pytest"
 	@echo "make lint               ruff and mypy"
+	@echo "make compile-all        compile all kernels for all targets, write tests/compiled/results"
+	@echo "make compile-triton36   the same with Triton 3.6, the oldest supported"
 	@echo "make environment        set up VENV for all of these, run nothing"
 	@echo "make clean              remove .venv and caches"
 	@echo
@@ -79,6 +81,20 @@ lint: ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# hours of processor time; ARGS="--workers 8"
+compile-all: ready-test
+	$(RUN) -m tests.compiled full --table tests/compiled/results $(ARGS)
+
+compile-triton36: build/triton-3.6/.installed
+	build/triton-3.6/bin/python -m tests.compiled full --table tests/compiled/results $(ARGS)
+
+# torch names one version of Triton; kernels compile with another all the same
+build/triton-3.6/.installed: constraints.txt
+	$(PYTHON) -m venv build/triton-3.6
+	build/triton-3.6/bin/python -m pip install --quiet -c constraints.txt torch numpy
+	build/triton-3.6/bin/python -m pip install --quiet --no-deps triton==3.6.0
+	@touch $@
 
 environment: ready-dev
 

@@ -1,0 +1,103 @@
+"""Which problems are compiled for which targets."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+from fused_inception.geometry import AUX_CHANNELS, GOOGLENET, googlenet_sizes
+from fused_inception.tuning.targets import TARGETS
+from tests.compiled.collect import Specialisation
+from tests.compiled.problems import (
+    DTYPES,
+    Convolution,
+    GlobalPool,
+    Module,
+    Pooling,
+    Problem,
+    specialisations,
+)
+
+BATCHES = (1, 8, 32, 128, 256)
+IMAGE = 224
+SIZES = googlenet_sizes(IMAGE)
+
+
+def _module(name: str, batch: int) -> Problem:
+    return Module(GOOGLENET[name], batch, SIZES.module(name))
+
+
+def _auxiliary(below: str, batch: int) -> Problem:
+    c_in = GOOGLENET[below].out_channels
+    return Convolution(batch, c_in, AUX_CHANNELS, kernel=1, stride=1, side=4)
+
+
+# layer of GoogLeNet -> its problem for a batch
+LAYERS: dict[str, Callable[[int], Problem]] = {
+    "conv1": lambda n: Convolution(n, 3, 64, kernel=7, stride=2, side=IMAGE),
+    "conv2": lambda n: Convolution(n, 64, 64, kernel=1, stride=1, side=SIZES.maxpool1),
+    "conv3": lambda n: Convolution(n, 64, 192, kernel=3, stride=1, side=SIZES.maxpool1),
+    "pool1": lambda n: Pooling("max_pool_lrn", n, 64, SIZES.conv1),
+    "pool2": lambda n: Pooling("lrn_max_pool", n, 192, SIZES.maxpool1),
+    "pool3": lambda n: Pooling("max_pool", n, GOOGLENET["3b"].out_channels, SIZES.maxpool2),
+    "pool4": lambda n: Pooling("max_pool", n, GOOGLENET["4e"].out_channels, SIZES.maxpool3),
+    # not in the network, where a pool stands beside each norm
+    "norm": lambda n: Pooling("lrn", n, 192, SIZES.maxpool1),
+    **{name: functools.partial(_module, name) for name in GOOGLENET},
+    "aux1": functools.partial(_auxiliary, "4a"),
+    "aux2": functools.partial(_auxiliary, "4d"),
+    "pool5": lambda n: GlobalPool(n, GOOGLENET["5b"].out_channels, SIZES.maxpool4),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are compiled and reported together."""
+
+    target: str
+    precision: str
+    layers: tuple[str, ...]
+    batches: tuple[int, ...]
+    inference: bool = True  # too, not training alone
+
+    def specialisations(self) -> list[Specialisation]:
+        """What they launch, without repeats."""
+        modes = (True, False) if self.inference else (True,)
+        return list(
+            dict.fromkeys(
+                spec
+                for layer, batch, training in product(self.layers, self.batches, modes)
+                for spec in specialisations(
+                    LAYERS[layer](batch), self.target, self.precision, training=training
+                )
+            )
+        )
+
+
+# every test run: all that the heuristics return for GoogLeNet in bf16 on sm_90, and each kernel for
+# the other types there and for bf16 on the other targets
+STEM = ("conv1", "pool1", "conv2", "conv3", "pool2")
+OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
+FAMILIES = ("conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "pool5")
+EVERY_RUN = {
+    "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, BATCHES),
+    **{f"sm_90-bf16-{name}": Group("sm_90", "bf16", (name,), BATCHES) for name in GOOGLENET},
+    "sm_90-bf16-others": Group("sm_90", "bf16", OTHERS, BATCHES),
+    **{
+        f"{target}-{precision}": Group(target, precision, FAMILIES, (32,), inference=False)
+        for target in TARGETS
+        for precision in DTYPES
+        if (target == "sm_90") != (precision == "bf16")
+    },
+}
+# `make compile-all`
+FULL = {
+    f"{target}-{precision}": Group(
+        target,
+        precision,
+        tuple(LAYERS),
+        BATCHES if target == "sm_90" else (1, 32, 256) if precision == "bf16" else (32,),
+    )
+    for target in TARGETS
+    for precision in DTYPES
+}

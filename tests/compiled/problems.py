@@ -1,0 +1,151 @@
+"""Calls of the operators' Triton scripts on tensors without data."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fused_inception.geometry import InceptionDims, Window, align_up
+from fused_inception.ops import (
+    conv2d_triton,
+    global_pool_triton,
+    inception_triton,
+    pooling_triton,
+)
+from tests.compiled.collect import Specialisation, collect
+
+# what a matrix names its rows by: the type of the maps and of the products
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "ieee": torch.float32,
+}
+
+
+class Problem(Protocol):
+    """One call of an operator."""
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """Forward and, in training, backward with all gradients; parameters in fp32."""
+
+
+def specialisations(
+    problem: Problem, target: str, precision: str, *, training: bool
+) -> list[Specialisation]:
+    """What `problem` launches."""
+
+    def launch() -> None:
+        with torch.set_grad_enabled(training):
+            problem.launch(DTYPES[precision], training=training)
+
+    return collect(launch, target, tf32=precision != "ieee")
+
+
+@dataclass(frozen=True)
+class Module:
+    """An Inception module."""
+
+    dims: InceptionDims
+    batch: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The module's script."""
+        filters = [torch.empty(shape, device="meta") for shape in self.dims.filter_shapes]
+        biases = [torch.empty(f.shape[0], device="meta") for f in filters]
+        x = _map(self.batch, align_up(self.dims.in_channels), self.side, dtype)
+        x = x[:, : self.dims.in_channels]
+        y, saved = inception_triton.forward(x, filters, biases, training)
+        if training:
+            dtypes = [b.dtype for b in biases]
+            inception_triton.backward(_like(y), x, saved, filters, dtypes, [True] * 13)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with bias and ReLU; of few channels, of an image in torch's own layout."""
+
+    batch: int
+    c_in: int
+    c_out: int
+    kernel: int
+    stride: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The script of the operator."""
+        x = _map(self.batch, self.c_in, self.side, dtype)
+        if self.c_in <= conv2d_triton.IMAGE_CHANNELS:
+            x = torch.empty(x.shape, dtype=dtype, device="meta")
+        weight = torch.empty((self.c_out, self.c_in, self.kernel, self.kernel), device="meta")
+        bias = torch.empty(self.c_out, device="meta")
+        window = self.stride, self.kernel // 2
+        y, saved = conv2d_triton.forward(x, weight, bias, *window, training)
+        if training:
+            conv2d_triton.backward(_like(y), x, saved, weight, bias, *window, [True] * 3)
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Local response normalisation, max pooling, or both in one launch in the order named."""
+
+    name: str  # "max_pool", "lrn", "lrn_max_pool", "max_pool_lrn"
+    batch: int
+    channels: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The script of the operator."""
+        shape = (self.batch, self.channels, self.side, self.side)
+        x = _map(self.batch, self.channels, self.side, dtype)
+        norm = (5, 1e-4, 0.75, 1.0)
+        window = Window(kernel=3, stride=2, ceil_mode=True)
+        if self.name == "max_pool":
+            y, saved = pooling_triton.max_pool2d(x, window, training)
+            if training:
+                (index,) = saved
+                pooling_triton.max_pool2d_backward(_like(y), shape, index, window)
+        elif self.name == "lrn":
+            y, _ = pooling_triton.local_response_norm(x, *norm, training)
+            if training:
+                pooling_triton.local_response_norm_backward(_like(y), x, *norm)
+        elif self.name == "lrn_max_pool":
+            y, saved = pooling_triton.lrn_max_pool2d(x, *norm, window, training)
+            if training:
+                (index,) = saved
+                pooling_triton.lrn_max_pool2d_backward(_like(y), x, index, *norm, window)
+        elif self.name == "max_pool_lrn":
+            y, saved = pooling_triton.max_pool2d_lrn(x, *norm, window, training)
+            if training:
+                pooled, index = saved
+                pooling_triton.max_pool2d_lrn_backward(
+                    _like(y), shape, pooled, index, *norm, window
+                )
+        else:
+            raise ValueError(f"no pooling is called {self.name!r}")
+
+
+@dataclass(frozen=True)
+class GlobalPool:
+    """Global average pooling."""
+
+    batch: int
+    channels: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The script of the operator."""
+        x = _map(self.batch, self.channels, self.side, dtype)
+        y = global_pool_triton.forward(x)
+        if training:
+            global_pool_triton.backward(_like(y), x.shape)
+
+
+def _map(n: int, c: int, side: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.empty((n, c, side, side), dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _like(y: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device)

@@ -1,0 +1,124 @@
+"""The results of a run as a table: one row per kind of launch, target and precision."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+
+from tests.compiled.bounds import VECTOR_BYTES, tile_loads, violations
+from tests.compiled.build import Build
+from tests.compiled.collect import Specialisation
+from tests.compiled.matrix import BATCHES, IMAGE
+
+
+@dataclass(frozen=True)
+class Row:
+    """All configurations of one kind of launch for one target and precision: the worst of each."""
+
+    target: str
+    precision: str
+    launch: str
+    kernels: int
+    broken: int  # kernels that break a bound
+    registers: int
+    stack: int
+    loop_spills: int  # instructions in inner loops that reach it
+    shared: int
+    tensor_cores: str
+    load_bytes: int | None  # narrowest load of tiles of which a thread has 16 bytes or more
+    # function -> fewest and most instructions of one step of its loops, and per tensor-core cycle
+    steps: dict[str, tuple[float, float]]
+    issue_ratios: dict[str, tuple[float, float]]
+    seconds: float  # of the longest compilation
+
+
+def launch_name(spec: Specialisation) -> str:
+    """The kernel, and which program ranges launch A has."""
+    name = spec.kernel.removeprefix("_").removesuffix("_kernel")
+    if spec.constant("GEMM") is None:
+        return name
+    ranges = {"gemm": spec.constant("GEMM"), "pool": spec.constant("POOL")}
+    return f"{name} ({' + '.join(k for k, there in ranges.items() if there)})"
+
+
+def rows(target: str, precision: str, builds: Iterable[Build]) -> Iterator[Row]:
+    """One row per kind of launch."""
+    kinds: dict[str, list[Build]] = {}
+    for build in builds:
+        kinds.setdefault(launch_name(build.spec), []).append(build)
+    for launch, same in kinds.items():
+        codes = [b.code for b in same if b.code is not None]
+        loops = [loop for code in codes for loop in code.loops]
+        wide = [width for b in same for _, width, n in tile_loads(b) if n >= VECTOR_BYTES]
+        multiplying = [loop for loop in loops if loop.tensor_cycles]
+        yield Row(
+            target,
+            precision,
+            launch,
+            len(same),
+            sum(bool(violations(b)) for b in same),
+            max((code.registers for code in codes), default=0),
+            max((code.stack for code in codes), default=0),
+            max((loop.spills for loop in loops), default=0),
+            max(b.shared for b in same),
+            " ".join(sorted({name for code in codes for name in code.tensor_cores})),
+            min(wide, default=None),
+            _ranges((loop.function, loop.instructions) for loop in loops),
+            _ranges((loop.function, round(loop.issue_ratio, 2)) for loop in multiplying),
+            round(max(b.seconds for b in same), 1),
+        )
+
+
+def _ranges(values: Iterable[tuple[str, float]]) -> dict[str, tuple[float, float]]:
+    each: dict[str, list[float]] = {}
+    for name, value in values:
+        each.setdefault(name, []).append(value)
+    return {name: (min(found), max(found)) for name, found in each.items()}
+
+
+def write(folder: Path, table: list[Row]) -> None:
+    """Write triton-VERSION.json and triton-VERSION.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"triton-{triton.__version__}"
+    result = {"triton": triton.__version__, "rows": [asdict(row) for row in table]}
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}.md").write_text("\n".join(_markdown(table)) + "\n")
+
+
+_HEADER = (
+    "target", "type", "launch", "kernels", "broken", "registers", "stack", "spills", "shared",
+    "tensor cores", "load", "instructions a step", "issue ratio", "seconds",
+)  # fmt: skip
+
+
+def _markdown(table: Iterable[Row]) -> Iterator[str]:
+    batches = ", ".join(map(str, BATCHES))
+    yield f"""# GoogLeNet's kernels, compiled ahead of time with Triton {triton.__version__}
+
+All configurations that the heuristics return at {IMAGE} pixels in training and inference: on
+sm_90 for batches {batches}, elsewhere for 1, 32 and 256 in bf16 and 32 in other types. Each row
+holds the worst of its kernels: the most registers of a thread, bytes of its stack, instructions of
+an inner loop that reach the stack, and bytes of shared memory of a program; all tensor-core
+instructions; the narrowest load, in bytes, of tiles of which a thread has 16 bytes or more; the
+instructions of one step of each inner loop that was not unrolled, and these per cycle of sm_90's
+tensor cores (above 1 instructions bind); the seconds of the longest compilation.
+"""
+    yield f"| {' | '.join(_HEADER)} |"
+    yield f"|{'---|' * len(_HEADER)}"
+    for row in table:
+        cells = (
+            row.target, row.precision, row.launch, row.kernels, row.broken, row.registers,
+            row.stack, row.loop_spills, row.shared, row.tensor_cores, row.load_bytes or "",
+            _text(row.steps), _text(row.issue_ratios), row.seconds,
+        )  # fmt: skip
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _text(ranges: dict[str, tuple[float, float]]) -> str:
+    each = (
+        f"{name.strip('_')} {low if low == high else f'{low}-{high}'}"
+        for name, (low, high) in ranges.items()
+    )
+    return "<br>".join(each)

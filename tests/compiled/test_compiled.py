@@ -1,0 +1,109 @@
+"""The kernels compiled ahead of time for each target: is their machine code within bounds?
+
+Compilation needs a process where kernels are not interpreted: `python -m tests.compiled`.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PARALLEL
+
+pytest.importorskip("triton")
+
+from tests.compiled import matrix
+from tests.compiled.bounds import violations
+from tests.compiled.build import Build
+from tests.compiled.collect import Specialisation
+from tests.compiled.machine_code import MachineCode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# broken kernel -> what must be said of it
+BROKEN = {
+    "spills": r"\d+ bytes of stack with 255 registers",
+    "shared-memory": r"\d+ bytes of shared memory, sm_90 has 232448",
+    "no-hgmma": r"no HGMMA",
+    "hmma-beside-hgmma": r"\{'HMMA': \d+\}: a tile is too small for HGMMA$",
+    "unaligned-pointers": r"`x_tile = .*` loads 2 bytes at a time, a thread has \d+",
+    "odd-pixel-stride": r"`g_tile = .*` loads 2 bytes at a time, a thread has \d+",
+    "tile-no-power-of-two": r"does not compile: ValueError: arange's range must be a power of 2",
+    "amd-spills": r"\d+ bytes of stack",
+    "amd-shared-memory": r"\d+ bytes of shared memory, gfx942 has 65536",
+    "amd-unaligned-pointers": r"`x_tile = .*` loads 2 bytes at a time, a thread has \d+",
+}
+
+
+def compile_in_own_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m tests.compiled` without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # pytest's own workers share the cores already
+    workers = "1" if PARALLEL else str(os.cpu_count())
+    return subprocess.run(
+        [sys.executable, "-m", "tests.compiled", *arguments, "--workers", workers],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("group", matrix.EVERY_RUN)
+def test_machine_code_is_within_bounds(group: str) -> None:
+    result = compile_in_own_process(group)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert re.search(rf"^{group}: [1-9]\d* kernels", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_each_bound_is_seen_to_fail() -> None:
+    result = compile_in_own_process("broken")
+    assert result.returncode == 0, result.stderr
+    said = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert said.keys() == BROKEN.keys()
+    missed = {
+        case: said[case] for case, words in BROKEN.items() if not re.search(words, said[case])
+    }
+    assert not missed
+
+
+def test_exact_fp32_must_stay_off_tensor_cores() -> None:
+    spec = Specialisation(
+        module="",
+        kernel="_dgrad_kernel",
+        target="sm_90",
+        signature=(("dz_ptr", "*fp32"),),
+        constants=(("PRECISION", "ieee"),),
+        attributes=(),
+        num_warps=4,
+    )
+    for found, broken in (({}, []), ({"HGMMA": 4}, ["exact fp32 on tensor cores: {'HGMMA': 4}"])):
+        code = MachineCode(registers=64, stack=0, tensor_cores=found, loads=(), loops=())
+        assert violations(Build(spec, 0.0, code=code)) == broken
+
+
+def test_every_kernel_is_compiled() -> None:
+    result = compile_in_own_process("list")
+    assert result.returncode == 0, result.stderr
+    compiled: dict[tuple[str, str], set[str]] = {}
+    for line in result.stdout.splitlines():
+        name, kernels = line.split(": ", 1)
+        group = matrix.EVERY_RUN[name]
+        compiled.setdefault((group.target, group.precision), set()).update(kernels.split())
+    missing = {kind: every_kernel() - names for kind, names in compiled.items()}
+    assert missing == {kind: set() for kind in missing}
+    assert len(missing) == 9
+
+
+def every_kernel() -> set[str]:
+    """Kernels that are launched: of the @triton.jit functions those whose name says so."""
+    return {
+        node.name
+        for path in (ROOT / "fused_inception" / "kernels").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
