@@ -122,6 +122,17 @@ def special_values(device: torch.device) -> Tensor:
     return x.to(device).contiguous(memory_format=torch.channels_last)
 
 
+def pool_by_torch(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Maximum and winning tap."""
+    sizes = window.kernel, window.stride, window.padding, 1, window.ceil_mode
+    y, flat = torch.nn.functional.max_pool2d(x, *sizes, return_indices=True)
+    height, width = y.shape[2:]
+    row = torch.arange(height, device=x.device)[:, None] * window.stride - window.padding
+    column = torch.arange(width, device=x.device)[None, :] * window.stride - window.padding
+    side = x.shape[3]
+    return y, (flat // side - row) * window.kernel + (flat % side - column)
+
+
 WINDOWS = [
     Window(3, 1, 1),
     Window(3, 2, 1, True),
@@ -149,16 +160,23 @@ def test_winners_follow_torch_with_ties_nan_and_infinity(
     x = special_values(device).to(dtype)
     y, saved = getattr(pooling_triton, op)(x, *arguments(case, op), True)
     pooled = case.call(reference, "local_response_norm")(x) if op == "lrn_max_pool2d" else x
-    sizes = window.kernel, window.stride, window.padding, 1, window.ceil_mode
-    want, flat = torch.nn.functional.max_pool2d(pooled, *sizes, return_indices=True)
-    row = torch.arange(flat.shape[2], device=device)[:, None] * window.stride - window.padding
-    column = torch.arange(flat.shape[3], device=device)[None, :] * window.stride - window.padding
-    tap = (flat // 6 - row) * window.kernel + (flat % 6 - column)
+    want, tap = pool_by_torch(pooled, window)
     assert torch.equal(saved[-1].long(), tap)
     if op == "max_pool2d_lrn":
         torch.testing.assert_close(saved[0], want, rtol=0, atol=0, equal_nan=True)
         want = case.call(reference, "local_response_norm")(want)
     torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_windows_that_a_norm_makes_infinite(device: torch.device) -> None:
+    """A negative power: every normalised value is -inf, the first tap inside the map wins."""
+    case = PoolingCase("", (1, 8, 5, 6), Window(3, 2, 1), (1, 1.0, -1.0, 1.0))
+    x = torch.full(case.shape, -3e38, device=device).contiguous(memory_format=torch.channels_last)
+    y, (index,) = pooling_triton.lrn_max_pool2d(x, *arguments(case, "lrn_max_pool2d"), True)
+    want, tap = pool_by_torch(torch.full_like(x, -math.inf), case.window)
+    assert torch.equal(y, want)
+    assert torch.equal(index.long(), tap)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
