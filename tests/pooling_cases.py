@@ -79,5 +79,6 @@ POOLING_CASES = (
     PoolingCase("stride-1", (1, 24, 6, 5), Window(3, 1, 1), (4, 0.5, 0.6, 1.5)),
     PoolingCase("windows-apart", (1, 8, 8, 9), Window(2, 3), (1, 1.0, 1.0, 0.5)),
     PoolingCase("large-window", (1, 8, 9, 7), Window(5, 2, 2), (2, 0.5, 0.5, 1.0)),
+    PoolingCase("norm-beyond-the-channels", (1, 3, 3, 4), Window(2, 1), (9, 1.0, 0.75, 1.0)),
     PoolingCase("wide-norm", (1, 24, 4, 3), Window(2, 1), (21, 1.0, 0.75, 1.0)),
 )
