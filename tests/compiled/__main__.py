@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write the results there")
     options = parser.parse_args()
     rows: list[table.Row] = []
+    names: list[str] = []
     status = 0
     compile_all = _compiler(options.workers)
     for name in options.groups:
@@ -46,6 +47,7 @@ def main() -> None:
         for group_name, group in _groups(name):
             start = time.perf_counter()
             builds = list(compile_all(group.specialisations()))
+            names.append(group_name)
             rows += table.rows(group.target, group.precision, builds)
             for result in builds:
                 for text in violations(result):
@@ -54,7 +56,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(f"{group_name}: {len(builds)} kernels, {seconds:.0f} s", flush=True)
     if options.table:
-        table.write(options.table, rows)
+        table.write(options.table, names, rows)
     sys.exit(status)
 
 

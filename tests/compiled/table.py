@@ -10,7 +10,7 @@ import triton
 from tests.compiled.bounds import VECTOR_BYTES, tile_loads, violations
 from tests.compiled.build import Build
 from tests.compiled.collect import Specialisation
-from tests.compiled.matrix import BATCHES, IMAGE
+from tests.compiled.matrix import IMAGE
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,17 @@ def _ranges(values: Iterable[tuple[str, float]]) -> dict[str, tuple[float, float
     return {name: (min(found), max(found)) for name, found in each.items()}
 
 
-def write(folder: Path, table: list[Row]) -> None:
+def write(folder: Path, groups: list[str], table: list[Row]) -> None:
     """Write triton-VERSION.json and triton-VERSION.md."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"triton-{triton.__version__}"
-    result = {"triton": triton.__version__, "rows": [asdict(row) for row in table]}
+    result = {
+        "triton": triton.__version__,
+        "groups": groups,
+        "rows": [asdict(row) for row in table],
+    }
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / f"{name}.md").write_text("\n".join(_markdown(table)) + "\n")
+    (folder / f"{name}.md").write_text("\n".join(_markdown(groups, table)) + "\n")
 
 
 _HEADER = (
@@ -93,17 +97,17 @@ _HEADER = (
 )  # fmt: skip
 
 
-def _markdown(table: Iterable[Row]) -> Iterator[str]:
-    batches = ", ".join(map(str, BATCHES))
+def _markdown(groups: list[str], table: Iterable[Row]) -> Iterator[str]:
     yield f"""# GoogLeNet's kernels, compiled ahead of time with Triton {triton.__version__}
 
-All configurations that the heuristics return at {IMAGE} pixels in training and inference: on
-sm_90 for batches {batches}, elsewhere for 1, 32 and 256 in bf16 and 32 in other types. Each row
-holds the worst of its kernels: the most registers of a thread, bytes of its stack, instructions of
-an inner loop that reach the stack, and bytes of shared memory of a program; all tensor-core
-instructions; the narrowest load, in bytes, of tiles of which a thread has 16 bytes or more; the
-instructions of one step of each inner loop that was not unrolled, and these per cycle of sm_90's
-tensor cores (above 1 instructions bind); the seconds of the longest compilation.
+The configurations that the heuristics return at {IMAGE} pixels for these groups of matrix.py:
+{", ".join(groups)}.
+
+Each row holds the worst of its kernels: the most registers of a thread, bytes of its stack,
+instructions of an inner loop that reach the stack, and bytes of shared memory of a program; all
+tensor-core instructions; the narrowest load, in bytes, of tiles of which a thread has 16 bytes or
+more; the instructions of one step of each inner loop that was not unrolled, and these per cycle of
+sm_90's tensor cores (above 1 instructions bind); the seconds of the longest compilation.
 """
     yield f"| {' | '.join(_HEADER)} |"
     yield f"|{'---|' * len(_HEADER)}"
