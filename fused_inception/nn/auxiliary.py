@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_inception.geometry import AUX_CHANNELS, aux_features
+from fused_inception.nn.adoption import adopt
 from fused_inception.nn.conv_block import PLAIN, ConvBlock
 
 ADAPTIVE_SIDE = 4
@@ -53,6 +54,18 @@ class InceptionAux(nn.Module):
         self.fc1 = nn.Linear(features, 1024, **factory)
         self.fc2 = nn.Linear(1024, num_classes, **factory)
         self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def adopt(cls, block: nn.Module, norm: str | None, pool: str) -> list[nn.Module]:
+        """Make `block`, whose children have our names and types, one of ours in place.
+
+        Returns:
+            The modules that changed, for `adoption.release`.
+        """
+        conv: Any = block.conv
+        changed = ConvBlock.adopt(conv, norm)
+        adopt(block, cls, pool=pool)
+        return [*changed, block]
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, num_classes]."""

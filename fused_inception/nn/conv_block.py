@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_inception import functional
+from fused_inception.nn.adoption import adopt
 
 PLAIN = "plain PyTorch: no fused kernel yet"
 FUSED = "one fused operator"
+INSIDE = "parameters of the fused module"
 
 
 def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
-    """What a fused operator would pass over in an inner layer: type, hook, no bias."""
+    """What a fused operator would pass over in an inner layer: its type, a hook."""
     if type(module) is not expected:
         return f"is a {type(module).__name__}"
     if (
@@ -23,9 +25,35 @@ def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
         or module._backward_pre_hooks
     ):
         return "has a hook"
-    if isinstance(module, nn.Conv2d) and module.bias is None:
-        return "has no bias"
     return None
+
+
+def change_of_conv(conv: Any, norm: str | None, sides: tuple[int, ...] = ()) -> str | None:
+    """The same of a convolution, and options that no fused operator has.
+
+    `sides`: which filters it may have, with stride 1 and the padding that keeps the size; none
+    stands for any square filter, stride and padding.
+    """
+    change = change_of(conv, nn.Conv2d)
+    if change is not None:
+        return change
+    # not conv.bias: attributes that are parameters take ten times as long to find
+    if (conv._parameters.get("bias") is None) != (norm is not None):
+        return "has no bias" if norm is None else "has a bias besides BatchNorm"
+    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    if conv.groups != 1:
+        return f"has {conv.groups} groups"
+    if conv.dilation != (1, 1):
+        return f"has dilation {conv.dilation}"
+    if conv.padding_mode != "zeros":
+        return f"has padding_mode {conv.padding_mode!r}"
+    if sides:
+        fits = kernel[0] in sides and stride == (1, 1) and padding[0] == kernel[0] // 2
+    else:
+        fits = stride[0] == stride[1]
+    if fits and kernel[0] == kernel[1] and padding[0] == padding[1] and type(padding) is tuple:
+        return None
+    return f"has kernel_size {kernel}, stride {stride}, padding {padding!r}"
 
 
 class ConvBlock(nn.Module):
@@ -33,7 +61,8 @@ class ConvBlock(nn.Module):
 
     Children: `conv`, and `bn` with BatchNorm; torchvision's names. With a bias it runs as
     `functional.conv2d_relu`, with BatchNorm as plain PyTorch so far; inside a fused `Inception` it
-    only holds the parameters. Where `conv` has got a hook or another type, it computes itself.
+    only holds the parameters. Where a child has got a hook, another type or an option that no fused
+    operator has, the children compute.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: of the convolution.
@@ -79,6 +108,20 @@ class ConvBlock(nn.Module):
         if norm == "batch":
             self.bn = nn.BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
 
+    @classmethod
+    def adopt(cls, block: nn.Module, norm: str | None, path: str = FUSED) -> list[nn.Module]:
+        """Make `block`, whose children are `conv` and, with BatchNorm, `bn`, one of ours in place.
+
+        `path` is what `print` says of it while it is fused.
+
+        Returns:
+            The modules that changed, for `adoption.release`: none if it was one of ours.
+        """
+        if type(block) is cls:
+            return []
+        adopt(block, cls, norm=norm, path=path)
+        return [block]
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""
         conv: Any = self.conv
@@ -97,10 +140,13 @@ class ConvBlock(nn.Module):
 
     def _obstacle(self) -> str | None:
         """Why the children compute; None where the fused operator does."""
-        if self.norm is not None:
-            return PLAIN
-        change = change_of(self.conv, nn.Conv2d)
-        return None if change is None else f"plain PyTorch: conv {change}"
+        change = change_of_conv(self.conv, self.norm)
+        if change is not None:
+            return f"plain PyTorch: conv {change}"
+        if self.norm is None:
+            return None
+        change = change_of(self.bn, nn.BatchNorm2d)
+        return PLAIN if change is None else f"plain PyTorch: bn {change}"
 
     def extra_repr(self) -> str:
         """Mode and path, for `print`."""

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from fused_inception import functional
 from fused_inception.geometry import InceptionDims
-from fused_inception.nn.conv_block import FUSED, PLAIN, ConvBlock, change_of
+from fused_inception.nn.adoption import adopt
+from fused_inception.nn.conv_block import (
+    FUSED,
+    INSIDE,
+    PLAIN,
+    ConvBlock,
+    change_of,
+    change_of_conv,
+)
 
 
 class Inception(nn.Module):
@@ -17,8 +25,8 @@ class Inception(nn.Module):
     convolution with ReLU. With `norm=None` the module is one fused operator,
     `functional.inception`; with `norm="batch"` it is plain PyTorch for now. The children hold the
     parameters under torchvision's names: `branch1`, `branch2.0`, `branch2.1`, `branch3.0`,
-    `branch3.1`, `branch4.1`. Where one of them has got a hook or is of another type than it was
-    made, the children compute, so that nothing is passed over; `print` tells.
+    `branch3.1`, `branch4.1`. Where one of them has got a hook or another type, or an option that
+    the operator does not have, the children compute, so that nothing is passed over; `print` tells.
 
     Args:
         in_channels: channels of the input.
@@ -76,19 +84,40 @@ class Inception(nn.Module):
         self.branch4 = nn.Sequential(
             nn.MaxPool2d(3, stride=1, padding=1, ceil_mode=True), conv(in_channels, pool_proj, 1)
         )
-        if norm is None:
-            for module in self.modules():
-                if isinstance(module, ConvBlock):
-                    module.path = "parameters of the fused module"
+        for block in _blocks_of(self):
+            block.path = INSIDE
+
+    @classmethod
+    def adopt(cls, block: nn.Module, norm: str | None) -> list[nn.Module]:
+        """Make `block`, whose children have our names and types, one of ours in place.
+
+        Its convolution blocks become `ConvBlock`s; layers, parameters, hooks and mode stay.
+
+        Returns:
+            The modules that changed, for `adoption.release`.
+        """
+        blocks = _blocks_of(block)
+        one, reduce3, three, reduce5, five, projection = (b.conv for b in blocks)
+        dims = InceptionDims(
+            in_channels=one.in_channels,
+            ch1x1=one.out_channels,
+            ch3x3red=reduce3.out_channels,
+            ch3x3=three.out_channels,
+            ch5x5red=reduce5.out_channels,
+            ch5x5=five.out_channels,
+            pool_proj=projection.out_channels,
+            kernel_5x5=five.kernel_size[0],
+        )
+        changed = [module for b in blocks for module in ConvBlock.adopt(b, norm, INSIDE)]
+        adopt(block, cls, dims=dims, norm=norm)
+        return [*changed, block]
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W]."""
         if self._obstacle() is not None:
             branches = [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
             return torch.cat(branches, dim=1)
-        one, (reduce3, three), (reduce5, five) = self.branch1, self.branch2, self.branch3
-        _, projection = self.branch4
-        blocks: list[Any] = [one, reduce3, three, reduce5, five, projection]
+        blocks = _blocks_of(self)
         parameters = [p for block in blocks for p in (block.conv.weight, block.conv.bias)]
         return functional.inception(x, *parameters)
 
@@ -110,17 +139,52 @@ class Inception(nn.Module):
 
     def _obstacle(self) -> str | None:
         """Why the children compute; None where the fused operator does."""
-        if self.norm is not None:
-            return PLAIN
-        inside: list[nn.Module] = []
-        _collect(self, inside)
-        if len(inside) != len(_INSIDE):
-            return "plain PyTorch: layers were added or removed"
-        for (name, expected), module in zip(_INSIDE, inside, strict=True):
-            change = change_of(module, expected)
-            if change is not None:
-                return f"plain PyTorch: {name} {change}"
-        return None
+        change = change_inside(self, self.norm, (ConvBlock,))
+        if change is not None:
+            return f"plain PyTorch: {change}"
+        return None if self.norm is None else PLAIN
+
+
+def change_inside(
+    block: nn.Module, norm: str | None, containers: tuple[type[nn.Module], ...]
+) -> str | None:
+    """What the fused operator would pass over inside `block`; None where it is an Inception module.
+
+    `containers` are the types that a convolution and its BatchNorm may be in.
+    """
+    inside: list[nn.Module] = []
+    _collect(block, inside)
+    expected = _INSIDE[norm]
+    if len(inside) != len(expected):
+        return "layers were added or removed"
+    for (name, cls, sides), module in zip(expected, inside, strict=True):
+        if cls is nn.Conv2d:
+            change = change_of_conv(module, norm, sides)
+        elif cls is ConvBlock:
+            change = change_of(module, type(module) if type(module) in containers else cls)
+        else:
+            change = change_of(module, cls)
+            if change is None and cls is nn.MaxPool2d:
+                change = _change_of_pool(module)
+        if change is not None:
+            return f"{name} {change}"
+    return None
+
+
+def _change_of_pool(pool: Any) -> str | None:
+    """Options that make it another pool than 3x3, stride 1, same size."""
+    for name, value in (("kernel_size", 3), ("stride", 1), ("padding", 1), ("dilation", 1)):
+        given = getattr(pool, name)
+        if given != value and given != (value, value):
+            return f"has {name} {given}"
+    return "returns indices" if pool.return_indices else None
+
+
+def _blocks_of(module: Any) -> list[Any]:
+    """1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5 and projection: each has `conv`, and may have `bn`."""
+    (reduce3, three), (reduce5, five) = module.branch2, module.branch3
+    _, projection = module.branch4
+    return [module.branch1, reduce3, three, reduce5, five, projection]
 
 
 def _collect(module: nn.Module, inside: list[nn.Module]) -> None:
@@ -130,22 +194,31 @@ def _collect(module: nn.Module, inside: list[nn.Module]) -> None:
             _collect(child, inside)
 
 
-# all that the fused operator stands for, depth first
-_INSIDE: tuple[tuple[str, type[nn.Module]], ...] = (
-    ("branch1", ConvBlock),
-    ("branch1.conv", nn.Conv2d),
-    ("branch2", nn.Sequential),
-    ("branch2.0", ConvBlock),
-    ("branch2.0.conv", nn.Conv2d),
-    ("branch2.1", ConvBlock),
-    ("branch2.1.conv", nn.Conv2d),
-    ("branch3", nn.Sequential),
-    ("branch3.0", ConvBlock),
-    ("branch3.0.conv", nn.Conv2d),
-    ("branch3.1", ConvBlock),
-    ("branch3.1.conv", nn.Conv2d),
-    ("branch4", nn.Sequential),
-    ("branch4.0", nn.MaxPool2d),
-    ("branch4.1", ConvBlock),
-    ("branch4.1.conv", nn.Conv2d),
-)
+_Layers = tuple[tuple[str, type[nn.Module], tuple[int, ...]], ...]
+
+
+def _layers(norm: str | None) -> _Layers:
+    """All that the fused operator stands for, depth first: name, type, filters that it may have."""
+
+    def conv(name: str, *sides: int) -> list[tuple[str, type[nn.Module], tuple[int, ...]]]:
+        layers: list[tuple[str, type[nn.Module], tuple[int, ...]]] = [
+            (name, ConvBlock, ()),
+            (f"{name}.conv", nn.Conv2d, sides),
+        ]
+        return layers if norm is None else [*layers, (f"{name}.bn", nn.BatchNorm2d, ())]
+
+    return (
+        *conv("branch1", 1),
+        ("branch2", nn.Sequential, ()),
+        *conv("branch2.0", 1),
+        *conv("branch2.1", 3),
+        ("branch3", nn.Sequential, ()),
+        *conv("branch3.0", 1),
+        *conv("branch3.1", 3, 5),
+        ("branch4", nn.Sequential, ()),
+        ("branch4.0", nn.MaxPool2d, ()),
+        *conv("branch4.1", 1),
+    )
+
+
+_INSIDE = {norm: _layers(norm) for norm in (None, "batch")}

@@ -1,0 +1,148 @@
+"""Modules that become ours in place: what stays, what goes back, when the children compute."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import fused_inception as fi
+from fused_inception import reference
+from fused_inception.nn.adoption import origin_of, release
+from fused_inception.nn.inception import change_inside
+
+WIDTHS = (16, 8, 16, 24, 8, 16, 8)
+norms = pytest.mark.parametrize("norm", [None, "batch"])
+
+
+def inception(norm: str | None) -> reference.Inception:
+    return reference.Inception(*WIDTHS, norm=norm, kernel_5x5=3, dtype=torch.float64)
+
+
+@norms
+def test_adopted_module_computes_the_same_and_goes_back(norm: str | None) -> None:
+    block = inception(norm)
+    twin = copy.deepcopy(block)
+    inside = list(block.modules())
+    parameters = list(block.state_dict(keep_vars=True).items())
+    types = [type(m) for m in inside]
+    attributes = [set(vars(m)) for m in inside]
+    changed = fi.Inception.adopt(block, norm)
+    assert type(block) is fi.Inception
+    assert [type(m) for m in changed] == [fi.ConvBlock] * 6 + [fi.Inception]
+    assert "16 -> 56 (1x1: 8, 3x3: 16 -> 24, 3x3: 8 -> 16, pool: 8)" in block.extra_repr()
+    assert all(a is b for a, b in zip(block.modules(), inside, strict=True))
+    for (name, t), (want, u) in zip(
+        block.state_dict(keep_vars=True).items(), parameters, strict=True
+    ):
+        assert name == want
+        assert t is u
+    x = torch.randn(2, 16, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(block(x), twin(x))
+    for module in changed:
+        release(module)
+    assert [type(m) for m in block.modules()] == types
+    assert [set(vars(m)) for m in block.modules()] == attributes
+    torch.testing.assert_close(block(x), twin(x))
+
+
+def test_adopted_module_is_one_operator() -> None:
+    block = inception(None)
+    fi.Inception.adopt(block, None)
+    assert block.is_fused
+    assert fi.Inception(*WIDTHS, kernel_5x5=3).dims == block.dims
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_can_go_back(copy_of: Callable[[nn.Module], nn.Module]) -> None:
+    block = inception("batch")
+    fi.Inception.adopt(block, "batch")
+    twin = copy_of(block)
+    for module in [m for m in twin.modules() if origin_of(m) is not None]:
+        release(module)
+    assert type(twin) is reference.Inception
+    assert [type(m) for m in twin.modules()] == [type(m) for m in inception("batch").modules()]
+
+
+def test_native_blocks_inside_stay_native() -> None:
+    block = reference.Inception(*WIDTHS)
+    block.branch1 = fi.ConvBlock(16, 8, kernel_size=1)
+    for module in fi.Inception.adopt(block, None):
+        release(module)
+    assert type(block.branch1) is fi.ConvBlock
+    assert type(block.branch2[0]) is reference.ConvBlock
+
+
+@norms
+def test_inside_of_an_inception_module(norm: str | None) -> None:
+    for block in (fi.Inception(*WIDTHS, norm=norm), reference.Inception(*WIDTHS, norm=norm)):
+        container = type(block.branch1)
+        assert change_inside(block, norm, (container,)) is None
+        assert change_inside(block, norm, ()) == (
+            None if container is fi.ConvBlock else "branch1 is a ConvBlock"
+        )
+        other = "batch" if norm is None else None
+        assert change_inside(block, other, (container,)) == "layers were added or removed"
+
+
+@norms
+@pytest.mark.parametrize(
+    ("path", "make", "reason"),
+    [
+        ("branch1.conv", lambda o: nn.Conv2d(16, 8, 1, groups=2, **o), "has 2 groups"),
+        ("branch1.conv", lambda o: nn.Conv2d(16, 8, 3, padding=1, **o), "kernel_size (3, 3)"),
+        ("branch1.conv", lambda o: nn.Conv2d(16, 8, 1, stride=2, **o), "stride (2, 2)"),
+        ("branch2.1.conv", lambda o: nn.Conv2d(16, 24, 3, **o), "padding (0, 0)"),
+        ("branch2.1.conv", lambda o: nn.Conv2d(16, 24, 3, padding="same", **o), "padding 'same'"),
+        ("branch2.1.conv", lambda o: nn.Conv2d(16, 24, (3, 1), padding=(1, 0), **o), "kernel_size"),
+        (
+            "branch2.1.conv",
+            lambda o: nn.Conv2d(16, 24, 3, padding=2, dilation=2, **o),
+            "dilation (2, 2)",
+        ),
+        (
+            "branch2.1.conv",
+            lambda o: nn.Conv2d(16, 24, 3, padding=1, padding_mode="circular", **o),
+            "padding_mode 'circular'",
+        ),
+        ("branch4.0", lambda o: nn.MaxPool2d(5, 1, 2), "kernel_size 5"),
+        ("branch4.0", lambda o: nn.MaxPool2d(3, 2, 1), "stride 2"),
+        ("branch4.0", lambda o: nn.MaxPool2d(3, 1, 1, return_indices=True), "returns indices"),
+    ],
+)
+def test_options_that_no_operator_has(
+    norm: str | None, path: str, make: Callable[[dict], nn.Module], reason: str
+) -> None:
+    """A layer that is put in later is seen at the next call."""
+    block = fi.Inception(*WIDTHS, norm=norm)
+    block.set_submodule(path, make({"bias": norm is None}))
+    assert not block.is_fused
+    assert path in block.extra_repr()
+    assert reason in block.extra_repr()
+
+
+@norms
+def test_bias_where_none_belongs(norm: str | None) -> None:
+    block = fi.Inception(*WIDTHS, norm=norm)
+    block.branch3[0].conv = nn.Conv2d(16, 8, 1, bias=norm is not None)
+    want = "has no bias" if norm is None else "has a bias besides BatchNorm"
+    assert f"branch3.0.conv {want}" in block.extra_repr()
+
+
+def test_batch_norm_of_another_kind() -> None:
+    block = fi.ConvBlock(16, 24, kernel_size=1, norm="batch")
+    block.bn = nn.SyncBatchNorm(24)
+    assert "bn is a SyncBatchNorm" in block.extra_repr()
+    module = fi.Inception(*WIDTHS, norm="batch")
+    module.branch2[1].bn = nn.GroupNorm(2, 24)
+    assert "branch2.1.bn is a GroupNorm" in module.extra_repr()
+
+
+def test_conv_block_with_another_filter_computes_its_children() -> None:
+    block = fi.ConvBlock(4, 8, kernel_size=3, padding=1)
+    block.conv = nn.Conv2d(4, 8, (1, 3), padding=(0, 1))
+    x = torch.randn(1, 4, 3, 5)
+    torch.testing.assert_close(block(x), block.conv(x).relu())
+    assert "conv has kernel_size (1, 3)" in block.extra_repr()
