@@ -4,6 +4,9 @@ Importing the package loads neither Triton nor a CUDA context.
 """
 
 from fused_inception import functional, reference
+from fused_inception.adapters.fuse import fuse_, fused, unfuse_
+from fused_inception.adapters.report import FusionError, FusionReport
+from fused_inception.adapters.torchvision import torchvision_blocks
 from fused_inception.backend import BackendError, backend
 from fused_inception.launches import Launch, record_launches
 from fused_inception.nn.auxiliary import InceptionAux
@@ -21,6 +24,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "ConvBlock",
+    "FusionError",
+    "FusionReport",
     "GlobalAvgPool2d",
     "GoogLeNet",
     "GoogLeNetOutputs",
@@ -35,8 +40,12 @@ __all__ = [
     "backend",
     "clear_cache",
     "functional",
+    "fuse_",
+    "fused",
     "googlenet",
     "load_checkpoint",
     "record_launches",
     "reference",
+    "torchvision_blocks",
+    "unfuse_",
 ]

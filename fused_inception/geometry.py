@@ -188,6 +188,19 @@ def pool_out(size: int, kernel: int, stride: int, padding: int = 0, ceil_mode: b
     return _at_least_one(windows, size, kernel, padding)
 
 
+def why_no_conv_kernel(c_in: int, kernel: int, stride: int, padding: int) -> str | None:
+    """Why no kernel of ours computes such a convolution; None where one does."""
+    if c_in <= IMAGE_CHANNELS and c_in * kernel * kernel <= IMAGE_POSITIONS:
+        return None
+    if kernel in (1, 3, 5) and stride == 1 and padding == kernel // 2:
+        return None
+    return (
+        f"kernel {kernel}, stride {stride}, padding {padding} of {c_in} channels: kernels exist "
+        'for 1x1, 3x3 and 5x5 of stride 1 with "same" padding, and for images of up to '
+        f"{IMAGE_CHANNELS} channels"
+    )
+
+
 @dataclass(frozen=True)
 class Window:
     """Square pooling windows."""

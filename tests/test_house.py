@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "ops": ("geometry", "reference", "backend", "tuning", "kernels"),
     "functional": ("geometry", "backend", "checks", "ops"),
     "nn": ("geometry", "backend", "checks", "reference", "functional"),
-    "adapters": ("geometry", "backend", "nn"),
+    "adapters": ("geometry", "backend", "reference", "nn"),
     "tools": (
         *("geometry", "backend", "launches", "cost", "tuning", "reference"),
         *("functional", "nn", "adapters"),

@@ -25,6 +25,8 @@ def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
         or module._backward_pre_hooks
     ):
         return "has a hook"
+    if "forward" in vars(module):  # as some libraries wrap modules
+        return "has a forward of its own"
     return None
 
 

@@ -156,6 +156,10 @@ def change_inside(
     _collect(block, inside)
     expected = _INSIDE[norm]
     if len(inside) != len(expected):
+        # a parametrisation is a layer, too
+        for name, module in block.named_modules():
+            if "parametrizations" in module._modules:
+                return f"{name} is a {type(module).__name__}"
         return "layers were added or removed"
     for (name, cls, sides), module in zip(expected, inside, strict=True):
         if cls is nn.Conv2d:

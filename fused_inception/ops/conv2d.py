@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import IMAGE_CHANNELS, IMAGE_POSITIONS, align_up, conv_out
+from fused_inception.geometry import align_up, conv_out, why_no_conv_kernel
 from fused_inception.ops.layout import channels_last, empty_channels_last, settle
 from fused_inception.ops.registration import (
     refuse_double_backward,
@@ -19,16 +19,8 @@ aten = torch.ops.aten
 
 def why_not(weight: Tensor, stride: int, padding: int) -> str | None:
     """Why no kernel here computes this convolution; None where one does."""
-    _, c_in, k, _ = weight.shape
-    if c_in <= IMAGE_CHANNELS and c_in * k * k <= IMAGE_POSITIONS:
-        return None
-    if k in (1, 3, 5) and stride == 1 and padding == k // 2:
-        return None
-    return (
-        f"kernel {k}, stride {stride}, padding {padding} of {c_in} channels: kernels exist for "
-        f'1x1, 3x3 and 5x5 of stride 1 with "same" padding, and for images of up to '
-        f"{IMAGE_CHANNELS} channels"
-    )
+    _, c_in, kernel, _ = weight.shape
+    return why_no_conv_kernel(c_in, kernel, stride, padding)
 
 
 def _forward(

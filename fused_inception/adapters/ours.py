@@ -1,0 +1,38 @@
+"""Our own modules: those of the reference, which can be fused, and those that are fused."""
+
+from torch import nn
+
+from fused_inception import reference
+from fused_inception.adapters.registry import Family, entries, leaf
+from fused_inception.nn.auxiliary import InceptionAux
+from fused_inception.nn.conv_block import ConvBlock
+from fused_inception.nn.head import GlobalAvgPool2d
+from fused_inception.nn.inception import Inception
+from fused_inception.nn.pooling import LocalResponseNorm, LRNMaxPool2d, MaxPool2d, MaxPoolLRN2d
+
+# what `fuse_` finds done
+FUSED: tuple[type[nn.Module], ...] = (
+    ConvBlock,
+    GlobalAvgPool2d,
+    Inception,
+    InceptionAux,
+    LRNMaxPool2d,
+    LocalResponseNorm,
+    MaxPool2d,
+    MaxPoolLRN2d,
+)
+
+
+def family() -> Family:
+    """The types of the reference."""
+    blocks = entries(
+        "reference",
+        lambda block: block.norm,
+        conv_block=reference.ConvBlock,
+        inception=reference.Inception,
+        aux=reference.InceptionAux,
+        pool_of=lambda block: block.pool,
+    )
+    blocks[reference.LocalResponseNorm] = leaf("reference LocalResponseNorm", LocalResponseNorm)
+    blocks[reference.GlobalAvgPool2d] = leaf("reference GlobalAvgPool2d", GlobalAvgPool2d)
+    return Family(blocks, networks=(reference.GoogLeNet,))
