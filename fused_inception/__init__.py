@@ -14,6 +14,7 @@ from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.googlenet import GoogLeNet, googlenet
 from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception
+from fused_inception.nn.inception_naive import InceptionNaive
 from fused_inception.nn.pooling import LocalResponseNorm, LRNMaxPool2d, MaxPool2d, MaxPoolLRN2d
 from fused_inception.ops.filter_cache import clear as clear_cache
 from fused_inception.reference import GoogLeNetOutputs
@@ -31,6 +32,7 @@ __all__ = [
     "GoogLeNetOutputs",
     "Inception",
     "InceptionAux",
+    "InceptionNaive",
     "LRNMaxPool2d",
     "Launch",
     "LocalResponseNorm",

@@ -35,13 +35,34 @@ def inception_parameters(
         ValueError, TypeError: of shapes or devices, of dtypes.
     """
     c, reduced3, reduced5 = x.shape[1], filters[1].shape[0], filters[3].shape[0]
-    for name, weight, c_in, sides in zip(
-        _NAMES,
-        filters,
-        (c, c, reduced3, c, reduced5, c),
-        ((1,), (1,), (3,), (1,), (3, 5), (1,)),
-        strict=True,
-    ):
+    layers = (
+        ("1", c, (1,)),
+        ("3r", c, (1,)),
+        ("3", reduced3, (3,)),
+        ("5r", c, (1,)),
+        ("5", reduced5, (3, 5)),
+        ("p", c, (1,)),
+    )
+    _module_parameters(x, layers, filters, biases, casts)
+
+
+def naive_parameters(
+    x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor], *, casts: bool
+) -> None:
+    """Three filters and biases fit `x`; `casts` and errors as above."""
+    c = x.shape[1]
+    layers = (("1", c, (1,)), ("3", c, (3,)), ("5", c, (5,)))
+    _module_parameters(x, layers, filters, biases, casts)
+
+
+def _module_parameters(
+    x: Tensor,
+    layers: Sequence[tuple[str, int, tuple[int, ...]]],  # name, input channels, sides
+    filters: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    casts: bool,
+) -> None:
+    for (name, c_in, sides), weight in zip(layers, filters, strict=True):
         shape = weight.shape
         if (
             len(shape) != 4
@@ -52,7 +73,7 @@ def inception_parameters(
         ):
             expected = " or ".join(f"[C_out, {c_in}, {side}, {side}]" for side in sides)
             raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}")
-    for name, weight, bias in zip(_NAMES, filters, biases, strict=True):
+    for (name, _, _), weight, bias in zip(layers, filters, biases, strict=True):
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"b{name} must be of shape [{weight.shape[0]}], one bias for each filter, "
@@ -130,9 +151,6 @@ def _side(name: str, value: int | Sequence[int], least: int) -> int:
     if sides[0] < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return sides[0]
-
-
-_NAMES = ("1", "3r", "3", "5r", "5", "p")
 
 
 def _placed(

@@ -12,6 +12,7 @@ from fused_inception.geometry import IMAGE_CHANNELS, Window
 from fused_inception.ops import conv2d as _conv2d
 from fused_inception.ops import global_pool as _global_pool
 from fused_inception.ops import inception as _inception
+from fused_inception.ops import inception_naive as _inception_naive
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops.layout import why_not_in_place
 from fused_inception.ops.registration import autocast, autocasts
@@ -20,6 +21,7 @@ __all__ = [
     "conv2d_relu",
     "global_avg_pool2d",
     "inception",
+    "inception_naive",
     "local_response_norm",
     "lrn_max_pool2d",
     "max_pool2d",
@@ -76,11 +78,39 @@ def inception(
     filters, biases = [w1, w3r, w3, w5r, w5, wp], [b1, b3r, b3, b5r, b5, bp]
     checks.image_batch(x)
     checks.inception_parameters(x, filters, biases, casts=autocasts(x))
-    impl = resolve(x)
-    x = _settle(autocast(x), impl)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
-    y, _ = _inception.inception(x, filters, biases, save, impl)
-    return y
+    return _module(_inception.inception, x, filters, biases)
+
+
+def inception_naive(
+    x: Tensor, w1: Tensor, b1: Tensor, w3: Tensor, b3: Tensor, w5: Tensor, b5: Tensor
+) -> Tensor:
+    """The naive Inception module: no reductions, and the pooled input as it is.
+
+    y = cat(relu(1x1(x) + b1), relu(3x3(x) + b3), relu(5x5(x) + b5), 3x3 max pool(x))
+
+    Source: Szegedy et al., arXiv 1409.4842, figure 2a. Padding keeps height and width; the pool's
+    stride is 1, its last NaN wins.
+
+    Args:
+        x: [N, C_in, H, W], as in `inception`.
+        w1, w3, w5: filters [C_1, C_in, 1, 1], [C_3, C_in, 3, 3], [C_5, C_in, 5, 5], in the dtype of
+            `x`.
+        b1, b3, b5: one bias for each filter, in the dtype of `x` or fp32.
+
+    Autocast and errors are those of `inception`; the pool branch too comes in the dtype to which
+    autocast casts `x`, where PyTorch's own concatenation would stay fp32.
+
+    Returns:
+        [N, C_1 + C_3 + C_5 + C_in, H, W] in the dtype of `x`, exactly channels last.
+
+    Autograd saves, besides `x` and the parameters, on the Triton path one byte a pooled element and
+    one bit an output of the convolutions; on the ATen path y and 8 bytes a pooled element. A double
+    backward raises RuntimeError.
+    """
+    filters, biases = [w1, w3, w5], [b1, b3, b5]
+    checks.image_batch(x)
+    checks.naive_parameters(x, filters, biases, casts=autocasts(x))
+    return _module(_inception_naive.inception_naive, x, filters, biases)
 
 
 def conv2d_relu(
@@ -294,6 +324,17 @@ def max_pool2d_lrn(
     checks.norm_size(size)
     window = checks.pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
     return _pool(_pooling.max_pool2d_lrn, x, window, size, alpha, beta, k)
+
+
+def _module(
+    op: Callable[..., Any], x: Tensor, filters: list[Tensor], biases: list[Tensor]
+) -> Tensor:
+    """Run a form of the module."""
+    impl = resolve(x)
+    x = _settle(autocast(x), impl)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
+    y, _ = op(x, filters, biases, save, impl)
+    return y
 
 
 def _pool(op: Callable[..., Any], x: Tensor, window: Window | None, *norm: float) -> Tensor:

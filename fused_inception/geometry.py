@@ -116,6 +116,52 @@ class InceptionDims:
 
 
 @dataclass(frozen=True)
+class NaiveDims:
+    """Widths of one naive Inception module (figure 2a); offsets and slots as in `InceptionDims`."""
+
+    in_channels: int
+    ch1x1: int
+    ch3x3: int
+    ch5x5: int
+
+    @property
+    def conv_widths(self) -> tuple[int, int, int]:
+        """Widths of the three convolutions, which have filters, biases and ReLU."""
+        return self.ch1x1, self.ch3x3, self.ch5x5
+
+    @property
+    def branch_widths(self) -> tuple[int, int, int, int]:
+        """Widths of the four branches in the order of the concatenation; the pool keeps all."""
+        return *self.conv_widths, self.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the concatenation."""
+        return sum(self.branch_widths)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First output channel of the 1x1, 3x3, 5x5 and pool branch."""
+        return _starts(self.branch_widths)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """First channel of each convolution in a scratch tensor (masked gradient, mask bits)."""
+        return _starts(tuple(align_up(n) for n in self.conv_widths))
+
+    @property
+    def slot_channels(self) -> int:
+        """Channels of such a scratch tensor."""
+        return sum(align_up(n) for n in self.conv_widths)
+
+    @property
+    def filter_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Shapes of the three filters: 1x1, 3x3, 5x5."""
+        c = self.in_channels
+        return (self.ch1x1, c, 1, 1), (self.ch3x3, c, 3, 3), (self.ch5x5, c, 5, 5)
+
+
+@dataclass(frozen=True)
 class GoogLeNetSizes:
     """Sides of the maps of GoogLeNet; each field is named after the layer that makes it.
 

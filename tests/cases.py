@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import InceptionDims
+from fused_inception.geometry import InceptionDims, NaiveDims
 
 
 class InceptionTensors(NamedTuple):
-    """One problem's data; filters and biases: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, projection."""
+    """One problem's data; filters and biases: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, projection;
+    of a naive module 1x1, 3x3, 5x5."""
 
     x: Tensor  # [N, C_IN, H, W], at least 0 and with ties at 0, as behind a ReLU
     filters: list[Tensor]
@@ -32,7 +33,7 @@ class InceptionCase:
     """A module's widths and the shape of its input."""
 
     name: str
-    dims: InceptionDims
+    dims: InceptionDims | NaiveDims
     batch: int
     height: int
     width: int
@@ -75,4 +76,16 @@ INCEPTION_CASES = (
     InceptionCase("widths-24-and-208", InceptionDims(48, 24, 24, 208, 24, 48, 24), 2, 4, 4),
     InceptionCase("one-over-a-tile", InceptionDims(65, 65, 17, 65, 9, 33, 33), 1, 5, 13),
     InceptionCase("3x3-for-the-5x5", InceptionDims(16, 16, 8, 16, 24, 16, 8, 3), 2, 6, 5),
+)
+
+NAIVE_CASES = (
+    InceptionCase("one-pixel", NaiveDims(16, 8, 16, 8), 2, 1, 1),
+    InceptionCase("empty-batch", NaiveDims(16, 8, 16, 8), 0, 5, 6),
+    InceptionCase("batch-one", NaiveDims(24, 16, 32, 8), 1, 7, 6),
+    InceptionCase("map-inside-the-filter", NaiveDims(8, 8, 16, 8), 3, 2, 2),
+    InceptionCase("single-row", NaiveDims(16, 8, 8, 16), 1, 1, 37),
+    InceptionCase("single-column", NaiveDims(16, 8, 8, 16), 2, 19, 1),
+    InceptionCase("prime-widths", NaiveDims(13, 7, 11, 5), 2, 5, 7),
+    InceptionCase("pool-slice-at-an-odd-channel", NaiveDims(16, 7, 8, 8), 2, 4, 3),
+    InceptionCase("one-over-a-tile", NaiveDims(9, 65, 17, 9), 1, 5, 13),
 )

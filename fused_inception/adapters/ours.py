@@ -3,11 +3,12 @@
 from torch import nn
 
 from fused_inception import reference
-from fused_inception.adapters.registry import Family, entries, leaf
+from fused_inception.adapters.registry import Entry, Family, checked, entries, leaf
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception
+from fused_inception.nn.inception_naive import InceptionNaive, change_inside_naive
 from fused_inception.nn.pooling import LocalResponseNorm, LRNMaxPool2d, MaxPool2d, MaxPoolLRN2d
 
 # what `fuse_` finds done
@@ -16,6 +17,7 @@ FUSED: tuple[type[nn.Module], ...] = (
     GlobalAvgPool2d,
     Inception,
     InceptionAux,
+    InceptionNaive,
     LRNMaxPool2d,
     LocalResponseNorm,
     MaxPool2d,
@@ -32,6 +34,12 @@ def family() -> Family:
         inception=reference.Inception,
         aux=reference.InceptionAux,
         pool_of=lambda block: block.pool,
+    )
+    blocks[reference.InceptionNaive] = Entry(
+        "reference InceptionNaive",
+        InceptionNaive,
+        checked(lambda block: change_inside_naive(block, reference.ConvBlock)),
+        InceptionNaive.adopt,
     )
     blocks[reference.LocalResponseNorm] = leaf("reference LocalResponseNorm", LocalResponseNorm)
     blocks[reference.GlobalAvgPool2d] = leaf("reference GlobalAvgPool2d", GlobalAvgPool2d)

@@ -86,19 +86,19 @@ def entries(
         conv_block: Entry(
             label(conv_block),
             ConvBlock,
-            _checked(lambda block: _conv_block_obstacle(block, norm_of(block))),
+            checked(lambda block: _conv_block_obstacle(block, norm_of(block))),
             lambda block: ConvBlock.adopt(block, norm_of(block)),
         ),
         inception: Entry(
             label(inception),
             Inception,
-            _checked(inception_obstacle),
+            checked(inception_obstacle),
             lambda block: Inception.adopt(block, norm_of(block.branch1)),
         ),
         aux: Entry(
             label(aux),
             InceptionAux,
-            _checked(aux_obstacle),
+            checked(aux_obstacle),
             lambda block: InceptionAux.adopt(block, norm_of(block.conv), pool_of(block)),
         ),
     }
@@ -115,7 +115,7 @@ def leaf(
         adopt(module, becomes)
         return [module]
 
-    return Entry(label, becomes, _checked(obstacle), change)
+    return Entry(label, becomes, checked(obstacle), change)
 
 
 def _conv_block_obstacle(block: Any, norm: str | None) -> str | None:
@@ -156,7 +156,7 @@ def _average_obstacle(pool: Any) -> str | None:
     return f"has output_size {pool.output_size}"
 
 
-def _checked(obstacle: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+def checked(obstacle: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
     """`obstacle` behind what holds for blocks of every type."""
     return lambda block: _wrapped(block) or obstacle(block) or _odd_tensor(block)
 

@@ -12,7 +12,8 @@ from fused_inception.tuning.configs import BranchesConfig
 
 
 @triton.jit
-def convolve(
+def convolve_onto(
+    acc,  # [BLOCK_P, BLOCK_CO] fp32
     x_ptr,  # [P, x_stride] at the first pixel of the tile, first channel of the slot
     w_ptr,  # [C_OUT, K * K, C_IN]
     valid,  # [BLOCK_P] bits of the taps inside the map
@@ -28,7 +29,8 @@ def convolve(
     BLOCK_CI: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Sum over taps and i of x[p + tap, i] * w[o, tap, i], fp32: stride 1, "same" padding."""
+    """acc plus the sum over taps and i of x[p + tap, i] * w[o, tap, i]: stride 1, "same"
+    padding."""
     offs_ci = tl.arange(0, BLOCK_CI)
     offs_co = pid_co * BLOCK_CO + tl.arange(0, BLOCK_CO)
     mask_co = offs_co < C_OUT
@@ -36,7 +38,6 @@ def convolve(
     w_offs = offs_co[None, :] * (K * K * C_IN) + offs_ci[:, None]
     # one flat loop over taps and channel blocks: nested loops pipeline badly
     BLOCKS_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
-    acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
     for step in tl.range(0, K * K * BLOCKS_CI, num_stages=NUM_STAGES):
         tap = step // BLOCKS_CI
         ci0 = (step - tap * BLOCKS_CI) * BLOCK_CI
@@ -53,6 +54,31 @@ def convolve(
         w_tile = tl.load(w_ptr + (tap * C_IN + ci0) + w_offs, mask=w_mask, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def convolve(
+    x_ptr,
+    w_ptr,
+    valid,
+    pid_co,
+    width,
+    x_stride,
+    K: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """`convolve_onto` zero."""
+    acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+    return convolve_onto(
+        acc, x_ptr, w_ptr, valid, pid_co, width, x_stride, K, C_IN, C_OUT, PRECISION,
+        BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES,
+    )  # fmt: skip
 
 
 @triton.jit

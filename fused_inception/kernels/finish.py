@@ -1,5 +1,7 @@
 """Launch F: fixed-order sums of all partial results, cast and laid out as the parameters are."""
 
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
@@ -205,6 +207,17 @@ def _finish_kernel(
         )
 
 
+def finish_ends(
+    filter_grads: list[torch.Tensor], bias_grads: list[torch.Tensor], config: FinishConfig
+) -> list[int]:
+    """First program behind each result, filters first; one with no elements has no programs."""
+    programs = [
+        cdiv(g[0].numel(), config.block_m) * cdiv(g.shape[0], config.block_n) if g.numel() else 0
+        for g in filter_grads
+    ] + [cdiv(g.numel(), config.block_n) for g in bias_grads]
+    return list(accumulate(programs))
+
+
 def launch_finish(
     dims: InceptionDims,
     partial_filters: PartialFilters,
@@ -223,11 +236,7 @@ def launch_finish(
     groups = partial_filters.groups
     starts = [groups[k][0] // 64 for k in ("branch1", "reduces", "conv5", "projection")]
     splits = [groups[k][1] for k in ("branch1", "reduces", "conv3", "conv5", "projection")]
-    programs = [
-        cdiv(g[0].numel(), config.block_m) * cdiv(g.shape[0], config.block_n) if g.numel() else 0
-        for g in filter_grads
-    ] + [cdiv(g.numel(), config.block_n) for g in bias_grads]
-    ends = [sum(programs[: i + 1]) for i in range(len(programs))]
+    ends = finish_ends(filter_grads, bias_grads, config)
     run(
         _finish_kernel,
         (ends[-1],),

@@ -47,6 +47,34 @@ def _accumulate(
     return acc
 
 
+@triton.jit
+def gather_pool(
+    dp_ptr,  # [P, dp_stride] gradient of the pooled map, at the first pixel of the tile
+    index_ptr,  # [P, S_IN] uint8, winning tap of each window, likewise
+    valid,  # [BLOCK_P] bits of the taps inside the map
+    pid_ci,
+    width,
+    dp_stride,
+    S_IN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+):
+    """Sum of dp over the 3x3 windows of stride 1 that p won, fp32."""
+    local_p = tl.arange(0, BLOCK_P)
+    offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
+    index_offs = (local_p * S_IN)[:, None] + offs_ci[None, :]
+    dp_offs = (local_p * dp_stride)[:, None] + offs_ci[None, :]
+    acc = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
+    # the window centred one tap away contains this pixel at the opposite tap
+    for tap in tl.range(0, 9, num_stages=1):
+        shift = (tap // 3 - 1) * width + (tap % 3 - 1)
+        inside = (((valid >> tap) & 1) != 0)[:, None] & (offs_ci < S_IN)[None, :]
+        winner = tl.load(index_ptr + shift * S_IN + index_offs, mask=inside, other=255)
+        dp_tile = tl.load(dp_ptr + shift * dp_stride + dp_offs, mask=inside, other=0.0)
+        acc += tl.where(winner.to(tl.int32) == 8 - tap, dp_tile.to(tl.float32), 0.0)
+    return acc
+
+
 @triton.jit(do_not_specialize=["n_pixels", "height", "width"])
 def _input_grad_kernel(
     # tensors
@@ -84,17 +112,11 @@ def _input_grad_kernel(
     mask_p = offs_p < n_pixels
     p0 = (pid_p * BLOCK_P).to(tl.int64)
 
-    # the window centred one tap away contains this pixel at the opposite tap
-    valid = tap_validity(offs_p, n_pixels, height, width, 3)
-    pool_offs = (local_p * S_IN)[:, None] + offs_ci[None, :]
-    acc = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
-    for tap in tl.range(0, 9, num_stages=1):
-        shift = p0 * S_IN + ((tap // 3 - 1) * width + (tap % 3 - 1)) * S_IN
-        inside = (((valid >> tap) & 1) != 0)[:, None] & (offs_ci < S_IN)[None, :]
-        winner = tl.load(index_ptr + shift + pool_offs, mask=inside, other=255)
-        dp_tile = tl.load(dp_ptr + shift + pool_offs, mask=inside, other=0.0)
-        acc += tl.where(winner.to(tl.int32) == 8 - tap, dp_tile.to(tl.float32), 0.0)
-
+    acc = gather_pool(
+        dp_ptr + p0 * S_IN, index_ptr + p0 * S_IN,
+        tap_validity(offs_p, n_pixels, height, width, 3),
+        pid_ci, width, S_IN, S_IN, BLOCK_P, BLOCK_CI,
+    )  # fmt: skip
     acc = _accumulate(
         acc, dz_ptr + p0 * DZ_STRIDE, w_ptr, mask_p, pid_ci,
         S1, S_IN, DZ_STRIDE, S1 + SR, PRECISION, BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,

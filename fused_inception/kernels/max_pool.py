@@ -146,7 +146,7 @@ def gather_tiles(
 def _max_pool_fwd_kernel(
     # tensors
     x_ptr,  # [N, H, W, 8 x_stride8]
-    y_ptr,  # [P, C]
+    y_ptr,  # [P, Y_STRIDE] first channel of the slice
     index_ptr,  # [P, GROUPS * LANES] uint8, winning tap of each window
     # sizes
     n_pixels,  # of y
@@ -162,6 +162,7 @@ def _max_pool_fwd_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
     SAVE: tl.constexpr,
     # tile
     BLOCK_V: tl.constexpr,
@@ -178,7 +179,7 @@ def _max_pool_fwd_kernel(
     best, winner = pool_tile(
         rows, inside, row, column, height, width, x_stride8 * 8, K, BLOCK_V, LANES
     )
-    store_tile(y_ptr, best, pixel, group, inside, C, BLOCK_V, LANES)
+    store_tile(y_ptr, best, pixel, group, inside, C, BLOCK_V, LANES, Y_STRIDE)
     if SAVE:
         store_tile(index_ptr, winner, pixel, group, inside, GROUPS * LANES, BLOCK_V, LANES)
 
@@ -252,8 +253,8 @@ def launch_max_pool_fwd(
     *,
     save: bool,
 ) -> None:
-    """Fill `y`, [N, C, OH, OW] exactly channels last, and with `save` `index`, from `x` as
-    `layout.for_kernels` gives it."""
+    """Fill `y`, [N, C, OH, OW] exactly channels last or a channel slice of that, and with `save`
+    `index`, from `x` as `layout.for_kernels` gives it."""
     _, _, height, width = x.shape
     n, c, out_height, out_width = y.shape
     lanes = lanes_of(x.dtype)
@@ -267,6 +268,7 @@ def launch_max_pool_fwd(
             C=c,
             GROUPS=groups,
             **window_constants(window),
+            Y_STRIDE=y.stride(3),
             SAVE=save,
             BLOCK_V=config.block_v,
             LANES=lanes,

@@ -18,7 +18,7 @@ from fused_inception.tuning.configs import MaskConfig
 )  # fmt: skip
 def _relu_mask_kernel(
     # tensors
-    dy_ptr,  # [N, C_OUT, H, W] any strides
+    dy_ptr,  # [N, C_DY, H, W] any strides
     mask_ptr,  # [P, SLOTS / 8] uint8
     dz_ptr,  # [P, SLOTS]
     partial_ptr,  # [chunks, SLOTS] fp32
@@ -41,6 +41,7 @@ def _relu_mask_kernel(
     SLOT_5: tl.constexpr,
     SLOT_P: tl.constexpr,
     SLOTS: tl.constexpr,
+    C_DY: tl.constexpr,
     DENSE: tl.constexpr,  # dy is exactly channels last
     # tile
     BLOCK_P: tl.constexpr,
@@ -84,8 +85,8 @@ def _relu_mask_kernel(
         is_open = ((byte.to(tl.int32)[:, :, None] >> bit[None, None, :]) & 1) != 0
         mask_dy = mask_p[:, None, None] & is_channel[None, :, :]
         if DENSE:
-            dy_offs = (local_p * C_OUT)[:, None, None] + channel[None, :, :]
-            dy_tile = tl.load(dy_ptr + p0 * C_OUT + dy_offs, mask=mask_dy, other=0.0)
+            dy_offs = (local_p * C_DY)[:, None, None] + channel[None, :, :]
+            dy_tile = tl.load(dy_ptr + p0 * C_DY + dy_offs, mask=mask_dy, other=0.0)
         else:
             image = (offs_p // (height * width)).to(tl.int64)
             row = ((offs_p // width) % height).to(tl.int64)
@@ -108,7 +109,8 @@ def launch_relu_mask(
     mask: torch.Tensor,
     config: MaskConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask `dy`, [N, sum of widths, H, W], by the ReLU bits of up to four branches side by side.
+    """Mask `dy`, [N, sum of widths, H, W], by the ReLU bits of up to four branches side by side;
+    of a wider `dy` its first channels.
 
     Returns dz, [N, slots, H, W] channels last in the dtype of `dy`, each branch at a multiple of 8
     channels, and its column partials [chunks, slots].
@@ -118,7 +120,7 @@ def launch_relu_mask(
     slot5 = slot3 + align_up(n3)
     slot_p = slot5 + align_up(n5)
     slots = slot_p + align_up(np)
-    n, c_out, height, width = dy.shape
+    n, c_dy, height, width = dy.shape
     n_pixels = n * height * width
     chunks = cdiv(n_pixels, config.pixels)
     dz = torch.empty_strided(
@@ -128,7 +130,7 @@ def launch_relu_mask(
         device=dy.device,
     )
     partial = torch.empty((chunks, slots), dtype=torch.float32, device=dy.device)
-    dense = dy.stride() == (height * width * c_out, 1, width * c_out, c_out)
+    dense = dy.stride() == (height * width * c_dy, 1, width * c_dy, c_dy)
     run(
         _relu_mask_kernel,
         (chunks, cdiv(slots, config.block_c)),
@@ -142,6 +144,7 @@ def launch_relu_mask(
             SLOT_5=slot5,
             SLOT_P=slot_p,
             SLOTS=slots,
+            C_DY=c_dy,
             DENSE=dense,
             BLOCK_P=config.block_p,
             BLOCK_C=config.block_c,

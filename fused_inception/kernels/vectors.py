@@ -40,11 +40,22 @@ def load_tile(rows, inside, other, LANES: tl.constexpr):
 
 @triton.jit
 def store_tile(
-    y_ptr, tile, pixel, group, inside, C: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr
+    y_ptr,
+    tile,
+    pixel,
+    group,
+    inside,
+    C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    Y_STRIDE: tl.constexpr = None,
 ):
-    """Store a tile into a dense map [P, C]; channels from C on are no part of it."""
+    """Store a tile into a map [P, C], dense or with pixels Y_STRIDE apart; channels from C on are
+    no part of it."""
     lane = tl.arange(0, LANES)
-    offs = offsets(pixel, group, C, LANES)[:, None] + lane[None, :]
+    offs = (
+        offsets(pixel, group, C if Y_STRIDE is None else Y_STRIDE, LANES)[:, None] + lane[None, :]
+    )
     mask = inside[:, None]
     if C % LANES != 0:
         mask = mask & ((group * LANES)[:, None] + lane[None, :] < C)

@@ -10,7 +10,7 @@ import triton.language as tl
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.tiles import window_bits
-from fused_inception.tuning.configs import WgradConfig
+from fused_inception.tuning.configs import WgradConfig, WgradJob
 
 
 @triton.jit
@@ -212,11 +212,39 @@ def _wgrad_kernel(
 
 @dataclass(frozen=True)
 class PartialFilters:
-    """Where launch L3 left its partial sums: the buffer, and (first element, splits) of each
+    """Where a launch left its partial sums: the buffer, and (first element, splits) of each
     group."""
 
     buffer: torch.Tensor
     groups: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class GroupedSplits:
+    """Program ranges of one launch over several weight gradients, in order."""
+
+    placed: dict[str, tuple[int, int]]  # (first element of the partial sums, splits)
+    chunks: list[int]  # pixels of one split
+    ends: list[int]  # first program behind each group
+    elements: int  # of all partial sums
+
+
+def group_splits(
+    jobs: dict[str, tuple[WgradJob, int, int]], n_pixels: int, needed: frozenset[str]
+) -> GroupedSplits:
+    """Lay out `jobs`, name -> (job, rows, columns); one that is not needed has no programs."""
+    placed: dict[str, tuple[int, int]] = {}
+    chunks: list[int] = []
+    ends: list[int] = []
+    programs = elements = 0
+    for name, (job, rows, columns) in jobs.items():
+        chunk, splits = job.chunks(n_pixels) if name in needed else (1, 0)
+        placed[name] = (elements, splits)
+        chunks.append(chunk)
+        programs += splits * cdiv(rows, job.tile.block_m) * cdiv(columns, job.tile.block_n)
+        ends.append(programs)
+        elements += splits * rows * columns
+    return GroupedSplits(placed, chunks, ends, elements)
 
 
 def launch_wgrad(
@@ -249,23 +277,12 @@ def launch_wgrad(
         "conv5": (config.conv5, taps5 * s5r, s5),
         "projection": (config.projection, s_in, sp),
     }
-    placed: dict[str, tuple[int, int]] = {}
-    chunks: dict[str, int] = {}
-    programs: dict[str, int] = {}
-    elements = 0
-    for name, (job, rows, columns) in shapes.items():
-        chunk, splits = job.chunks(n_pixels) if name in groups else (1, 0)
-        placed[name] = (elements, splits)
-        chunks[name] = chunk
-        tiles = cdiv(rows, job.tile.block_m) * cdiv(columns, job.tile.block_n)
-        programs[name] = tiles * splits
-        elements += splits * rows * columns
-    buffer = torch.empty(elements, dtype=torch.float32, device=x.device)
-    order = tuple(shapes)
-    ends = [sum(programs[k] for k in order[: i + 1]) for i in range(len(order))]
+    splits = group_splits(shapes, n_pixels, groups)
+    buffer = torch.empty(splits.elements, dtype=torch.float32, device=x.device)
+    starts = [start // 64 for start, _ in splits.placed.values()]
     run(
         _wgrad_kernel,
-        (ends[-1],),
+        (splits.ends[-1],),
         (
             x,
             index,
@@ -276,9 +293,9 @@ def launch_wgrad(
             n_pixels,
             height,
             width,
-            *ends[:-1],
-            *(chunks[k] for k in order),
-            *(placed[k][0] // 64 for k in order[1:]),
+            *splits.ends[:-1],
+            *splits.chunks,
+            *starts[1:],
             x.stride(3) // 8,
         ),
         dict(
@@ -314,4 +331,4 @@ def launch_wgrad(
         ),
         num_warps=config.num_warps,
     )
-    return PartialFilters(buffer, placed)
+    return PartialFilters(buffer, splits.placed)

@@ -17,6 +17,9 @@ from fused_inception.nn.conv_block import (
     change_of_conv,
 )
 
+# depth first: name, type, filters that it may have
+Layers = tuple[tuple[str, type[nn.Module], tuple[int, ...]], ...]
+
 
 class Inception(nn.Module):
     """Four branches of one input, concatenated (figure 2b of arXiv 1409.4842).
@@ -152,9 +155,15 @@ def change_inside(
 
     `containers` are the types that a convolution and its BatchNorm may be in.
     """
+    return change_of_layers(block, _INSIDE[norm], norm, containers)
+
+
+def change_of_layers(
+    block: nn.Module, expected: Layers, norm: str | None, containers: tuple[type[nn.Module], ...]
+) -> str | None:
+    """The same of a module whose layers are to be `expected`."""
     inside: list[nn.Module] = []
     _collect(block, inside)
-    expected = _INSIDE[norm]
     if len(inside) != len(expected):
         # a parametrisation is a layer, too
         for name, module in block.named_modules():
@@ -198,11 +207,8 @@ def _collect(module: nn.Module, inside: list[nn.Module]) -> None:
             _collect(child, inside)
 
 
-_Layers = tuple[tuple[str, type[nn.Module], tuple[int, ...]], ...]
-
-
-def _layers(norm: str | None) -> _Layers:
-    """All that the fused operator stands for, depth first: name, type, filters that it may have."""
+def _layers(norm: str | None) -> Layers:
+    """All that the fused operator stands for."""
 
     def conv(name: str, *sides: int) -> list[tuple[str, type[nn.Module], tuple[int, ...]]]:
         layers: list[tuple[str, type[nn.Module], tuple[int, ...]]] = [

@@ -27,8 +27,8 @@ def forward(
     """
     dims = dims_of(filters)
     x = channels_last(x)
-    w1, w3r, w3, w5r, w5, wp = _cast(filters, x.dtype)
-    b1, b3r, b3, b5r, b5, bp = _cast(biases, x.dtype)
+    w1, w3r, w3, w5r, w5, wp = cast(filters, x.dtype)
+    b1, b3r, b3, b5r, b5, bp = cast(biases, x.dtype)
     n, _, h, w = x.shape
     y = empty_channels_last(n, dims.out_channels, h, w, dtype=x.dtype, device=x.device)
     y1, y3, y5, yp = y.split(dims.branch_widths, dim=1)
@@ -39,13 +39,13 @@ def forward(
 
     for group in _groups([(w1, b1, y1), (w3r, b3r, r3), (w5r, b5r, r5)], x):
         weights, group_biases, outputs = zip(*group, strict=True)
-        whole = _conv(x, _cat(weights), _cat(group_biases))
+        whole = conv(x, _cat(weights), _cat(group_biases))
         for out, part in zip(outputs, whole.split([t.shape[1] for t in outputs], 1), strict=True):
-            _relu_into(out, part)
-    _relu_into(y3, _conv(r3, w3, b3))
-    _relu_into(y5, _conv(r5, w5, b5))
+            relu_into(out, part)
+    relu_into(y3, conv(r3, w3, b3))
+    relu_into(y5, conv(r5, w5, b5))
     pooled, index = (channels_last(t) for t in F.max_pool2d(x, 3, 1, 1, return_indices=True))
-    _relu_into(yp, _conv(pooled, wp, bp))
+    relu_into(yp, conv(pooled, wp, bp))
     return y, [r3, r5, pooled, index] if save else []
 
 
@@ -83,7 +83,7 @@ def backward(
     dims = dims_of(filters)
     x = channels_last(x)
     r3, r5, pooled, index = saved
-    weights = _cast(filters, x.dtype)
+    weights = cast(filters, x.dtype)
     need_x, need_w, need_b = needs[0], needs[1:7], needs[7:]
     trained = [w or b for w, b in zip(need_w, need_b, strict=True)]
     dw: list[Tensor | None] = [None] * 6
@@ -92,9 +92,9 @@ def backward(
     dy1, dy3, dy5, dyp = dy.split(dims.branch_widths, dim=1)
     y1, y3, y5, yp = y.split(dims.branch_widths, dim=1)
 
-    def conv(i: int, dz: Tensor, source: Tensor, need_source: bool) -> Tensor | None:
+    def through(i: int, dz: Tensor, source: Tensor, need_source: bool) -> Tensor | None:
         mask = (need_source, need_w[i], need_b[i])
-        d_source, dw[i], db[i] = _conv_backward(dz, source, weights[i], mask)
+        d_source, dw[i], db[i] = conv_backward(dz, source, weights[i], mask)
         return d_source
 
     # the 1x1 convolutions that read x: position, gradient of the output, output
@@ -104,11 +104,11 @@ def backward(
     for i, dy_branch, y_branch, r in ((1, dy3, y3, r3), (3, dy5, y5, r5)):
         need_r = need_x or trained[i]
         if need_r or trained[i + 1]:
-            dr = conv(i + 1, _masked([(dy_branch, y_branch)]), r, need_r)
+            dr = through(i + 1, masked([(dy_branch, y_branch)]), r, need_r)
             if dr is not None:
                 readers.append((i, dr, r))
     if need_x or trained[5]:
-        d_pooled = conv(5, _masked([(dyp, yp)]), pooled, need_x)
+        d_pooled = through(5, masked([(dyp, yp)]), pooled, need_x)
         if d_pooled is not None:
             dx = aten.max_pool2d_with_indices_backward.default(
                 d_pooled, x, [3, 3], [1, 1], [1, 1], [1, 1], False, index
@@ -117,10 +117,10 @@ def backward(
     alike = len({(need_w[i], need_b[i]) for i, _, _ in readers}) == 1
     for group in _groups(readers, x) if alike else [[reader] for reader in readers]:
         positions = [i for i, _, _ in group]
-        dz = _masked([(gradient, output) for _, gradient, output in group])
+        dz = masked([(gradient, output) for _, gradient, output in group])
         weight = _cat([weights[i] for i in positions])
         mask = (need_x, need_w[positions[0]], need_b[positions[0]])
-        dx_group, dw_group, db_group = _conv_backward(dz, x, weight, mask)
+        dx_group, dw_group, db_group = conv_backward(dz, x, weight, mask)
         if dx_group is not None:
             dx = dx_group if dx is None else dx_group.add_(dx)
         widths = [weights[i].shape[0] for i in positions]
@@ -137,7 +137,7 @@ def _groups(readers: list[_T], x: Tensor) -> list[list[_T]]:
     return [readers] if n * h * w >= MERGE_PIXELS else [[reader] for reader in readers]
 
 
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
@@ -145,16 +145,16 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _relu_into(out: Tensor, x: Tensor) -> None:
+def relu_into(out: Tensor, x: Tensor) -> None:
     # one pass from the convolution's result to the slice; NaN stays NaN
     torch.clamp_min(x, 0, out=out)
 
 
-def _masked(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def masked(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Gradients of ReLU from (gradient, output) pairs, side by side in one channels-last tensor.
 
     The gradient passes where not (output <= 0), so also where the output is NaN.
@@ -168,7 +168,7 @@ def _masked(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return dz
 
 
-def _conv_backward(
+def conv_backward(
     dz: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, filter and bias where `mask` asks for them."""

@@ -13,7 +13,12 @@ from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.kernels.wgrad import launch_wgrad
 from fused_inception.ops import filter_cache
-from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
+from fused_inception.ops.layout import (
+    dims_of,
+    empty_channels_last,
+    empty_filter_grad,
+    for_kernels,
+)
 from fused_inception.ops.problem import problem_of
 from fused_inception.tuning import heuristic
 
@@ -105,7 +110,8 @@ def backward(
             heuristic.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
         )  # fmt: skip
     filter_grads = [
-        _grad_like(f) if need else f.new_empty(0) for f, need in zip(filters, need_w, strict=True)
+        empty_filter_grad(f) if need else f.new_empty(0)
+        for f, need in zip(filters, need_w, strict=True)
     ]
     bias_grads = [
         x.new_empty(f.shape[0] if need else 0, dtype=dtype)
@@ -130,10 +136,3 @@ def backward(
             heuristic.finish_config(),
         )  # fmt: skip
     return [dx, *filter_grads, *bias_grads]
-
-
-def _grad_like(weight: torch.Tensor) -> torch.Tensor:
-    """An empty gradient in the filter's own strides where those are dense, else contiguous."""
-    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty_like(weight)
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import ALIGN, InceptionDims, align_up
+from fused_inception.geometry import ALIGN, InceptionDims, NaiveDims, align_up
 
 
 def empty_channels_last(
@@ -91,6 +91,19 @@ def dims_of(filters: Sequence[Tensor]) -> InceptionDims:
         pool_proj=wp.shape[0],
         kernel_5x5=w5.shape[2],
     )
+
+
+def naive_dims_of(filters: Sequence[Tensor]) -> NaiveDims:
+    """The widths that the three filters of a naive module define."""
+    w1, w3, w5 = filters
+    return NaiveDims(w1.shape[1], w1.shape[0], w3.shape[0], w5.shape[0])
+
+
+def empty_filter_grad(weight: Tensor) -> Tensor:
+    """An empty gradient in the filter's own strides where those are dense, else contiguous."""
+    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(weight)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def settle(gradient: Tensor, parameter: Tensor) -> Tensor:

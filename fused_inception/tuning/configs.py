@@ -107,6 +107,28 @@ class WgradConfig:
 
 
 @dataclass(frozen=True)
+class NaiveConfig:
+    """The naive module forward: three convolutions as ranges of one launch."""
+
+    conv1: Tile
+    conv3: Tile
+    conv5: Tile
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class NaiveWgradConfig:
+    """Its three filter gradients, likewise."""
+
+    conv1: WgradJob
+    conv3: WgradJob
+    conv5: WgradJob
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class FinishConfig:
     """Launch F: sums of the partial results, in fixed order."""
 

@@ -193,10 +193,12 @@ def conv_tile(
     ops: Operands,
     target: Target,
     max_width: int = 256,
+    max_elements: int | None = None,
 ) -> Tile:
     step = _block_k(channels, ops)
     depth = taps * align_up(channels, step)
-    return Tile(*_best_tile(m, n, depth, ops, target, max_width=max_width), step)
+    shape = _best_tile(m, n, depth, ops, target, max_width=max_width, max_elements=max_elements)
+    return Tile(*shape, step)
 
 
 def gated_tile(m: int, n: int, channels: int, taps: int, ops: Operands, target: Target) -> Tile:
@@ -236,12 +238,23 @@ def dgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Targ
 def input_grad_config(
     dims: InceptionDims, n_pixels: int, ops: Operands, target: Target
 ) -> InputGradConfig:
-    """Launch L2: the gather needs registers, so the tile stays at 128 x 128."""
+    """Launch L2."""
     k = align_up(dims.ch1x1) + dims.reduced_channels
-    # both reductions are walked with one step; 32 pads their odd widths least
+    return gathered_config(n_pixels, dims.in_channels, k, ops, target)
+
+
+def gathered_config(
+    m: int,
+    n: int,
+    depth: int,
+    ops: Operands,
+    target: Target,
+    max_elements: int = 128 * 128,
+) -> InputGradConfig:
+    """Products behind the pool's gather, which needs registers: tiles of at most 128 x 128."""
+    # all reductions are walked with one step; 32 pads odd widths least
     step = 32 if ops.itemsize == 2 else 16
-    bm, bn = _best_tile(n_pixels, dims.in_channels, k, ops, target, max_elements=128 * 128)
-    tile = Tile(bm, bn, step)
+    tile = Tile(*_best_tile(m, n, depth, ops, target, max_elements=max_elements), step)
     return InputGradConfig(tile, warps([tile]), stages([tile], ops, target))
 
 

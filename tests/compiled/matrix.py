@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from fused_inception.geometry import AUX_CHANNELS, GOOGLENET, googlenet_sizes
+from fused_inception.geometry import AUX_CHANNELS, GOOGLENET, NaiveDims, googlenet_sizes
 from fused_inception.tuning.targets import TARGETS
 from tests.compiled.collect import Specialisation
 from tests.compiled.problems import (
@@ -44,6 +44,8 @@ LAYERS: dict[str, Callable[[int], Problem]] = {
     # not in the network, where a pool stands beside each norm
     "norm": lambda n: Pooling("lrn", n, 192, SIZES.maxpool1),
     **{name: functools.partial(_module, name) for name in GOOGLENET},
+    # not in the network: 3a without its reductions
+    "naive": lambda n: Module(NaiveDims(192, 64, 128, 32), n, SIZES.maxpool2),
     "aux1": functools.partial(_auxiliary, "4a"),
     "aux2": functools.partial(_auxiliary, "4d"),
     "pool5": lambda n: GlobalPool(n, GOOGLENET["5b"].out_channels, SIZES.maxpool4),
@@ -78,10 +80,11 @@ class Group:
 # the other types there and for bf16 on the other targets
 STEM = ("conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
-FAMILIES = ("conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "pool5")
+FAMILIES = ("conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "pool5")
 EVERY_RUN = {
     "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, BATCHES),
     **{f"sm_90-bf16-{name}": Group("sm_90", "bf16", (name,), BATCHES) for name in GOOGLENET},
+    "sm_90-bf16-naive": Group("sm_90", "bf16", ("naive",), BATCHES),
     "sm_90-bf16-others": Group("sm_90", "bf16", OTHERS, BATCHES),
     **{
         f"{target}-{precision}": Group(target, precision, FAMILIES, (32,), inference=False)

@@ -5,10 +5,11 @@ from typing import Protocol
 
 import torch
 
-from fused_inception.geometry import InceptionDims, Window, align_up
+from fused_inception.geometry import InceptionDims, NaiveDims, Window, align_up
 from fused_inception.ops import (
     conv2d_triton,
     global_pool_triton,
+    inception_naive_triton,
     inception_triton,
     pooling_triton,
 )
@@ -44,9 +45,9 @@ def specialisations(
 
 @dataclass(frozen=True)
 class Module:
-    """An Inception module."""
+    """An Inception module of either form."""
 
-    dims: InceptionDims
+    dims: InceptionDims | NaiveDims
     batch: int
     side: int
 
@@ -56,10 +57,13 @@ class Module:
         biases = [torch.empty(f.shape[0], device="meta") for f in filters]
         x = _map(self.batch, align_up(self.dims.in_channels), self.side, dtype)
         x = x[:, : self.dims.in_channels]
-        y, saved = inception_triton.forward(x, filters, biases, training)
+        naive = isinstance(self.dims, NaiveDims)
+        script = inception_naive_triton if naive else inception_triton
+        y, saved = script.forward(x, filters, biases, training)
         if training:
             dtypes = [b.dtype for b in biases]
-            inception_triton.backward(_like(y), x, saved, filters, dtypes, [True] * 13)
+            needs = [True] * (1 + 2 * len(filters))
+            script.backward(_like(y), x, saved, filters, dtypes, needs)
 
 
 @dataclass(frozen=True)
