@@ -19,12 +19,15 @@ from fused_inception.nn.pooling import LocalResponseNorm, LRNMaxPool2d, MaxPool2
 from fused_inception.ops.filter_cache import clear as clear_cache
 from fused_inception.reference import GoogLeNetOutputs
 from fused_inception.tools.checkpoint import load_checkpoint
+from fused_inception.tools.explain import ExplainReport, explain
+from fused_inception.tools.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "ConvBlock",
+    "ExplainReport",
     "FusionError",
     "FusionReport",
     "GlobalAvgPool2d",
@@ -38,9 +41,11 @@ __all__ = [
     "LocalResponseNorm",
     "MaxPool2d",
     "MaxPoolLRN2d",
+    "VerifyReport",
     "__version__",
     "backend",
     "clear_cache",
+    "explain",
     "functional",
     "fuse_",
     "fused",
@@ -50,4 +55,5 @@ __all__ = [
     "reference",
     "torchvision_blocks",
     "unfuse_",
+    "verify",
 ]

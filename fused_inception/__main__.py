@@ -8,12 +8,14 @@ from typing import NoReturn
 import torch
 
 from fused_inception.backend import BackendError
-from fused_inception.tools import info, predict, train
+from fused_inception.tools import explain, info, predict, train, verify
 from fused_inception.tools.errors import UserError
 
 COMMANDS = {
     "train": (train, "train GoogLeNet on real images, or measure its speed"),
     "predict": (predict, "the most probable classes of image files"),
+    "verify": (verify, "compare a fused model with plain PyTorch and float64, block by block"),
+    "explain": (explain, "how a fused model runs, block by block, and why"),
     "info": (info, "versions, devices, and what runs fused on them"),
 }
 INTERRUPTED = 130

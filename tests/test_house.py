@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "adapters": ("geometry", "backend", "reference", "nn"),
     "tools": (
         *("geometry", "backend", "launches", "cost", "tuning", "reference"),
-        *("functional", "nn", "adapters"),
+        *("ops", "functional", "nn", "adapters"),
     ),
     "__init__": (
         *("backend", "launches", "reference", "ops", "functional", "nn", "adapters", "tools"),

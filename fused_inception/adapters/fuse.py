@@ -48,6 +48,14 @@ def fuse_(
     return report
 
 
+def survey(model: nn.Module) -> FusionReport:
+    """What `fuse_` would do; changes nothing."""
+    found = _Survey(None)
+    found.visit(model, "", None)
+    found.report.applied = False
+    return found.report
+
+
 def unfuse_(model: nn.Module) -> None:
     """Undo `fuse_`: the blocks of `model` that it fused have their original class again.
 

@@ -9,9 +9,18 @@ for backward. Time is a roofline with the figures of a `Device`: a prediction, n
 """
 
 from fused_inception.cost.device import DEVICES, H200, Device, Figure
-from fused_inception.cost.layers import PAPER_BUDGET, PAPER_TABLE_1, VARIANTS, Network
+from fused_inception.cost.layers import (
+    PAPER_BUDGET,
+    PAPER_TABLE_1,
+    VARIANTS,
+    Aux,
+    Conv,
+    Module,
+    Network,
+    Pool,
+)
 from fused_inception.cost.ops import BACKWARD, FORWARD, Cost, Gemm, Op, Saved, Tensor
-from fused_inception.cost.plans import ITEMSIZE, PLANS, inception, network
+from fused_inception.cost.plans import ITEMSIZE, PLANS, block, inception, network
 
 __all__ = [
     "BACKWARD",
@@ -23,14 +32,19 @@ __all__ = [
     "PAPER_TABLE_1",
     "PLANS",
     "VARIANTS",
+    "Aux",
+    "Conv",
     "Cost",
     "Device",
     "Figure",
     "Gemm",
+    "Module",
     "Network",
     "Op",
+    "Pool",
     "Saved",
     "Tensor",
+    "block",
     "inception",
     "network",
 ]

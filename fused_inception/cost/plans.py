@@ -3,9 +3,9 @@
 from fused_inception.cost.compiled import Compiled
 from fused_inception.cost.eager import Eager
 from fused_inception.cost.fused import Fused
-from fused_inception.cost.layers import Module, Network
+from fused_inception.cost.layers import Aux, Conv, Module, Network, Pool
 from fused_inception.cost.ops import Cost
-from fused_inception.cost.plan import Plan
+from fused_inception.cost.plan import IMAGE, Plan
 from fused_inception.geometry import InceptionDims
 
 PLANS: dict[str, type[Plan]] = {"eager": Eager, "compiled": Compiled, "fused": Fused}
@@ -69,6 +69,35 @@ def inception(
     recorder = _recorder(plan, batch, dtype, training)
     x = recorder.tensor("x", height * width, dims.in_channels)
     recorder.module(Module(name, dims, height * width, norm), x)
+    return recorder.cost()
+
+
+def block(
+    layer: Conv | Pool | Module | Aux,
+    *,
+    batch: int,
+    dtype: str = "bfloat16",
+    plan: str = "fused",
+    training: bool = True,
+    image: bool = False,
+) -> Cost:
+    """One layer of a network; the input of an `image` needs no gradient.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    recorder = _recorder(plan, batch, dtype, training)
+    name = IMAGE if image else "x"
+    match layer:
+        case Conv():
+            recorder.conv(layer, recorder.tensor(name, layer.inputs, layer.c_in))
+        case Pool():
+            recorder.pool(layer, recorder.tensor(name, layer.inputs, layer.channels))
+        case Module():
+            recorder.module(layer, recorder.tensor(name, layer.pixels, layer.dims.in_channels))
+        case Aux():
+            if training:  # inference does not run it
+                recorder.aux(layer, recorder.tensor(name, layer.inputs, layer.conv.c_in))
     return recorder.cost()
 
 

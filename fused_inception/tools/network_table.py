@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fused_inception import cost
 from fused_inception.cost import Cost, Device, Network
+from fused_inception.tools.text import aligned
 
 MILLION = 1e6
 KI = 1024
@@ -58,7 +59,7 @@ def _paper_table(network: Network) -> list[str]:
         )
     )
     lines = ["The paper's table 1 (its network, 224 x 224) beside the exact counts of this one:"]
-    lines += _aligned(rows)
+    lines += aligned(rows)
     share = total / cost.PAPER_BUDGET - 1
     lines.append(
         f"Budget of the paper: {cost.PAPER_BUDGET / MILLION:,.0f} M multiply-adds at inference; "
@@ -104,7 +105,7 @@ def _layer_table(network: Network, plans: dict[str, Cost], batch: int, device: D
     row("all", tuple(network.layers))
     lines = [
         "A training step, layer by layer, saved kB an image, without loss and optimiser:",
-        *_aligned(rows),
+        *aligned(rows),
     ]
     if planned:
         lines.append(
@@ -149,7 +150,7 @@ def _totals(
                 )
             )
             what = ""
-    return ["Totals:", *_aligned(rows, names=2)]
+    return ["Totals:", *aligned(rows, names=2)]
 
 
 def _assumptions(device: Device) -> list[str]:
@@ -157,17 +158,4 @@ def _assumptions(device: Device) -> list[str]:
         (name, f"{figure.value:g}", "measured" if figure.measured else "assumed", figure.source)
         for name, figure in device.figures().items()
     ]
-    return [f"The {device.name} of these predictions, in SI units:", *_aligned(rows, names=4)]
-
-
-def _aligned(rows: Sequence[Sequence[str]], names: int = 1) -> list[str]:
-    """Columns of equal width; the first `names` start left, numbers end right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < names else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    return [f"The {device.name} of these predictions, in SI units:", *aligned(rows, names=4)]

@@ -1,0 +1,120 @@
+"""The blocks of a model as `verify` and `explain` see them: which run fused, by which path, why."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_inception.adapters.ours import FUSED
+from fused_inception.adapters.report import ALREADY_FUSED, FusionReport
+from fused_inception.backend import choose, selected
+from fused_inception.geometry import why_no_conv_kernel
+from fused_inception.nn.conv_block import ConvBlock
+
+TRITON, ATEN, LAYERS = "Triton", "ATen", "layers"
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a block computes: "Triton" (our kernels), "ATen" (one operator of ours, computed by
+    PyTorch's own), "layers" (PyTorch, layer by layer), and why."""
+
+    name: str
+    reason: str
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def fused_blocks(report: FusionReport) -> list[str]:
+    """Names of the blocks that are fused once `fuse_` has given this report."""
+    before = [name for name, why in report.skipped.items() if why.startswith(ALREADY_FUSED)]
+    return [*report.fused, *before]
+
+
+def path_of(block: nn.Module, x: Tensor) -> Path:
+    """How `block` computes for such an input, under the backend and autocast in force.
+
+    Raises:
+        BackendError, TypeError: the backend in force cannot compute it.
+    """
+    if type(block) not in FUSED:
+        return Path(LAYERS, "not fused")
+    obstacle = getattr(block, "_obstacle", lambda: None)()
+    if obstacle is not None:
+        return Path(LAYERS, obstacle)
+    name, device = selected(), x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if choose(name, device, dtype) == "triton":
+        reason = _no_kernel(block)
+        return Path(TRITON, f"backend {name}, {device}") if reason is None else Path(ATEN, reason)
+    if name == "torch":
+        return Path(ATEN, "backend torch")
+    return Path(ATEN, "float64" if dtype == torch.float64 else f"{device} tensors")
+
+
+def _no_kernel(block: Any) -> str | None:
+    if not isinstance(block, ConvBlock):
+        return None
+    conv: Any = block.conv
+    return why_no_conv_kernel(
+        conv.in_channels, conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    )
+
+
+def setting_of(model: nn.Module, x: Tensor) -> str:
+    """Model, mode, dtype, shape and device, in words."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype += f" (autocast {str(torch.get_autocast_dtype(device)).removeprefix('torch.')})"
+    mode = "training" if model.training else "eval"
+    return f"{type(model).__name__}, {mode}, {dtype} {list(x.shape)}, {x.device}"
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, names: Sequence[str], see: Callable[[str, nn.Module, Tensor, Any], None]
+) -> Iterator[None]:
+    """Inside the block, `see(name, block, input, output)` is called when a block has run."""
+    with ExitStack() as stack:
+        for name in names:
+
+            def hook(block: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                if args and isinstance(args[0], Tensor):
+                    see(name, block, args[0], output)
+
+            stack.enter_context(_handle(model.get_submodule(name), hook))
+        yield
+
+
+@contextmanager
+def _handle(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def undisturbed(x: Tensor) -> Iterator[None]:
+    """Random numbers go on afterwards as if nothing had been drawn; gradients can be computed."""
+    devices = [x.device] if x.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield

@@ -1,0 +1,103 @@
+"""A model and a batch for it, by flags: what `verify` and `explain` look at."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_inception.backend import NAMES, BackendError
+from fused_inception.nn.googlenet import VARIANTS, googlenet
+from fused_inception.tools.errors import UserError
+from fused_inception.tools.loop import autocast, placed
+from fused_inception.tools.options import pick_backend, pick_device, positive
+
+TORCHVISION = "torchvision"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help=f"torchvision:googlenet, one of ours ({', '.join(VARIANTS)}), or MODULE:CALLABLE, "
+        "called without arguments, for a model of your own",
+    )
+    add("--batch-size", type=positive, default=2, help="images, random (default: 2)")
+    add("--image-size", type=positive, default=224, help="side in pixels (default: 224)")
+    add("--eval", action="store_true", help="in eval mode (default: training)")
+    add("--dtype", choices=DTYPES, default="float32", help="of model and images")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast (default: off)")
+    add("--device", default="auto", help="cpu, cuda ... (default: cuda, else cpu)")
+    add("--backend", default=None, choices=NAMES, help="default: auto")
+    add("--seed", type=int, default=0, help="of weights and images (default: 0)")
+
+
+@contextmanager
+def prepared(arguments: argparse.Namespace) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The model, and a batch of random images; backend and autocast hold inside the block.
+
+    Raises:
+        UserError: no such model, or flags that do not fit it.
+    """
+    device, dtype = pick_device(arguments.device), getattr(torch, arguments.dtype)
+    torch.manual_seed(arguments.seed)
+    model = placed(model_of(arguments.model, arguments.image_size), device)
+    model = model.to(dtype).train(not arguments.eval)
+    side = arguments.image_size
+    x = torch.randn(arguments.batch_size, 3, side, side).to(device, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with pick_backend(arguments.backend), autocast(device, arguments.amp):
+        try:
+            yield model, x
+        except (BackendError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"--model {arguments.model}: {error}") from None
+
+
+def model_of(name: str, image_size: int) -> nn.Module:
+    """The model that `--model` names, with random weights.
+
+    Raises:
+        UserError: there is none, or making it failed.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        if name in VARIANTS:
+            return googlenet(name, image_size=image_size)
+        if not attribute:
+            raise UserError(
+                f"--model {name}: take torchvision:googlenet, {', '.join(VARIANTS)} or "
+                "MODULE:CALLABLE"
+            )
+        if module == TORCHVISION:
+            return _torchvision_model(attribute)
+        return _own_model(module, attribute)
+    except UserError:
+        raise
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--model {name}: {error}") from None
+
+
+def _torchvision_model(name: str) -> nn.Module:
+    models = importlib.import_module("torchvision.models")
+    options: dict[str, Any] = {"init_weights": True} if name == "googlenet" else {}
+    return getattr(models, name)(**options)
+
+
+def _own_model(module: str, attribute: str) -> nn.Module:
+    # as `python script.py` would find it
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    model = getattr(importlib.import_module(module), attribute)()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--model {module}:{attribute} made a {type(model).__name__}, no module")
+    return model
