@@ -1,0 +1,128 @@
+"""`explain`: paths, reasons, launches and predicted costs of the blocks of a model."""
+
+import copy
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import fused_inception as fi
+from fused_inception.geometry import InceptionDims
+from fused_inception.tools.explain import Launches
+from tests.conftest import INTERPRETED
+from tests.test_verify import WIDTHS, biased, images
+from tests.torchvision_import import import_torchvision
+
+
+@pytest.fixture(scope="module")
+def tv() -> ModuleType:
+    return import_torchvision("torchvision.models.googlenet")
+
+
+class TestExplain:
+    def test_before_and_after(self) -> None:
+        model, x = biased(), images()
+        before = fi.explain(model, x)
+        assert {(b.path.name, b.path.reason) for b in before.blocks} == {
+            ("layers", "fuse_ would fuse it")
+        }
+        fi.fuse_(model)
+        report = fi.explain(model, x)
+        assert {(b.path.name, b.path.reason) for b in report.blocks} == {("ATen", "cpu tensors")}
+        block = report.blocks[1]
+        assert (block.name, block.kind, block.input) == ("1", "Inception", "[2, 16, 6, 6] float32")
+        assert block.launches is None
+        assert report.launches is None
+        # forward, and both gradients of every product
+        forward = InceptionDims(*WIDTHS).multiply_adds(6, 6) * 2 * 2
+        assert block.flops == 3 * forward
+        assert block.predicted_seconds == block.fused.seconds(report.device)
+        assert before.blocks[1].predicted_seconds == block.eager.seconds(report.device)
+        assert block.bytes < before.blocks[1].bytes
+        assert fi.explain(model.eval(), x).blocks[1].flops == forward
+
+    def test_table(self) -> None:
+        model = biased()
+        fi.fuse_(model)
+        lines = str(fi.explain(model, images())).splitlines()
+        assert lines[0] == "explain: Sequential, training, float32 [2, 3, 6, 6], cpu"
+        assert lines[4].split()[:4] == ["1", "Inception", "ATen", "[2,"]
+        assert "~2+5 (2)" in lines[4]
+        assert lines[5] == "ATen: cpu tensors [0, 1]"
+        assert "predicted for one NVIDIA H200" in lines[-1]
+
+    def test_obstacles_and_refusals(self, tv: ModuleType) -> None:
+        model = nn.Sequential(*(tv.Inception(16, 4, 4, 4, 4, 4, 4) for _ in range(3)))
+        model[0].branch1.conv.register_forward_hook(lambda *a: None)
+        fi.fuse_(model)
+        model[1].branch2[0].conv.register_forward_hook(lambda *a: None)
+        reasons = [block.path.reason for block in fi.explain(model, images(2, 16, 4, 4)).blocks]
+        assert reasons[0] == "branch1.conv has a hook"
+        assert reasons[1] == "plain PyTorch: branch2.0.conv has a hook"
+
+    def test_copied_input(self) -> None:
+        model = fi.Inception(*WIDTHS)
+        x = images(2, 16, 4, 4)
+        report = fi.explain(model, x)
+        assert report.blocks[0].copied == "channels are not last"
+        assert "input copied: channels are not last [(the model)]" in str(report)
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert fi.explain(model, x).blocks[0].copied is None
+
+    def test_reasons_of_the_path(self) -> None:
+        model, x = fi.Inception(*WIDTHS), images(2, 16, 4, 4)
+        with fi.backend("torch"):
+            assert fi.explain(model, x).blocks[0].path.reason == "backend torch"
+        assert fi.explain(model.double(), x.double()).blocks[0].path.reason == "float64"
+        assert fi.explain(model, x.double()).blocks[0].fused is None
+
+    def test_whole_network(self, tv: ModuleType) -> None:
+        model = tv.GoogLeNet(num_classes=3, init_weights=False)
+        fi.fuse_(model)
+        report = fi.explain(model, images(2, 3, 48, 48))
+        assert len(report.blocks) == 19
+        assert all(block.fused is not None for block in report.blocks)
+        assert fi.explain(model.eval(), images(1, 3, 48, 48)).not_reached == ["aux1", "aux2"]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="CUDA tensors take Triton by themselves")
+class TestTritonPath:
+    """Through the interpreter."""
+
+    model = nn.Sequential(
+        fi.ConvBlock(3, 8, kernel_size=3, padding=1), fi.MaxPool2d(2), fi.Inception(*[8] * 7)
+    )
+    x = torch.randn(1, 3, 4, 4)
+
+    def test_verify(self) -> None:
+        with fi.backend("triton"):
+            report = fi.verify(self.model, self.x)
+        assert report.ok
+        assert {block.path.name for block in report.blocks} == {"Triton"}
+        assert report.blocks[2].output.fused != report.blocks[2].output.pytorch
+
+    def test_explain(self) -> None:
+        with fi.backend("triton"):
+            report = fi.explain(self.model, self.x)
+        # the images need no gradient
+        assert [block.launches for block in report.blocks] == [
+            Launches(1, 3, 0),
+            Launches(1, 1, 0),
+            Launches(2, 5, 2),
+        ]
+        assert report.launches == Launches(4, 9, 2)
+        assert "4 Triton launches forward, 9 backward, and 2 that pack filters" in str(report)
+        assert report.blocks[0].copied is None
+
+    def test_explain_in_eval(self) -> None:
+        with fi.backend("triton"):
+            report = fi.explain(copy.deepcopy(self.model).eval(), self.x)
+        assert report.launches is not None
+        assert (report.launches.forward, report.launches.backward) == (4, 0)
+
+    def test_no_kernel(self) -> None:
+        model = fi.ConvBlock(16, 8, kernel_size=3, stride=2)
+        assert fi.explain(model, images(2, 16, 5, 5)).blocks[0].path.reason == "cpu tensors"
+        with fi.backend("triton"), pytest.raises(fi.BackendError, match="no kernel for this"):
+            fi.explain(model, images(2, 16, 5, 5))
