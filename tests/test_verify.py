@@ -254,6 +254,12 @@ class TestPlainTwin:
         x = images(1, 3, 64, 64, dtype=torch.float64)
         torch.testing.assert_close(twin(x), model(x))
 
+    def test_of_the_naive_module(self) -> None:
+        model = fi.InceptionNaive(8, 4, 4, 4).double()
+        x = images(1, 8, 3, 3, dtype=torch.float64)
+        torch.testing.assert_close(plain_twin(model)(x), model(x))
+        assert fi.verify(model, x).ok
+
     def test_of_pairs(self) -> None:
         model = nn.Sequential(
             fi.LRNMaxPool2d(5, 3, 2, ceil_mode=True), fi.MaxPoolLRN2d(3, 2, 1, k=2.0)

@@ -12,6 +12,7 @@ from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.googlenet import GoogLeNet
 from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception
+from fused_inception.nn.inception_naive import InceptionNaive
 from fused_inception.nn.pooling import LocalResponseNorm, LRNMaxPool2d, MaxPool2d, MaxPoolLRN2d
 
 
@@ -58,6 +59,7 @@ _PLAIN: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     GoogLeNet: (reference.GoogLeNet, {}),
     Inception: (reference.Inception, {}),
     InceptionAux: (reference.InceptionAux, {}),
+    InceptionNaive: (reference.InceptionNaive, {}),
     LRNMaxPool2d: (_PlainLRNMaxPool2d, {}),
     LocalResponseNorm: (reference.LocalResponseNorm, {}),
     MaxPool2d: (nn.MaxPool2d, {"dilation": 1, "return_indices": False}),
