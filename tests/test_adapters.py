@@ -409,6 +409,26 @@ def test_compiled_before_fusing() -> None:
     assert ["fused_inception" in code for code in graphs] == [False, True]
 
 
+def test_sync_batch_norm_after_fusing(tv: ModuleType) -> None:
+    model = nn.Sequential(tv.Inception(*WIDTHS)).eval()
+    x = torch.randn(2, 16, 4, 4)
+    want = model(x)
+    fi.fuse_(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0].branch1.bn) is nn.SyncBatchNorm
+    assert "branch1.bn is a SyncBatchNorm" in model[0].extra_repr()
+    torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_after_going_back(tv: ModuleType) -> None:
+    block = tv.Inception(*WIDTHS).eval()
+    before = torch.jit.script(block).code
+    fi.fuse_(block)
+    fi.unfuse_(block)
+    assert torch.jit.script(block).code == before
+
+
 def test_export_after_going_back(tv: ModuleType) -> None:
     block = tv.Inception(*WIDTHS).eval()
     x = torch.randn(1, 16, 4, 4)

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fused_inception as fi
 from fused_inception.geometry import InceptionDims
@@ -120,6 +120,19 @@ class TestTritonPath:
             report = fi.explain(copy.deepcopy(self.model).eval(), self.x)
         assert report.launches is not None
         assert (report.launches.forward, report.launches.backward) == (4, 0)
+
+    def test_nothing_to_differentiate(self) -> None:
+        class Wrapped(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.block = fi.MaxPool2d(2)
+
+            def forward(self, x: Tensor) -> dict[str, Tensor]:
+                return {"y": self.block(x)}
+
+        with fi.backend("triton"):
+            report = fi.explain(Wrapped(), self.x)
+        assert report.launches == Launches(1, 0, 0)
 
     def test_no_kernel(self) -> None:
         model = fi.ConvBlock(16, 8, kernel_size=3, stride=2)

@@ -1,6 +1,6 @@
 """The blocks of a model as `verify` and `explain` see them: which run fused, by which path, why."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,10 +111,24 @@ def _handle(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 @contextmanager
 def undisturbed(x: Tensor) -> Iterator[None]:
     """Random numbers go on afterwards as if nothing had been drawn; gradients can be computed."""
-    devices = [x.device] if x.device.type == "cuda" else []
+    # seeding reaches every GPU
+    devices = range(torch.cuda.device_count()) if x.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
         yield
+
+
+def tensors_of(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Floating-point tensors in tensors, tuples, lists and dicts, with a path to each."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield name, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from tensors_of(value, f"{name}.{key}")
+    elif isinstance(output, list | tuple):
+        for i, value in enumerate(output):
+            yield from tensors_of(value, f"{name}.{i}")

@@ -24,6 +24,7 @@ from fused_inception.tools.blocks import (
     hooked,
     path_of,
     setting_of,
+    tensors_of,
     undisturbed,
     unwrapped,
 )
@@ -232,8 +233,9 @@ def _launches(module: nn.Module, x: Tensor, training: bool) -> Launches:
     with torch.set_grad_enabled(training), record_launches() as forward:
         outputs = module(x)
     with record_launches() as backward:
-        if training:
-            torch.autograd.backward(*_roots(outputs))
+        roots = [y for _, y in tensors_of(outputs) if y.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(y) for y in roots])
     packing = sum(_packs(launch) for launch in (*forward, *backward))
     return Launches(
         sum(not _packs(launch) for launch in forward),
@@ -244,13 +246,6 @@ def _launches(module: nn.Module, x: Tensor, training: bool) -> Launches:
 
 def _packs(launch: Launch) -> bool:
     return "pack" in launch.kernel
-
-
-def _roots(outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs that have a gradient, and ones for them."""
-    tensors = [outputs] if isinstance(outputs, Tensor) else [*outputs]
-    roots = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-    return roots, [torch.ones_like(t) for t in roots]
 
 
 def _row(block: BlockExplanation, device: Device) -> list[str]:

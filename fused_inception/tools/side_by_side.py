@@ -1,13 +1,13 @@
 """The same pass through a fused, a plain and a float64 module, and how far they are apart."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_inception.tools.blocks import hooked
+from fused_inception.tools.blocks import hooked, tensors_of
 
 # what rounding alone moves; below it, and above a limit, nothing can be said
 NOISE = 0.05
@@ -176,28 +176,16 @@ def _step(module: nn.Module, x: Tensor, dy: Tensor | None) -> _Step:
     if x.is_floating_point():
         wanted["input"] = x.requires_grad_()
     wanted |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-    outputs = dict(_tensors(module(x), "output"))
+    torch.manual_seed(0)  # what the model draws, and the same numbers in every dtype below
+    outputs = dict(tensors_of(module(x)))
     differentiable = [y for y in outputs.values() if y.requires_grad]
-    torch.manual_seed(0)  # the same numbers in every dtype
+    torch.manual_seed(0)
     seeds = [torch.randn(y.shape).to(y) if dy is None else dy.to(y) for y in differentiable]
     found: Sequence[Tensor | None] = [None] * len(wanted)
     if differentiable:
         found = torch.autograd.grad(differentiable, [*wanted.values()], seeds, allow_unused=True)
     gradients = {name: g for name, g in zip(wanted, found, strict=True) if g is not None}
     return _Step({name: y.detach() for name, y in outputs.items()}, gradients)
-
-
-def _tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Floating-point tensors in tensors, tuples, lists and dicts, with a path to each."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield name, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _tensors(value, f"{name}.{key}")
-    elif isinstance(output, list | tuple):
-        for i, value in enumerate(output):
-            yield from _tensors(value, f"{name}.{i}")
 
 
 def _errors(
