@@ -153,6 +153,10 @@ class TestVerify:
         assert [block.name for block in report.blocks] == [""]
         assert "(the model)" in str(report)
 
+    def test_dropout_is_off(self) -> None:
+        report = fi.verify(biased().append(nn.Dropout(1.0)), images())
+        assert report.model.output.pytorch > 0
+
     def test_nothing_to_verify(self) -> None:
         with pytest.raises(ValueError, match="no block of this Linear can be fused"):
             fi.verify(nn.Linear(3, 3), images(2, 3))
@@ -213,6 +217,17 @@ class TestVerifyFinds:
         assert block.statistics is not None
         assert block.statistics.verdict == "FAILED"
         assert block.output.verdict == "ok"
+
+    def test_only_the_block_that_is_wrong(
+        self, monkeypatch: pytest.MonkeyPatch, tv: ModuleType
+    ) -> None:
+        """What follows it starts from the statistics of the model, not from those of its pass."""
+        right = fi.MaxPool2d.forward
+        monkeypatch.setattr(fi.MaxPool2d, "forward", lambda self, x: right(self, x) + 1)
+        report = fi.verify(
+            nn.Sequential(fi.MaxPool2d(2), tv.Inception(*WIDTHS)), images(2, 16, 6, 6)
+        )
+        assert [check.verdict for check in report.blocks] == ["FAILED", "ok"]
 
     def test_a_batch_that_is_not_counted(
         self, monkeypatch: pytest.MonkeyPatch, theirs: nn.Module

@@ -152,7 +152,7 @@ def verify(model: nn.Module, x: Tensor) -> VerifyReport:
 
 
 def _ready(model: nn.Module) -> nn.Module:
-    """No gradients from before, no dropout."""
+    """Without dropout, and without copies of gradients, which only take memory."""
     model.zero_grad(set_to_none=True)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
