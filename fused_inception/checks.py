@@ -104,6 +104,45 @@ def conv_parameters(
     _placed(x, "weight", weight, "bias", bias, casts)
 
 
+def stem_parameters(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    stride: int,
+    padding: int,
+    pools: Sequence[Window],
+    *,
+    casts: bool,
+) -> None:
+    """Three filters (any, 1x1, 3x3) and biases fit each other and images `x`; `casts` as above.
+
+    Raises:
+        ValueError, TypeError: of shapes, options or devices, of dtypes.
+    """
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    if padding < 0:
+        raise ValueError(f"padding must be at least 0, got {padding}")
+    c_in = x.shape[1]
+    for name, weight, bias, kernel in zip("123", filters, biases, (None, 1, 3), strict=True):
+        shape = weight.shape
+        side = kernel or shape[-1]
+        fits = len(shape) == 4 and shape[1:] == (c_in, side, side) and min(shape) > 0
+        if not fits:
+            side_name = kernel or "K"
+            expected = f"[C_out, {c_in}, {side_name}, {side_name}]"
+            raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}")
+        if bias.dim() != 1 or bias.shape[0] != shape[0]:
+            raise ValueError(f"b{name} must be of shape [{shape[0]}], got {list(bias.shape)}")
+        _placed(x, f"w{name}", weight, f"b{name}", bias, casts)
+        c_in = shape[0]
+    windows = [_window(p.kernel, p.stride, p.padding, p.ceil_mode) for p in pools]
+    for side in x.shape[2:]:
+        side = conv_out(side, filters[0].shape[2], stride, padding)
+        for window in windows:
+            side = window.out(side)
+
+
 def pool_window(
     x: Tensor,
     kernel_size: int | Sequence[int],
@@ -118,19 +157,28 @@ def pool_window(
     Raises:
         ValueError: of options that differ between height and width, are out of range or don't fit.
     """
+    if _side("dilation", dilation, 1) != 1:
+        raise ValueError(f"dilation must be 1, got {dilation}")
+    window = _window(kernel_size, stride, padding, ceil_mode)
+    for side in x.shape[2:]:
+        window.out(side)
+    return window
+
+
+def _window(
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    ceil_mode: bool,
+) -> Window:
     kernel = _side("kernel_size", kernel_size, 1)
     step = kernel if stride is None else _side("stride", stride, 1)
     border = _side("padding", padding, 0)
-    if _side("dilation", dilation, 1) != 1:
-        raise ValueError(f"dilation must be 1, got {dilation}")
     if border > kernel // 2:
         raise ValueError(
             f"padding must be at most half of kernel_size, {kernel // 2}, got {border}"
         )
-    window = Window(kernel, step, border, ceil_mode)
-    for side in x.shape[2:]:
-        window.out(side)
-    return window
+    return Window(kernel, step, border, ceil_mode)
 
 
 def norm_size(size: int) -> None:

@@ -1,4 +1,4 @@
-"""Integers only: output sizes, paddings, the widths of an Inception module, its slices."""
+"""Numbers only: output sizes, paddings, the widths of an Inception module, its slices."""
 
 from dataclasses import dataclass
 from math import prod
@@ -263,6 +263,11 @@ class Window:
     def cells(self, size: int) -> int:
         """Number of cells, `stride` pixels from where a window begins, that cover a side."""
         return (size - 1 + self.padding) // self.stride - self.padding // self.stride + 1
+
+
+# the pools and local response norms (size, alpha, beta, k) of the paper's stem
+STEM_POOL = Window(kernel=3, stride=2, ceil_mode=True)
+STEM_NORM = (5, 1e-4, 0.75, 1.0)
 
 
 def googlenet_dims(kernel_5x5: int = 5) -> dict[str, InceptionDims]:

@@ -33,6 +33,8 @@ def configurations(
     for k in (1, 3, 5):
         yield conv_heuristic.conv_config(dims.in_channels, dims.ch3x3, k, pixels, ops, target)
     yield conv_heuristic.image_conv_config(147, 64, pixels, ops, target)
+    widths = (dims.ch1x1, dims.ch3x3red, dims.ch3x3)
+    yield conv_heuristic.stem_wgrad_config(147, widths, 4 * pixels, pixels, ops, target)
 
 
 def tiles_of(config: object) -> list[Tile]:

@@ -9,7 +9,8 @@ Left out of the bytes, being under a hundredth: column partials of bias gradient
 
 from collections.abc import Iterable
 
-from fused_inception.cost.layers import Aux, Conv, Module, Pool
+from fused_inception.cost.fused_stem import stem
+from fused_inception.cost.layers import Aux, Conv, Module, Network, Pool
 from fused_inception.cost.ops import Gemm, Tensor, gradient
 from fused_inception.cost.plan import IMAGE, Plan
 from fused_inception.geometry import align_up
@@ -186,6 +187,13 @@ class Fused(Plan):
         return parts.y
 
     # stem
+
+    def stem(self, network: Network, x: Tensor) -> Tensor:
+        """In training with biases one operator; else layer by layer, which launches as much in
+        inference."""
+        if network.norm or not self.training:
+            return super().stem(network, x)
+        return stem(self, self._launch, network, x)
 
     def conv(self, conv: Conv, x: Tensor) -> Tensor:
         """A convolution with its epilogue: A; M, the gradients of input and filter, F."""

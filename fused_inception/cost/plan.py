@@ -34,12 +34,7 @@ class Plan(Recorder, ABC):
 
     def network(self, network: Network) -> None:
         """The whole column; the loss is not part of it."""
-        x = self.tensor(IMAGE, network.image_size**2, 3)
-        x = self.conv(network.conv1, x)
-        x = self.pool(network.pool1, x)
-        x = self.conv(network.conv2, x)
-        x = self.conv(network.conv3, x)
-        x = self.pool(network.pool2, x)
+        x = self.stem(network, self.tensor(IMAGE, network.image_size**2, 3))
         for module in network.modules:
             x = self.module(module, x)
             if module.name in network.aux and self.training:
@@ -47,6 +42,14 @@ class Plan(Recorder, ABC):
             if module.name in network.pools:
                 x = self.pool(network.pools[module.name], x)
         self.head(network.classifier, network.last_pixels, x)
+
+    def stem(self, network: Network, x: Tensor) -> Tensor:
+        """All before the first module, layer by layer."""
+        x = self.conv(network.conv1, x)
+        x = self.pool(network.pool1, x)
+        x = self.conv(network.conv2, x)
+        x = self.conv(network.conv3, x)
+        return self.pool(network.pool2, x)
 
     def linear(self, conv: Conv, x: Tensor) -> Tensor:
         """A linear layer of the library: one GEMM forward, two and the sum of the bias's gradient

@@ -20,7 +20,9 @@ from fused_inception.kernels.max_pool import (
     gather_tiles,
     window_constants,
 )
+from fused_inception.kernels.tiles import is_open
 from fused_inception.kernels.vectors import (
+    join_lanes,
     lanes_of,
     load_lanes,
     offsets,
@@ -183,12 +185,14 @@ def _lrn_max_pool_bwd_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
+    GATED: tl.constexpr,
     # tile
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """The gradient of the normalisation at the gradient that each pixel gathers from its windows;
-    one program per BLOCK_V vectors of cells.
+    one program per BLOCK_V vectors of cells. With GATED, masked by the ReLU that x is the output
+    of.
 
     Pixels of a cell beyond its first K x K are in no window and left as they are.
     """
@@ -215,6 +219,9 @@ def _lrn_max_pool_bwd_kernel(
             dx_tile = normalise_grad(
                 x, dz, group, alpha_mean, k, C, SIZE, BETA, HALO_X, HALO_DY, BLOCK_V, LANES
             )
+            if GATED:
+                own = join_lanes(x[HALO_X * LANES : (HALO_X + 1) * LANES], BLOCK_V, LANES)
+                dx_tile = tl.where(is_open(own), dx_tile, 0.0)
             store_tile(dx_ptr, dx_tile, pixel, group, is_pixel, C, BLOCK_V, LANES)
 
 
@@ -274,9 +281,11 @@ def launch_lrn_max_pool_bwd(
     norm: Norm,
     window: Window,
     config: VectorConfig,
+    *,
+    gated: bool,
 ) -> None:
     """Fill `dx`, [N, C, H, W] exactly channels last; `x`, `dy` as `layout.for_kernels` gives
-    them."""
+    them. With `gated`, x is the output of a ReLU and dx the gradient before it."""
     n, c, height, width = dx.shape
     _, _, out_height, out_width = dy.shape
     lanes = lanes_of(x.dtype)
@@ -295,6 +304,7 @@ def launch_lrn_max_pool_bwd(
             GROUPS=groups,
             **norm.constants(lanes, backward=True),
             **window_constants(window),
+            GATED=gated,
             BLOCK_V=config.block_v,
             LANES=lanes,
         ),

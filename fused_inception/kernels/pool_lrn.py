@@ -18,8 +18,10 @@ from fused_inception.kernels.max_pool import (
     window_constants,
     window_position,
 )
+from fused_inception.kernels.tiles import is_open
 from fused_inception.kernels.vectors import (
     has_group,
+    join_lanes,
     lanes_of,
     load_lanes,
     load_tile,
@@ -127,12 +129,14 @@ def _max_pool_lrn_bwd_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
+    GATED: tl.constexpr,
     # tile
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """dx[pixel] = sum, over the windows that the pixel won, of the gradient of the normalisation;
-    one program per BLOCK_V vectors of columns of `rows` cells.
+    one program per BLOCK_V vectors of columns of `rows` cells. With GATED, masked by the ReLU that
+    was pooled: where a window's maximum is closed, so is the pixel that it is.
 
     A step takes the gradient of one row of windows and keeps it for OPEN rows of cells. Pixels of
     a cell beyond its first K x K are in no window and left as they are.
@@ -170,6 +174,9 @@ def _max_pool_lrn_bwd_kernel(
             tile = normalise_grad(
                 x, dy, group, alpha_mean, k, C, SIZE, BETA, HALO_X, HALO_DY, BLOCK_V, LANES
             )
+            if GATED:
+                own = join_lanes(x[HALO_X * LANES : (HALO_X + 1) * LANES], BLOCK_V, LANES)
+                tile = tl.where(is_open(own), tile, 0.0)
             new_dz = new_dz + (tile,)
             tap = load_tile(index_rows, is_window, 255, LANES)
             new_winner = new_winner + (tap.to(tl.int32),)
@@ -235,9 +242,12 @@ def launch_max_pool_lrn_bwd(
     norm: Norm,
     window: Window,
     config: MarchConfig,
+    *,
+    gated: bool,
 ) -> None:
     """Fill `dx`, [N, C, H, W] exactly channels last; `dy` as `layout.for_kernels` gives it,
-    `pooled` and `index` as forward made them."""
+    `pooled` and `index` as forward made them. With `gated`, the pooled map is the output of a ReLU
+    and dx the gradient before it."""
     n, c, height, width = dx.shape
     _, _, out_height, out_width = dy.shape
     lanes = lanes_of(dx.dtype)
@@ -256,6 +266,7 @@ def launch_max_pool_lrn_bwd(
             GROUPS=groups,
             **norm.constants(lanes, backward=True),
             **window_constants(window),
+            GATED=gated,
             BLOCK_V=config.block_v,
             LANES=lanes,
         ),

@@ -10,12 +10,8 @@ from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception
-from fused_inception.nn.pooling import (
-    LocalResponseNorm,
-    MaxPool2d,
-    norm_then_pool,
-    pool_then_norm,
-)
+from fused_inception.nn.pooling import LocalResponseNorm, MaxPool2d
+from fused_inception.nn.stem import LAYERS, obstacle, stem
 from fused_inception.reference import GoogLeNetOutputs
 
 VARIANTS = ("paper", "torchvision", "torchvision5x5")
@@ -113,10 +109,7 @@ class GoogLeNet(nn.Module):
         """[N, 3, H, W] -> [N, num_classes]; with heads and in training, `GoogLeNetOutputs`."""
         if self.transform_input:
             x = _from_imagenet_to_half(x)
-        x = self.conv1(x)
-        x = pool_then_norm(x, self.maxpool1, self.norm1)
-        x = self.conv3(self.conv2(x))
-        x = norm_then_pool(x, self.norm2, self.maxpool2)
+        x = stem(x, self._stem())
         x = self.inception3a(x)
         x = self.inception3b(x)
         x = self.maxpool3(x)
@@ -136,15 +129,22 @@ class GoogLeNet(nn.Module):
             return logits
         return GoogLeNetOutputs(logits=logits, aux_logits2=aux2, aux_logits1=aux1)
 
+    def _stem(self) -> list[nn.Module | None]:
+        """conv1 to maxpool2."""
+        return [getattr(self, name) for name in LAYERS]
+
     def extra_repr(self) -> str:
         """Variant and what is fused in it, for `print`."""
         modules = [m for m in self.modules() if isinstance(m, Inception)]
         inside = {block for m in modules for block in m.modules()}
         convs = [m for m in self.modules() if isinstance(m, ConvBlock) and m not in inside]
+        reason = obstacle(self._stem())
+        path = "one operator on the Triton path" if reason is None else f"layer by layer, {reason}"
         return (
             f'"{self.variant}", fused: {sum(m.is_fused for m in modules)} of {len(modules)} '
             f"Inception modules, {sum(m.is_fused for m in convs)} of {len(convs)} other "
-            "convolutions, all pools and local response norms; all else is plain PyTorch"
+            "convolutions, all pools and local response norms; all else is plain PyTorch; "
+            f"stem: {path}"
         )
 
 

@@ -98,11 +98,15 @@ def lrn_max_pool2d_backward(
     beta: float,
     k: float,
     window: Window,
+    *,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """The gradient of x."""
+    """The gradient of x; with `gated`, masked by the ReLU that x is the output of."""
     dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
     norm, config = Norm(size, alpha, beta, k), _by_cell(dx, window)
-    launch_lrn_max_pool_bwd(for_kernels(x), for_kernels(dy), index, dx, norm, window, config)
+    launch_lrn_max_pool_bwd(
+        for_kernels(x), for_kernels(dy), index, dx, norm, window, config, gated=gated
+    )
     return dx
 
 
@@ -146,13 +150,16 @@ def max_pool2d_lrn_backward(
     beta: float,
     k: float,
     window: Window,
+    *,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """The gradient of x, which is of `shape`, from dy of any strides."""
+    """The gradient of x, which is of `shape`, from dy of any strides; with `gated`, masked by the
+    ReLU that x is the output of."""
     dx = empty_channels_last(*shape, dtype=dy.dtype, device=dy.device)
     n, _, height, width = shape
     config = _marching(dx, n * window.cells(width), window.cells(height), window)
     norm = Norm(size, alpha, beta, k)
-    launch_max_pool_lrn_bwd(pooled, for_kernels(dy), index, dx, norm, window, config)
+    launch_max_pool_lrn_bwd(pooled, for_kernels(dy), index, dx, norm, window, config, gated=gated)
     return dx
 
 

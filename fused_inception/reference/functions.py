@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_inception.geometry import STEM_NORM, STEM_POOL, Window
+
 
 def conv2d_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0
@@ -184,3 +186,31 @@ def max_pool2d_lrn(
 def global_avg_pool2d(x: Tensor) -> Tensor:
     """Mean over height and width: [N, C, H, W] -> [N, C, 1, 1]."""
     return F.adaptive_avg_pool2d(x, 1)
+
+
+def googlenet_stem(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    stride: int = 2,
+    padding: int = 3,
+    pool1: Window = STEM_POOL,
+    norm1: tuple[int, float, float, float] = STEM_NORM,
+    norm2: tuple[int, float, float, float] = STEM_NORM,
+    pool2: Window = STEM_POOL,
+) -> Tensor:
+    """`conv2d_relu`, `max_pool2d_lrn`, `conv2d_relu` twice (1x1, 3x3), `lrn_max_pool2d`."""
+
+    def max_pool(x: Tensor, window: Window) -> Tensor:
+        sizes = (window.kernel, window.stride, window.padding)
+        return max_pool2d(x, *sizes, ceil_mode=window.ceil_mode)
+
+    x = conv2d_relu(x, w1, b1, stride, padding)
+    x = local_response_norm(max_pool(x, pool1), *norm1)
+    x = conv2d_relu(conv2d_relu(x, w2, b2), w3, b3, padding=1)
+    return max_pool(local_response_norm(x, *norm2), pool2)

@@ -169,6 +169,26 @@ class ConvConfig:
 
 
 @dataclass(frozen=True)
+class StemWgradConfig:
+    """All filter gradients of the stem in one launch, and the column sums for a bias."""
+
+    conv1: WgradJob
+    conv2: WgradJob
+    conv3: WgradJob
+    sums: MaskConfig
+    num_warps: int
+    num_stages: int
+
+    def tiles(self) -> dict[str, int]:
+        """The kernel's tile constants."""
+        jobs = {"1": self.conv1.tile, "2": self.conv2.tile, "3": self.conv3.tile}
+        constants = {f"M{name}": tile.block_m for name, tile in jobs.items()}
+        constants |= {f"N{name}": tile.block_n for name, tile in jobs.items()}
+        constants |= {f"P{name}": tile.block_k for name, tile in jobs.items()}
+        return constants | {"BLOCK_P": self.sums.block_p, "BLOCK_C": self.sums.block_c}
+
+
+@dataclass(frozen=True)
 class VectorConfig:
     """A kernel over vectors of channels, one or more a thread."""
 

@@ -1,14 +1,23 @@
-"""Launch configurations of single convolutions, by the same estimate as those of the modules."""
+"""Launch configurations of single convolutions and of the stem, by the same estimate as those of
+the modules."""
 
 import functools
 import math
+from dataclasses import replace
 
 from fused_inception.geometry import align_up
-from fused_inception.tuning.configs import ConvConfig, ImageConvConfig, Tile, WgradJob
+from fused_inception.tuning.configs import (
+    ConvConfig,
+    ImageConvConfig,
+    StemWgradConfig,
+    Tile,
+    WgradJob,
+)
 from fused_inception.tuning.heuristic import (
     Operands,
     conv_tile,
     gated_tile,
+    mask_config,
     stages,
     warps,
     wgrad_job,
@@ -47,4 +56,35 @@ def image_conv_config(
         dgrad=Tile(64, 16, min(64, width)),
         # 16 gathered elements a thread: their addresses and masks would spill with more
         num_warps=8 if rows == 128 else 4,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def stem_wgrad_config(
+    positions: int,
+    widths: tuple[int, int, int],
+    n_pixels1: int,
+    n_pixels: int,
+    ops: Operands,
+    target: Target,
+) -> StemWgradConfig:
+    """Filter gradients of the stem: `n_pixels1` behind conv1, `n_pixels` behind conv2 and conv3.
+
+    The gathers of conv1 wait for memory, and hide that behind those of a second program: two should
+    fit a processor, so accumulators are of 128 x 128 at the most, with half of the shared memory.
+    """
+    c1, c2, c3 = widths
+    image = image_conv_config(positions, c1, n_pixels1, ops, target)
+    conv2 = wgrad_job(c1, c2, n_pixels, ops, target)
+    conv3 = wgrad_job(9 * c2, c3, n_pixels, ops, target, max_elements=128 * 128)
+    tiles = [conv2.tile, conv3.tile]
+    # `stages` leaves a quarter
+    half = replace(target, shared_bytes=target.shared_bytes * 2 // 3)
+    return StemWgradConfig(
+        conv1=image.wgrad,
+        conv2=conv2,
+        conv3=conv3,
+        sums=mask_config(c3, n_pixels, target),
+        num_warps=max(image.num_warps, warps(tiles)),
+        num_stages=stages(tiles, ops, half),
     )

@@ -19,12 +19,17 @@ TENSOR_CORES = {
 }
 VECTOR_BYTES = 16
 OUT_OF_REGISTERS = 255
-# loads whose addresses depend on data: element by element
-GATHERS = re.compile(r"to_winner")
+# element by element: addresses that depend on data, pixels of an image
+GATHERS = re.compile(r"to_winner|image_offs")
 # TF32 tensor cores of sm_90 take tiles that are contiguous along the reduction; these are not, and
 # are turned element by element on their way to shared memory
 TURNED = re.compile(r"(x|dz)_tile =")
-TURNING = ("_wgrad_kernel", "_conv2d_wgrad_kernel", "_naive_wgrad_kernel")
+TURNING = (
+    "_wgrad_kernel",
+    "_conv2d_wgrad_kernel",
+    "_naive_wgrad_kernel",
+    "_stem_wgrad_kernel",
+)
 # kernels that move parameters or partial sums, or single elements of an image
 SCATTERED = (
     "_pack_kernel",
@@ -33,6 +38,8 @@ SCATTERED = (
     "_conv2d_finish_kernel",
     "_naive_pack_kernel",
     "_naive_finish_kernel",
+    "_stem_pack_kernel",
+    "_stem_finish_kernel",
     "_image_conv_fwd_kernel",
     "_image_conv_dgrad_kernel",
     "_image_conv_wgrad_kernel",

@@ -15,6 +15,7 @@ from tests.compiled.problems import (
     Module,
     Pooling,
     Problem,
+    Stem,
     specialisations,
 )
 
@@ -34,6 +35,8 @@ def _auxiliary(below: str, batch: int) -> Problem:
 
 # layer of GoogLeNet -> its problem for a batch
 LAYERS: dict[str, Callable[[int], Problem]] = {
+    "stem": lambda n: Stem(n, IMAGE),
+    # its parts, as operators of their own
     "conv1": lambda n: Convolution(n, 3, 64, kernel=7, stride=2, side=IMAGE),
     "conv2": lambda n: Convolution(n, 64, 64, kernel=1, stride=1, side=SIZES.maxpool1),
     "conv3": lambda n: Convolution(n, 64, 192, kernel=3, stride=1, side=SIZES.maxpool1),
@@ -78,9 +81,9 @@ class Group:
 
 # every test run: all that the heuristics return for GoogLeNet in bf16 on sm_90, and each kernel for
 # the other types there and for bf16 on the other targets
-STEM = ("conv1", "pool1", "conv2", "conv3", "pool2")
+STEM = ("stem", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
-FAMILIES = ("conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "pool5")
+FAMILIES = ("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "pool5")
 EVERY_RUN = {
     "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, BATCHES),
     **{f"sm_90-bf16-{name}": Group("sm_90", "bf16", (name,), BATCHES) for name in GOOGLENET},

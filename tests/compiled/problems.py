@@ -5,14 +5,23 @@ from typing import Protocol
 
 import torch
 
-from fused_inception.geometry import InceptionDims, NaiveDims, Window, align_up
+from fused_inception.geometry import (
+    STEM_NORM,
+    STEM_POOL,
+    InceptionDims,
+    NaiveDims,
+    Window,
+    align_up,
+)
 from fused_inception.ops import (
     conv2d_triton,
     global_pool_triton,
     inception_naive_triton,
     inception_triton,
     pooling_triton,
+    stem_triton,
 )
+from fused_inception.ops.stem import Stem as StemOptions
 from tests.compiled.collect import Specialisation, collect
 
 # what a matrix names its rows by: the type of the maps and of the products
@@ -128,6 +137,26 @@ class Pooling:
                 )
         else:
             raise ValueError(f"no pooling is called {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The stem of the paper's network, of images in torch's own layout."""
+
+    batch: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The script of the operator; in training the image needs no gradient."""
+        options = StemOptions(2, 3, STEM_POOL, STEM_NORM, STEM_NORM, STEM_POOL)
+        x = torch.empty((self.batch, 3, self.side, self.side), dtype=dtype, device="meta")
+        shapes = ((64, 3, 7, 7), (64, 64, 1, 1), (192, 64, 3, 3))
+        filters = [torch.empty(shape, device="meta") for shape in shapes]
+        biases = [torch.empty(shape[0], device="meta") for shape in shapes]
+        y, saved = stem_triton.forward(x, filters, biases, options, training)
+        if training:
+            needs = [False, *[True] * 6]
+            stem_triton.backward(_like(y), x, saved, filters, biases, options, needs)
 
 
 @dataclass(frozen=True)

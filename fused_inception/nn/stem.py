@@ -1,0 +1,87 @@
+"""The stem of the paper's network: seven layers as one operator where nothing looks in between."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_inception import functional
+from fused_inception.geometry import Window
+from fused_inception.nn.conv_block import ConvBlock, change_of
+from fused_inception.nn.pooling import (
+    LocalResponseNorm,
+    MaxPool2d,
+    norm_then_pool,
+    pool_then_norm,
+)
+
+# the layers in their order, by their names in the network
+LAYERS: dict[str, type[nn.Module]] = {
+    "conv1": ConvBlock,
+    "maxpool1": MaxPool2d,
+    "norm1": LocalResponseNorm,
+    "conv2": ConvBlock,
+    "conv3": ConvBlock,
+    "norm2": LocalResponseNorm,
+    "maxpool2": MaxPool2d,
+}
+
+
+def stem(x: Tensor, layers: Sequence[Any]) -> Tensor:
+    """Images through `layers`, in the order of `LAYERS`; the norms may be None.
+
+    One operator, `functional.googlenet_stem`, unless `obstacle` has a reason; else layer by layer,
+    each pool with its norm.
+    """
+    conv1, maxpool1, norm1, conv2, conv3, norm2, maxpool2 = layers
+    if obstacle(layers) is not None:
+        x = pool_then_norm(conv1(x), maxpool1, norm1)
+        return norm_then_pool(conv3(conv2(x)), norm2, maxpool2)
+    convs = [block.conv for block in (conv1, conv2, conv3)]
+    return functional.googlenet_stem(
+        x,
+        *(parameter for conv in convs for parameter in (conv.weight, conv.bias)),
+        stride=convs[0].stride[0],
+        padding=convs[0].padding[0],
+        pool1=_window(maxpool1),
+        norm1=_numbers(norm1),
+        norm2=_numbers(norm2),
+        pool2=_window(maxpool2),
+    )
+
+
+def obstacle(layers: Sequence[Any]) -> str | None:
+    """Why the layers compute one by one; None where one operator does."""
+    for (name, expected), layer in zip(LAYERS.items(), layers, strict=True):
+        if layer is None:
+            return f"there is no {name}"
+        change = change_of(layer, expected)
+        if change is None and expected is ConvBlock:
+            change = _change_of_conv(layer, {"conv2": 1, "conv3": 3}.get(name))
+        if change is None and expected is MaxPool2d:
+            sizes = (layer.kernel_size, layer.stride, layer.padding)
+            if not all(isinstance(size, int) for size in sizes):
+                change = "has a size for each direction"
+        if change is not None:
+            return f"{name} {change}"
+    return None
+
+
+def _change_of_conv(block: ConvBlock, kernel: int | None) -> str | None:
+    """What the operator takes for granted: with `kernel`, that the convolution is of this size and
+    keeps that of its input."""
+    if not block.is_fused:
+        return "is plain PyTorch"
+    conv, padding = block.conv, (kernel or 0) // 2
+    sizes = (conv.kernel_size, conv.stride, conv.padding)
+    if kernel is not None and sizes != ((kernel,) * 2, (1, 1), (padding,) * 2):
+        return f"is no {kernel}x{kernel} convolution that keeps the size"
+    return None
+
+
+def _window(pool: Any) -> Window:
+    return Window(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+
+
+def _numbers(norm: Any) -> tuple[int, float, float, float]:
+    return norm.size, norm.alpha, norm.beta, norm.k

@@ -1,0 +1,217 @@
+"""The stem of the paper's GoogLeNet, from the image to the first Inception module, as one operator:
+what is saved, fakes, gradients.
+
+It exists on the Triton path alone, where it saves launches and memory; through ATen it would be the
+five operators that it stands for, and `functional.googlenet_stem` calls those.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_inception.geometry import ALIGN, IMAGE_CHANNELS, Window, conv_out
+from fused_inception.ops import conv2d
+from fused_inception.ops.layout import empty_channels_last, settle
+from fused_inception.ops.pooling import MAX_KERNEL
+from fused_inception.ops.registration import (
+    refuse_double_backward,
+    register,
+    register_autocast,
+    register_autograd,
+)
+
+NormNumbers = tuple[int, float, float, float]  # size, alpha, beta, k
+
+
+@dataclass(frozen=True)
+class Stem:
+    """Options of the layers; schemas have them as integers and constants."""
+
+    stride: int  # of conv1
+    padding: int
+    pool1: Window
+    norm1: NormNumbers
+    norm2: NormNumbers
+    pool2: Window
+
+    @property
+    def integers(self) -> list[int]:
+        """All that are integers."""
+        windows = [
+            n
+            for w in (self.pool1, self.pool2)
+            for n in (w.kernel, w.stride, w.padding, w.ceil_mode)
+        ]
+        return [self.stride, self.padding, *windows, self.norm1[0], self.norm2[0]]
+
+    @property
+    def constants(self) -> list[float]:
+        """Alpha, beta, k of both norms."""
+        return [*self.norm1[1:], *self.norm2[1:]]
+
+    @staticmethod
+    def of(integers: Sequence[int], constants: Sequence[float]) -> "Stem":
+        """The inverse of both."""
+        stride, padding, *windows, size1, size2 = integers
+        pool1, pool2 = (
+            Window(kernel, step, border, bool(ceil))
+            for kernel, step, border, ceil in (windows[:4], windows[4:])
+        )
+        alpha1, beta1, k1, alpha2, beta2, k2 = constants
+        return Stem(
+            stride, padding, pool1, (size1, alpha1, beta1, k1), (size2, alpha2, beta2, k2), pool2
+        )
+
+    def sides(self, side: int, kernel: int) -> tuple[int, int, int]:
+        """Sides behind conv1, pool1 and pool2 of an image's side; `kernel` is conv1's."""
+        first = conv_out(side, kernel, self.stride, self.padding)
+        second = self.pool1.out(first)
+        return first, second, self.pool2.out(second)
+
+
+def why_not(filters: Sequence[Tensor], stem: Stem) -> str | None:
+    """Why there is no operator for such a stem; None where there is."""
+    w1, w2, w3 = filters
+    if w1.shape[1] > IMAGE_CHANNELS:
+        return f"{w1.shape[1]} channels are not an image"
+    reason = conv2d.why_not(w1, stem.stride, stem.padding)
+    if reason is not None:
+        return reason
+    widths = [w.shape[0] for w in (w1, w2, w3)]
+    if any(width % ALIGN != 0 for width in widths):
+        return f"widths must be multiples of {ALIGN}, got {widths}"
+    kernels = [stem.pool1.kernel, stem.pool2.kernel]
+    if max(kernels) > MAX_KERNEL:
+        return f"windows are of at most {MAX_KERNEL}, got {kernels}"
+    return None
+
+
+def _forward(
+    x: Tensor,
+    filters: list[Tensor],
+    biases: list[Tensor],
+    integers: list[int],
+    constants: list[float],
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    from fused_inception.ops import stem_triton
+
+    return stem_triton.forward(x, filters, biases, Stem.of(integers, constants), save)
+
+
+def _forward_fake(
+    x: Tensor,
+    filters: list[Tensor],
+    biases: list[Tensor],
+    integers: list[int],
+    constants: list[float],
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    stem, (w1, w2, w3) = Stem.of(integers, constants), filters
+    heights, widths = (stem.sides(side, w1.shape[2]) for side in x.shape[2:])
+
+    def like(c: int, which: int, dtype: torch.dtype) -> Tensor:
+        height, width = heights[which], widths[which]
+        return empty_channels_last(x.shape[0], c, height, width, dtype=dtype, device=x.device)
+
+    c1, c2, c3 = w1.shape[0], w2.shape[0], w3.shape[0]
+    y = like(c3, 2, x.dtype)
+    if not save:
+        return y, []
+    pooled, index1, z = like(c1, 1, x.dtype), like(c1, 1, torch.uint8), like(c1, 1, x.dtype)
+    r, y2, index2 = like(c2, 1, x.dtype), like(c3, 1, x.dtype), like(c3, 2, torch.uint8)
+    return y, [pooled, index1, z, r, y2, index2]
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: list[Tensor],
+    filters: list[Tensor],
+    biases: list[Tensor],
+    integers: list[int],
+    constants: list[float],
+    needs: list[bool],
+) -> list[Tensor]:
+    from fused_inception.ops import stem_triton
+
+    stem = Stem.of(integers, constants)
+    dx, *rest = stem_triton.backward(dy, x, saved, filters, biases, stem, needs)
+    parameters = (*filters, *biases)
+    return [
+        dx,
+        *(
+            settle(gradient, tensor) if need else gradient
+            for gradient, tensor, need in zip(rest, parameters, needs[1:], strict=True)
+        ),
+    ]
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    saved: list[Tensor],
+    filters: list[Tensor],
+    biases: list[Tensor],
+    integers: list[int],
+    constants: list[float],
+    needs: list[bool],
+) -> list[Tensor]:
+    parameters = (*filters, *biases)
+    dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+    like = [dx, *(torch.empty_like(p) for p in parameters)]
+    return [
+        gradient if need else tensor.new_empty(0)
+        for gradient, tensor, need in zip(like, (x, *parameters), needs, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    x, filters, biases, ctx.integers, ctx.constants, ctx.saves = inputs
+    _, saved = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*saved)
+    if ctx.saves:
+        ctx.save_for_backward(x, *filters, *biases, *saved)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
+    if dy is None:
+        return None, [None] * 3, [None] * 3, None, None, None
+    if not ctx.saves:
+        raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
+    x, *rest = ctx.saved_tensors
+    filters, biases, saved = rest[:3], rest[3:6], rest[6:]
+    needs_x, needs_filters, needs_biases = ctx.needs_input_grad[:3]
+    needs = [needs_x, *needs_filters, *needs_biases]
+    gradients = googlenet_stem_backward(
+        dy, x, saved, filters, biases, ctx.integers, ctx.constants, needs
+    )
+    dx, *rest = [
+        gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
+    ]
+    return dx, rest[:3], rest[3:], None, None, None
+
+
+_OPTIONS = "int[] integers, float[] constants"
+
+googlenet_stem = register(
+    "googlenet_stem",
+    f"(Tensor x, Tensor[] filters, Tensor[] biases, {_OPTIONS}, bool save) -> (Tensor, Tensor[])",
+    implementation=_forward,
+    fake=_forward_fake,
+)
+googlenet_stem_backward = register(
+    "googlenet_stem_backward",
+    "(Tensor dy, Tensor x, Tensor[] saved, Tensor[] filters, Tensor[] biases,"
+    f" {_OPTIONS}, bool[] needs) -> Tensor[]",
+    implementation=_backward,
+    fake=_backward_fake,
+)
+register_autograd(googlenet_stem, _differentiate, _setup_context)
+refuse_double_backward(googlenet_stem_backward, "fused_inception.reference.googlenet_stem")
+register_autocast(googlenet_stem, cast_first=True)
+register_autocast(googlenet_stem_backward, cast_first=False)

@@ -1,0 +1,169 @@
+"""The script of the stem on the Triton path: five launches forward, at most six backward beside
+packing (one more for the gradient of an image)."""
+
+import torch
+from torch import Tensor
+
+from fused_inception.kernels.conv2d import launch_conv2d_dgrad, launch_conv2d_fwd
+from fused_inception.kernels.image_conv import ImageConv, launch_image_conv_dgrad
+from fused_inception.kernels.stem import StemShape, launch_stem_pack
+from fused_inception.kernels.stem_wgrad import StemMaps, launch_stem_finish, launch_stem_wgrad
+from fused_inception.ops import conv2d_triton, filter_cache, pooling_triton
+from fused_inception.ops.layout import empty_channels_last, empty_filter_grad
+from fused_inception.ops.problem import problem_of
+from fused_inception.ops.stem import Stem
+from fused_inception.tuning.configs import ImageConvConfig
+from fused_inception.tuning.conv_heuristic import (
+    conv_config,
+    image_conv_config,
+    stem_wgrad_config,
+)
+from fused_inception.tuning.heuristic import finish_config
+
+
+def forward(
+    x: Tensor, filters: list[Tensor], biases: list[Tensor], stem: Stem, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """y [N, C3, H, W] exactly channels last, and with `save` what `backward` needs beside x and the
+    filters.
+
+    x: an image of any strides. Filters and biases in any floating dtype.
+
+    Saved: the pooled map and its winning taps, 1 byte each; the inputs of conv2 and of conv3; the
+    output of conv3; the winning taps of the second pool. The gates of the three ReLUs are among
+    them: the pooled map (only a winner gets a gradient, and its value is there), conv3's input, its
+    output.
+    """
+    w1, w2, w3 = filters
+    # of its output only the pooled map is of use
+    y1, _ = conv2d_triton.forward(x, w1, biases[0], stem.stride, stem.padding, False)
+    z, pooled_and_index = pooling_triton.max_pool2d_lrn(y1, *stem.norm1, stem.pool1, save)
+    del y1
+    flat, b = filter_cache.packed(
+        [w2, w3], biases[1:], x.dtype,
+        lambda: launch_stem_pack(w2, w3, biases[1:], x.dtype), save=save,
+    )  # fmt: skip
+    packed2, packed3 = _shape(filters, stem).packed(flat, backward=False)
+    r = _convolve(z, packed2, b[: w2.shape[0]], kernel=1)
+    y2 = _convolve(r, packed3, b[w2.shape[0] :], kernel=3)
+    y, index = pooling_triton.lrn_max_pool2d(y2, *stem.norm2, stem.pool2, save)
+    return y, [*pooled_and_index, z, r, y2, *index] if save else []
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: list[Tensor],
+    filters: list[Tensor],
+    biases: list[Tensor],
+    stem: Stem,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, three filters, three biases; 0 elements where `needs` says no.
+
+    dy: [N, C3, H, W] in the dtype of x, any strides. dx comes exactly channels last, the gradient
+    of conv1's filter contiguous, another filter's in its strides.
+    """
+    pooled, index1, z, r, y2, index2 = saved
+    need_x, need_w, need_b = needs[0], needs[1:4], needs[4:]
+    need1 = need_x or need_w[0] or need_b[0]
+    need2 = need1 or need_w[1] or need_b[1]
+    shape = _shape(filters, stem)
+    precision = problem_of(y2)[0].precision
+    dz3 = pooling_triton.lrn_max_pool2d_backward(
+        dy, y2, index2, *stem.norm2, stem.pool2, gated=True
+    )
+    dz1, dz2, sums2 = None, None, dz3.new_empty((0, shape.c2), dtype=torch.float32)
+    if need2:
+        flat, _ = launch_stem_pack(filters[1], filters[2], None, x.dtype)
+        packed2, packed3 = shape.packed(flat, backward=True)
+        dz2, sums2 = _data_gradient(dz3, packed3, r, r, kernel=3)
+        if need1:
+            dz, _ = _data_gradient(dz2, packed2, z, None, kernel=1)
+            n, _, *sides = x.shape
+            height, width = (stem.sides(side, shape.conv1.kernel)[0] for side in sides)
+            dz1 = pooling_triton.max_pool2d_lrn_backward(
+                dz, (n, shape.conv1.c_out, height, width), pooled, index1, *stem.norm1, stem.pool1,
+                gated=True,
+            )  # fmt: skip
+    dx = x.new_empty(0)
+    if need_x and dz1 is not None:
+        dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+        launch_image_conv_dgrad(
+            shape.conv1, dz1, filters[0].contiguous(), dx, _image_config(shape, dz1),
+            precision=precision,
+        )  # fmt: skip
+    gradients = _parameter_gradients(
+        shape, StemMaps(x, z, r, dz1, dz2, dz3), sums2, filters, biases, need_w, need_b
+    )
+    return [dx, *gradients]
+
+
+def _shape(filters: list[Tensor], stem: Stem) -> StemShape:
+    c1, c_in, kernel, _ = filters[0].shape
+    conv1 = ImageConv(c_in, c1, kernel, stem.stride, stem.padding)
+    return StemShape(conv1, filters[1].shape[0], filters[2].shape[0])
+
+
+def _image_config(shape: StemShape, dz1: Tensor) -> ImageConvConfig:
+    ops, target, pixels = problem_of(dz1)
+    return image_conv_config(shape.conv1.positions, shape.conv1.c_out, pixels, ops, target)
+
+
+def _convolve(x: Tensor, packed: Tensor, bias: Tensor, *, kernel: int) -> Tensor:
+    """relu(conv(x) + bias), [N, C_OUT, H, W] exactly channels last; its gate is kept elsewhere."""
+    n, c_in, height, width = x.shape
+    c_out = packed.shape[0]
+    y = empty_channels_last(n, c_out, height, width, dtype=x.dtype, device=x.device)
+    ops, target, pixels = problem_of(y)
+    launch_conv2d_fwd(
+        x, packed, bias, y, x.new_empty(0, dtype=torch.uint8),
+        conv_config(c_in, c_out, kernel, pixels, ops, target),
+        kernel=kernel, save=False, precision=ops.precision,
+    )  # fmt: skip
+    return y
+
+
+def _data_gradient(
+    dz: Tensor, packed: Tensor, x: Tensor, gate: Tensor | None, *, kernel: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient of a convolution's input x, masked by `gate`, and its column sums where there is
+    a gate."""
+    dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+    ops, target, pixels = problem_of(x)
+    config = conv_config(x.shape[1], dz.shape[1], kernel, pixels, ops, target)
+    sums = launch_conv2d_dgrad(dz, packed, dx, gate, config, kernel=kernel, precision=ops.precision)
+    return dx, sums
+
+
+def _parameter_gradients(
+    shape: StemShape,
+    maps: StemMaps,
+    sums2: Tensor,
+    filters: list[Tensor],
+    biases: list[Tensor],
+    need_w: list[bool],
+    need_b: list[bool],
+) -> list[Tensor]:
+    """Gradients of filters and biases: the launch of partial sums, and the one that finishes
+    them."""
+    like = [
+        torch.empty_like(filters[0], memory_format=torch.contiguous_format),
+        *map(empty_filter_grad, filters[1:]),
+        *map(torch.empty_like, biases),
+    ]
+    needs = (*need_w, *need_b)
+    grads = [t if need else t.new_empty(0) for t, need in zip(like, needs, strict=True)]
+    if any(need_w) or any(need_b):
+        ops, target, pixels = problem_of(maps.dz3)
+        pixels1 = pixels if maps.dz1 is None else problem_of(maps.dz1)[2]
+        widths = (shape.conv1.c_out, shape.c2, shape.c3)
+        partials = launch_stem_wgrad(
+            shape, maps,
+            stem_wgrad_config(shape.conv1.positions, widths, pixels1, pixels, ops, target),
+            # the gradient of conv1's bias comes with that of its filter
+            filters=(need_w[0] or need_b[0], need_w[1], need_w[2]), bias3=need_b[2],
+            precision=ops.precision,
+        )  # fmt: skip
+        launch_stem_finish(shape, partials, sums2, grads[:3], grads[3:], finish_config())
+    return grads

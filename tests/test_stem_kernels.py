@@ -1,0 +1,321 @@
+"""The stem as one operator, in the interpreter or on a GPU: against fp64, against the five
+operators that it stands for, and the operator around its kernels."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_inception as fi
+from fused_inception import functional, reference
+from fused_inception.geometry import Window
+from fused_inception.ops import pooling_triton, stem_triton
+from fused_inception.ops import stem as ops
+from fused_inception.tuning.configs import MarchConfig, Tile, VectorConfig, WgradJob
+from fused_inception.tuning.targets import Target
+from tests.tolerances import assert_within, assert_within_l2
+from tests.tracing import SavedMemory
+
+DGRAD = Tile(1024, 16, 16)
+NAMES = ("x", "w1", "b1", "w2", "b2", "w3", "b3")
+FORWARD = ["_image_conv_fwd_kernel", "_max_pool_lrn_fwd_kernel", "_stem_pack_kernel",
+           "_conv2d_fwd_kernel", "_conv2d_fwd_kernel", "_lrn_max_pool_fwd_kernel"]  # fmt: skip
+BACKWARD = ["_lrn_max_pool_bwd_kernel", "_stem_pack_kernel", "_conv2d_dgrad_kernel",
+            "_conv2d_dgrad_kernel", "_max_pool_lrn_bwd_kernel", "_stem_wgrad_kernel",
+            "_stem_finish_kernel"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """Images, filters, options."""
+
+    image: tuple[int, int, int, int]
+    widths: tuple[int, int, int] = (8, 16, 24)
+    kernel: int = 7
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
+        """x, then filter and bias of each convolution."""
+        draw = torch.Generator().manual_seed(3)
+        c0, (c1, c2, c3) = self.image[1], self.widths
+        tensors = [torch.randn(self.image, generator=draw)]
+        for shape in ((c1, c0, self.kernel, self.kernel), (c2, c1, 1, 1), (c3, c2, 3, 3)):
+            std = (2 / (shape[1] * shape[2] * shape[3])) ** 0.5
+            tensors.append(torch.randn(shape, generator=draw) * std)
+            tensors.append(torch.randn(shape[0], generator=draw) * 0.1)
+        return [t.to(device, dtype) for t in tensors]
+
+
+CASES = {
+    "15x15": Case((2, 3, 15, 15)),
+    "33x31": Case((1, 3, 33, 31)),
+    "paper-widths": Case((1, 3, 17, 15), (64, 64, 192)),
+    "one-pixel": Case(
+        (2, 1, 1, 1), options={"pool1": Window(3, 2, 1, True), "pool2": Window(2, 1, 1)}
+    ),
+    "other-options": Case(
+        (2, 4, 9, 12), (16, 8, 8), 4,
+        {"stride": 1, "padding": 2, "pool1": Window(2, 2), "norm1": (3, 0.5, 0.75, 2.0),
+         "norm2": (4, 0.3, 0.6, 1.5), "pool2": Window(3, 1, 1)},
+    ),
+    "empty-batch": Case((0, 3, 15, 15)),
+}  # fmt: skip
+# for all but the numerics: a filter of few taps
+SMALL = Case((2, 3, 19, 17), kernel=3, options={"padding": 1})
+
+
+@pytest.fixture(autouse=True)
+def _few_large_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a small tile as for a large one."""
+    if device.type == "cpu":
+        largest = Target("interpreter", 2**40, 1, 1e40, 1e40, 1, 256 * 256)
+        monkeypatch.setattr("fused_inception.ops.problem.target_of", lambda device: largest)
+        image = stem_triton.image_conv_config
+        vector, march = VectorConfig(512, 4), MarchConfig(2, 512, 4)
+        for module, name, choose in (
+            (stem_triton, "image_conv_config", lambda *p: replace(image(*p), dgrad=DGRAD)),
+            (pooling_triton, "vector_config", lambda *p: vector),
+            (pooling_triton, "march_config", lambda *p: march),
+        ):
+            monkeypatch.setattr(module, name, choose)
+
+
+def results(function: Callable[..., Tensor], inputs: list[Tensor], **options: Any) -> list[Tensor]:
+    """y and all gradients of a fixed one of y."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = function(*leaves, **options)
+    return [y.detach(), *torch.autograd.grad(y, leaves, gradient_of(y))]
+
+
+def gradient_of(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
+
+
+def fused(inputs: list[Tensor], **options: Any) -> list[Tensor]:
+    with fi.backend("triton"):
+        return results(functional.googlenet_stem, inputs, **options)
+
+
+def one_by_one(inputs: list[Tensor], **options: Any) -> list[Tensor]:
+    """The same by the operators of the layers."""
+    with fi.backend("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "why_not", lambda *_: "asked for")
+        return results(functional.googlenet_stem, inputs, **options)
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CASES),
+        *((name, torch.bfloat16) for name in ("15x15", "33x31", "paper-widths")),
+        ("15x15", torch.float16),
+    ],
+    ids=str,
+)
+def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    case = CASES[name]
+    inputs = case.tensors(dtype, device)
+    with fi.record_launches() as launches:
+        got = fused(inputs, **case.options)
+    assert any(launch.kernel == "_stem_finish_kernel" for launch in launches)
+    want = results(reference.googlenet_stem, [t.double() for t in inputs], **case.options)
+    baseline = results(reference.googlenet_stem, inputs, **case.options)
+    # rounding to 16 bits changes which element of a window wins, which breaks a maximum
+    within = assert_within if dtype == torch.float32 else assert_within_l2
+    for name, ours, exact, theirs in zip(("y", *NAMES), got, want, baseline, strict=True):
+        within(name, ours, exact, theirs, slack=2.0 if name == "y" else 3.0)
+    for ours in got[:2]:
+        _, c, h, w = ours.shape
+        assert ours.stride() == (h * w * c, 1, w * c, c)
+
+
+# the interpreter computes with NumPy, which warns of infinity times zero
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("special", ["ties", "nan", "all-closed"])
+def test_gates_are_those_of_the_layers(special: str, device: torch.device) -> None:
+    """What is computed in the same order is the same to the bit; sums over pixels are near."""
+    inputs = SMALL.tensors(torch.float32, device)
+    x, w1, b1 = inputs[:3]
+    if special == "ties":
+        # every map takes few values, many of them 0
+        for t in inputs:
+            t.copy_(t.mul(2).round().clamp(-1, 1))
+    elif special == "nan":
+        x[0, 1, 7, 2] = math.nan
+        w1[3] = b1[4] = math.nan
+    else:
+        for bias in inputs[2::2]:
+            bias.fill_(-100.0)
+    got = fused(inputs, **SMALL.options)
+    want = one_by_one(inputs, **SMALL.options)
+    for name, ours, theirs in zip(("y", *NAMES), got, want, strict=True):
+        near = 0.0 if name in ("y", "x") else 1e-4
+        torch.testing.assert_close(
+            ours, theirs, rtol=near, atol=near, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert got[0].isnan().any() == (special == "nan")
+    assert (got[1].count_nonzero() == 0) == (special == "all-closed")
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_bitwise_the_same_again_and_for_any_strides(device: torch.device) -> None:
+    x, *parameters = SMALL.tensors(torch.float32, device)
+    cut = nn.functional.pad(x, (1, 2, 3, 1), value=math.nan)[:, :, 3:-1, 1:-2]
+    last = x.contiguous(memory_format=torch.channels_last)
+    images = [x, x, last, cut]
+    with fi.backend("triton"):
+        runs = []
+        for image in images:
+            leaves = [t.detach().requires_grad_() for t in (image, *parameters)]
+            y = functional.googlenet_stem(*leaves, **SMALL.options)
+            dy = torch.ones_like(y)
+            if image is not x:
+                dy = y.new_ones(()).expand(y.shape)
+            elif runs:
+                dy = dy.contiguous()
+            runs.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for run in runs[1:]:
+        for ours, first in zip(run, runs[0], strict=True):
+            assert torch.equal(ours, first)
+
+
+# what is differentiated -> launches of data gradients (and poolings behind them), of sums
+SUBSETS = {
+    "x": (2, ["_max_pool_lrn_bwd_kernel", "_image_conv_dgrad_kernel"]),
+    "b1": (2, ["_max_pool_lrn_bwd_kernel", "_stem_wgrad_kernel", "_stem_finish_kernel"]),
+    "b2": (1, ["_stem_finish_kernel"]),
+    "w2 b3": (1, ["_stem_wgrad_kernel", "_stem_finish_kernel"]),
+    "w3": (0, ["_stem_wgrad_kernel", "_stem_finish_kernel"]),
+}
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_what_is_frozen_costs_nothing(device: torch.device) -> None:
+    inputs = SMALL.tensors(torch.float32, device)
+    everything = dict(zip(NAMES, fused(inputs, **SMALL.options)[1:], strict=True))
+    for subset, (data_gradients, others) in SUBSETS.items():
+        needed = subset.split()
+        leaves = [
+            t.detach().requires_grad_(n in needed) for n, t in zip(NAMES, inputs, strict=True)
+        ]
+        with fi.backend("triton"):
+            y = functional.googlenet_stem(*leaves, **SMALL.options)
+        with fi.record_launches() as launches:
+            y.backward(gradient_of(y))
+        for name, leaf in zip(NAMES, leaves, strict=True):
+            if name in needed:
+                torch.testing.assert_close(leaf.grad, everything[name], rtol=1e-5, atol=1e-5)
+            else:
+                assert leaf.grad is None, (subset, name)
+        want = ["_lrn_max_pool_bwd_kernel", *["_stem_pack_kernel"] * (data_gradients > 0)]
+        want += ["_conv2d_dgrad_kernel"] * data_gradients + others
+        assert [launch.kernel for launch in launches] == want, subset
+
+
+def test_splits_change_little(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = SMALL.tensors(torch.float32, device)
+    want = fused(inputs, **SMALL.options)
+    choose = stem_triton.stem_wgrad_config
+
+    def split(*problem: Any) -> Any:
+        config = choose(*problem)
+        jobs = {n: WgradJob(getattr(config, n).tile, 3) for n in ("conv1", "conv2", "conv3")}
+        return replace(config, **jobs)
+
+    monkeypatch.setattr(stem_triton, "stem_wgrad_config", split)
+    with fi.record_launches() as launches:
+        got = fused(inputs, **SMALL.options)
+    (grid,) = [launch.grid for launch in launches if launch.kernel == "_stem_wgrad_kernel"]
+    assert grid[0] >= 3 * 3
+    for ours, other in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
+
+
+def test_launches_and_saved_bytes(device: torch.device) -> None:
+    """Training on images: 5 launches forward and 6 backward beside packing; no mask is kept."""
+    inputs = CASES["15x15"].tensors(torch.bfloat16, device)
+    for t in inputs[1:]:
+        t.requires_grad_()
+    memory = SavedMemory(nn.ParameterList(inputs[1:]))
+    with fi.backend("triton"), fi.record_launches() as launches, memory.watch():
+        y = functional.googlenet_stem(*inputs)
+    assert [launch.kernel for launch in launches] == FORWARD
+    # 15 -> 8 -> 4 -> 2 pixels a side; the image, z and pooled, r, y of conv3, two indices
+    c1, c2, c3 = CASES["15x15"].widths
+    maps = 3 * 15 * 15 + 4 * 4 * (2 * c1 + c2 + c3)
+    assert memory.bytes == 2 * (2 * maps + 4 * 4 * c1 + 2 * 2 * c3)
+    with fi.record_launches() as launches:
+        y.sum().backward()
+    assert [launch.kernel for launch in launches] == BACKWARD
+
+
+def test_inference_launches_five_times_and_keeps_nothing(device: torch.device) -> None:
+    inputs = CASES["15x15"].tensors(torch.bfloat16, device)
+    want = fused(inputs)[0]
+    with fi.backend("triton"), torch.no_grad():
+        functional.googlenet_stem(*inputs)
+        with fi.record_launches() as launches:
+            y = functional.googlenet_stem(*inputs)
+        assert torch.equal(y, want)
+        # packed filters stay until one changes
+        assert [x.kernel for x in launches] == [k for k in FORWARD if "pack" not in k]
+        inputs[3].mul_(2)
+        assert not torch.equal(functional.googlenet_stem(*inputs), want)
+
+
+def test_mixed_precision_and_layout_of_filter_gradients(device: torch.device) -> None:
+    """Under autocast filters stay fp32, and so do their gradients, in the filters' own strides."""
+    inputs = SMALL.tensors(torch.float32, device)
+    for i in (1, 5):
+        inputs[i] = inputs[i].contiguous(memory_format=torch.channels_last)
+    inputs[3] = inputs[3].transpose(0, 1).contiguous().transpose(0, 1)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = fused(inputs, **SMALL.options)
+    half = fused([t.bfloat16().contiguous() for t in inputs], **SMALL.options)
+    assert got[0].dtype == torch.bfloat16
+    for ours, other, leaf in zip(got[1:], half[1:], inputs, strict=True):
+        assert ours.dtype == torch.float32
+        assert ours is got[1] or ours.stride() == torch.empty_like(leaf).stride()
+        # biases are rounded in one of the two
+        assert (ours - other).norm() <= 0.05 * other.float().norm()
+
+
+def test_operator_passes_opcheck(device: torch.device) -> None:
+    inputs = SMALL.tensors(torch.float32, device)
+    stem = ops.Stem(2, 1, Window(3, 2, 0, True), (5, 1e-4, 0.75, 1.0), (5, 1e-4, 0.75, 1.0),
+                    Window(3, 2, 0, True))  # fmt: skip
+    options = (stem.integers, stem.constants)
+    assert ops.Stem.of(*options) == stem
+    x, *parameters = [t.requires_grad_() for t in inputs]
+    forward = (x, parameters[::2], parameters[1::2], *options, True)
+    torch.library.opcheck(ops.googlenet_stem, forward)
+    x, *parameters = [t.detach() for t in inputs]
+    filters, biases = parameters[::2], parameters[1::2]
+    y, saved = ops.googlenet_stem(x, filters, biases, *options, True)
+    needs = [True, True, False, True, True, True, False]
+    backward = (torch.ones_like(y), x, saved, filters, biases, *options, needs)
+    torch.library.opcheck(ops.googlenet_stem_backward, backward)
+
+
+def test_compiles_as_one_graph(device: torch.device) -> None:
+    torch._dynamo.reset()
+    inputs = SMALL.tensors(torch.float32, device)
+    compiled = torch.compile(functional.googlenet_stem, fullgraph=True, backend="aot_eager")
+    with fi.backend("triton"):
+        got = results(compiled, inputs, **SMALL.options)
+    for ours, theirs in zip(got, fused(inputs, **SMALL.options), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_double_backward_is_an_error(device: torch.device) -> None:
+    leaves = [t.requires_grad_() for t in SMALL.tensors(torch.float32, device)]
+    with fi.backend("triton"):
+        y = functional.googlenet_stem(*leaves, **SMALL.options)
+    (gradient,) = torch.autograd.grad(y.sum(), leaves[-1], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
