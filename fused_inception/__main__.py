@@ -1,4 +1,4 @@
-"""The commands: `python -m fused_inception train`, `predict`."""
+"""The commands: `python -m fused_inception train`, `predict`, `verify`, `explain`, `info`."""
 
 import argparse
 import sys

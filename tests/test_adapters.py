@@ -409,6 +409,16 @@ def test_compiled_before_fusing() -> None:
     assert ["fused_inception" in code for code in graphs] == [False, True]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_in_one_graph(tv: ModuleType, training: bool) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(tv.BasicConv2d(3, 16, kernel_size=3, padding=1), tv.Inception(*WIDTHS))
+    twin = copy.deepcopy(model.train(training).double())
+    fi.fuse_(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_training(compiled, twin, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+
+
 def test_sync_batch_norm_after_fusing(tv: ModuleType) -> None:
     model = nn.Sequential(tv.Inception(*WIDTHS)).eval()
     x = torch.randn(2, 16, 4, 4)
