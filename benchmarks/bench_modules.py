@@ -9,32 +9,11 @@ from benchmarks.conftest import batches, compiled_modules, dtype
 from benchmarks.environment import environment
 from benchmarks.harness import DIRECTIONS, LineUp, Problem, best_device, timed
 from benchmarks.providers import PROVIDERS
+from benchmarks.replay import replay, replayed_seconds
 from fused_inception.geometry import GOOGLENET
 
 # third-party warnings of compilers are no failures here
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-class ReplayedClock:
-    """Time as pytest-benchmark is shown it.
-
-    pytest-benchmark times one test after another, but providers are to be measured in turn: the
-    first test of a group measures all of them, and each test replays its own samples.
-    """
-
-    seconds = 0.0
-
-    def advance(self, seconds: float) -> None:
-        """As if something had just taken so long."""
-        self.seconds += seconds
-
-
-CLOCK = ReplayedClock()
-
-
-def replayed_seconds() -> float:
-    """The timer that pytest-benchmark reads; its name stands in the results."""
-    return CLOCK.seconds
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -85,13 +64,4 @@ def test_module(
     rounds = request.config.getoption("benchmark_min_rounds")
     row, samples = contenders.timings(direction, names, seconds, rounds)[provider]
     benchmark.extra_info.update(vars(row), device=str(where["device"]), environment=where)
-    replay = iter(samples)
-
-    def turn() -> None:
-        sample = next(replay, None)
-        if sample is None:
-            # --benchmark-cprofile calls it once more
-            sample = timed(contenders.work(direction, provider), 1, problem.device)
-        CLOCK.advance(sample)
-
-    benchmark.pedantic(turn, rounds=len(samples))
+    replay(benchmark, samples, contenders.work(direction, provider), problem.device)

@@ -13,6 +13,9 @@ CPU_BATCHES, CUDA_BATCHES = "2", "32,256"
 # C++ compilers take a minute for one module
 CPU_COMPILED = "3a,5b"
 
+# lines that a benchmark wants at the end of the run
+NOTES: list[str] = []
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Defaults depend on the device."""
@@ -105,5 +108,7 @@ def pytest_terminal_summary(
     left_out = [name for name in GOOGLENET if name not in compiled_modules(config)]
     if left_out:
         line(f"torch.compile was not run for {', '.join(left_out)} (--compile-modules=all).")
+    for note in NOTES:
+        line(note)
     if device.type != "cuda":
         line("No CUDA device: nothing here says how fast a GPU is.")

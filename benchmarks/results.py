@@ -50,6 +50,8 @@ def _shortened(row: dict[str, Any]) -> dict[str, Any]:
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """Head and rows of a file that `write` or `pytest --benchmark-json` wrote.
 
+    Rows are of modules; benchmarks of whole networks are passed over.
+
     Raises:
         ValueError: the file is neither, or holds no row.
     """
@@ -60,9 +62,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     else:
         infos = content.get("rows", [])
         head = {key: value for key, value in content.items() if key != "rows"}
+    names = [field.name for field in fields(Row)]
+    infos = [info for info in infos if "module" in info]
     if not infos:
         raise ValueError(f"{path} holds no measured row")
-    names = [field.name for field in fields(Row)]
     return head, [Row(**{name: info[name] for name in names}) for info in infos]
 
 

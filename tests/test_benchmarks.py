@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fused_inception as fi
 from benchmarks import gpu_check, parity, results
-from benchmarks.harness import DIRECTIONS, LineUp, Problem, Work, Yardstick, in_turn
+from benchmarks.harness import DIRECTIONS, LineUp, Problem, Work, Yardstick, in_turn, timed
 from benchmarks.providers import PROVIDERS, build
 from fused_inception import reference
 from fused_inception.geometry import InceptionDims
+from tests.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -271,6 +273,25 @@ def test_line_up_times_no_provider_that_failed(monkeypatch: pytest.MonkeyPatch) 
             line_up.admit("broken")
     timings = line_up.timings("forward", ["broken", "eager"], 0.0, 2)
     assert list(timings) == ["eager"]
+
+
+def test_torchvision_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both run, on a small image; a fused network that is wrong is not timed."""
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import bench_torchvision
+
+    import_torchvision("torchvision.models.googlenet")
+    monkeypatch.setattr(bench_torchvision, "IMAGE_SIZE", 40)
+    pair = bench_torchvision.pair(2, "fp32")
+    pieces = {name: pair.work("inference", name) for name in bench_torchvision.PROVIDERS}
+    samples = in_turn(pieces, dict.fromkeys(pieces, 1), CPU, 0.0, 2)
+    assert bench_torchvision.speedup(samples) > 0
+    for name in bench_torchvision.PROVIDERS:
+        assert timed(pair.work("step", name), 1, CPU) > 0
+    right = fi.MaxPool2d.forward
+    monkeypatch.setattr(fi.MaxPool2d, "forward", lambda self, x: 2 * right(self, x))
+    with pytest.raises(AssertionError, match="FAILED"):
+        bench_torchvision.pair(2, "fp32")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

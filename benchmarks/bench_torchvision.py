@@ -1,0 +1,159 @@
+"""torchvision's GoogLeNet as it is and fused by `fuse_`: inference, and a training step."""
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+import fused_inception as fi
+from benchmarks.conftest import NOTES, batches, dtype
+from benchmarks.environment import environment
+from benchmarks.harness import (
+    DTYPES,
+    IMAGE_SIZE,
+    Work,
+    best_device,
+    calls_per_round,
+    in_turn,
+    timed,
+)
+from benchmarks.replay import replay, replayed_seconds
+from tests.torchvision_import import import_torchvision
+
+# third-party warnings of compilers are no failures here
+pytestmark = pytest.mark.filterwarnings("default")
+
+PROVIDERS = ("fused", "eager")
+DIRECTIONS = ("inference", "step")
+GATE_IMAGES = 2
+
+
+@dataclass
+class Pair:
+    """Both models with the same weights, behind the gate, and a batch; channels last."""
+
+    models: dict[str, nn.Module]
+    x: Tensor
+    labels: Tensor
+    amp: torch.dtype | None
+
+    def work(self, direction: str, provider: str) -> Work:
+        """One call; a step is forward, loss and backward, without an optimiser."""
+        model, step = self.models[provider], direction == "step"
+        run = self._step if step else self._inference
+        return Work(None, lambda _: run(model.train(step)))
+
+    def _inference(self, model: nn.Module) -> None:
+        with torch.no_grad(), self.autocast():
+            model(self.x)
+
+    def _step(self, model: nn.Module) -> None:
+        with self.autocast():
+            loss = sum((F.cross_entropy(y, self.labels) for y in model(self.x)), torch.zeros(()))
+        torch.autograd.grad(loss, [*model.parameters()])
+
+    def autocast(self) -> Any:
+        """In the dtype of `--dtype`, where that is a 16-bit one."""
+        enabled = self.amp is not None
+        return torch.autocast(self.x.device.type, dtype=self.amp, enabled=enabled)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Providers of a group stand side by side."""
+    cases = [
+        pytest.param(batch, direction, provider, id=f"{direction}-{batch}-{provider}")
+        for batch in batches(metafunc.config)
+        for direction in DIRECTIONS
+        for provider in PROVIDERS
+    ]
+    metafunc.parametrize(("batch", "direction", "provider"), cases)
+
+
+@pytest.fixture(scope="module")
+def pair_of(pytestconfig: pytest.Config) -> Callable[[int], Pair]:
+    """The pair for a batch; one is kept."""
+    held: dict[int, Pair] = {}
+
+    def of(batch: int) -> Pair:
+        if batch not in held:
+            held.clear()
+            held[batch] = pair(batch, dtype(pytestconfig))
+        return held[batch]
+
+    return of
+
+
+def pair(batch: int, name: str) -> Pair:
+    """For images of IMAGE_SIZE; `name` is a key of DTYPES.
+
+    Raises:
+        AssertionError: `verify` finds the fused network wrong.
+    """
+    torch.manual_seed(0)
+    device, channels_last = best_device(), torch.channels_last
+    theirs = import_torchvision("torchvision.models.googlenet").GoogLeNet(init_weights=False)
+    theirs.to(device, memory_format=channels_last)
+    ours = copy.deepcopy(theirs)
+    fi.fuse_(ours, strict=True)
+    x = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    labels = torch.randint(1000, (batch,), device=device)
+    amp = DTYPES[name] if DTYPES[name] != torch.float32 else None
+    x = x.contiguous(memory_format=channels_last)
+    both = Pair({"fused": ours, "eager": theirs}, x, labels, amp)
+    with both.autocast():
+        report = fi.verify(ours, x[:GATE_IMAGES])
+    assert report.ok, str(report)
+    return both
+
+
+@pytest.mark.benchmark(timer=replayed_seconds)
+def test_googlenet(
+    benchmark: BenchmarkFixture,
+    request: pytest.FixtureRequest,
+    pair_of: Callable[[int], Pair],
+    samples_of: dict[tuple[int, str], dict[str, list[float]]],
+    batch: int,
+    direction: str,
+    provider: str,
+) -> None:
+    """The results carry `speedup`; the last lines of the run name it."""
+    contenders = pair_of(batch)
+    benchmark.group = f"torchvision GoogLeNet, {direction}, batch {batch}"
+    if not benchmark.enabled:
+        benchmark(timed, contenders.work(direction, provider), 1, contenders.x.device)
+        return
+    key = batch, direction
+    if key not in samples_of:
+        pieces = {name: contenders.work(direction, name) for name in PROVIDERS}
+        calls = {
+            name: calls_per_round(piece, contenders.x.device) for name, piece in pieces.items()
+        }
+        seconds = float(request.config.getoption("benchmark_max_time"))
+        rounds = request.config.getoption("benchmark_min_rounds")
+        samples_of[key] = in_turn(pieces, calls, contenders.x.device, seconds, rounds)
+        NOTES.append(f"{benchmark.group}: eager / fused {speedup(samples_of[key]):.2f}")
+    samples = samples_of[key]
+    benchmark.extra_info.update(
+        speedup=speedup(samples), environment=environment(contenders.x.device)
+    )
+    replay(benchmark, samples[provider], contenders.work(direction, provider), contenders.x.device)
+
+
+@pytest.fixture(scope="module")
+def samples_of() -> dict[tuple[int, str], dict[str, list[float]]]:
+    """What was measured, by batch and direction."""
+    return {}
+
+
+def speedup(samples: dict[str, list[float]]) -> float:
+    """The median, over the rounds, of eager's time by fused's."""
+    return statistics.median(
+        eager / fused for eager, fused in zip(samples["eager"], samples["fused"], strict=True)
+    )
