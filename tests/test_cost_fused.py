@@ -251,6 +251,10 @@ def test_launches_of_the_whole_network_are_within_the_plan():
     inference = cost.network("paper", batch=1, training=False)
     assert inference.launches("triton") == 26
     assert inference.launches("packing") == 0
+    training = cost.network("paper", batch=1)
+    stem = [training.part(layer=layer) for layer in training.layers[:5]]
+    assert sum(part.launches("triton") for part in stem) == 5 + 6
+    assert sum(part.launches("packing") for part in stem) == 2
     # one more for each module whose pool branch is a launch of its own
     small, large = (cost.network("paper", batch=n).launches("triton") for n in (1, 256))
     assert large == small + 9
