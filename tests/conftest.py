@@ -1,5 +1,7 @@
 """Decides where kernels run: on the GPU if there is one, else in Triton's interpreter."""
 
+import functools
+import importlib
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,6 +16,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from fused_inception.tuning.configs import FinishConfig  # noqa: E402
+from fused_inception.tuning.targets import Target  # noqa: E402
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -57,3 +62,17 @@ def ieee_fp32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def few_large_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a small tile as for a large one."""
+    if device.type == "cpu":
+        largest = Target("interpreter", 2**40, 1, 1e40, 1e40, 1, 256 * 256)
+        monkeypatch.setattr("fused_inception.ops.problem.target_of", lambda device: largest)
+        # two thirds of a whole network's time otherwise
+        script = "fused_inception.ops.inception_triton"
+        wide = functools.partial(importlib.import_module(script).launch_pack, block=2**16)
+        monkeypatch.setattr(f"{script}.launch_pack", wide)
+        finish = FinishConfig(256, 256, 4)
+        monkeypatch.setattr("fused_inception.tuning.heuristic.finish_config", lambda: finish)
