@@ -143,6 +143,38 @@ def stem_parameters(
             side = window.out(side)
 
 
+def pointwise_parameters(x: Tensor, weight: Tensor, bias: Tensor, *, casts: bool) -> None:
+    """One 1x1 filter and its bias fit the channels of `x`; `casts` as above.
+
+    Raises:
+        ValueError, TypeError: of shapes or devices, of dtypes.
+    """
+    shape = weight.shape
+    if len(shape) != 4 or shape[0] < 1 or shape[1:] != (x.shape[1], 1, 1):
+        raise ValueError(f"weight must be of shape [C_out, {x.shape[1]}, 1, 1], got {list(shape)}")
+    conv_parameters(x, weight, bias, 1, 0, casts=casts)
+
+
+def output_size(size: int) -> None:
+    """`size` windows along a side.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if size < 1:
+        raise ValueError(f"output_size must be at least 1, got {size}")
+
+
+def probability(p: float) -> None:
+    """`p` is a probability.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be between 0 and 1, got {p}")
+
+
 def pool_window(
     x: Tensor,
     kernel_size: int | Sequence[int],

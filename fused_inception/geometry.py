@@ -270,6 +270,38 @@ STEM_POOL = Window(kernel=3, stride=2, ceil_mode=True)
 STEM_NORM = (5, 1e-4, 0.75, 1.0)
 
 
+@dataclass(frozen=True)
+class AvgWindow:
+    """Square windows of an average pool without padding, cut at the border.
+
+    `kernel` and `stride` are those of torch's `avg_pool2d`; with a `grid` they are 0, and the
+    windows are torch's adaptive ones, `grid` along each side.
+    """
+
+    kernel: int
+    stride: int
+    ceil_mode: bool
+    grid: int = 0
+
+    def out(self, size: int) -> int:
+        """Number of windows along a side."""
+        return self.grid or pool_out(size, self.kernel, self.stride, 0, self.ceil_mode)
+
+    def extent(self, size: int) -> int:
+        """Pixels of the longest window along a side."""
+        if not self.grid:
+            return min(self.kernel, size)
+        return max(
+            -(-(i + 1) * size // self.grid) - i * size // self.grid for i in range(self.grid)
+        )
+
+    def overlap(self, size: int) -> int:
+        """The most windows along a side that one pixel lies in."""
+        if not self.grid:
+            return min(-(-self.kernel // self.stride), self.out(size))
+        return max(-(-(p + 1) * self.grid // size) - p * self.grid // size for p in range(size))
+
+
 def googlenet_dims(kernel_5x5: int = 5) -> dict[str, InceptionDims]:
     """The nine modules of the paper's table 1 by name; `kernel_5x5=3` is torchvision's network."""
     table = {

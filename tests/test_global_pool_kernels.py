@@ -31,8 +31,8 @@ def test_output_and_gradient(name: str, dtype: torch.dtype, device: torch.device
     x, dy = data(SHAPES[name], dtype, device)
     n, c, h, w = x.shape
     with record_launches() as launches:
-        y = global_pool_triton.forward(x)
-        dx = global_pool_triton.backward(dy, (n, c, h, w))
+        y = global_pool_triton.forward(x, None, 1.0)
+        dx = global_pool_triton.backward(dy, None, 1.0, (n, c, h, w))
     assert len(launches) == (2 if n else 0)
     assert_within("y", y, x.double().mean((2, 3), keepdim=True), x.mean((2, 3), keepdim=True))
     want = (dy.double() / (h * w)).expand(x.shape)
@@ -42,18 +42,18 @@ def test_output_and_gradient(name: str, dtype: torch.dtype, device: torch.device
 
 def test_any_strides(device: torch.device) -> None:
     x, dy = data((2, 24, 5, 6), torch.float32, device)
-    want = global_pool_triton.forward(x)
+    want = global_pool_triton.forward(x, None, 1.0)
     wide = torch.full((2, 40, 5, 6), torch.nan, device=device)
     wide[:, 3:27] = x
     for other in (x.contiguous(), wide[:, 3:27], x.transpose(2, 3)):
-        torch.testing.assert_close(global_pool_triton.forward(other), want)
+        torch.testing.assert_close(global_pool_triton.forward(other, None, 1.0), want)
     expanded = dy[:1, :1].expand(dy.shape)
-    dx = global_pool_triton.backward(expanded, tuple(x.shape))
+    dx = global_pool_triton.backward(expanded, None, 1.0, tuple(x.shape))
     torch.testing.assert_close(dx, (expanded / 30).expand(x.shape))
 
 
 def test_nan_stays_in_its_channel(device: torch.device) -> None:
     x, _ = data((2, 24, 3, 3), torch.float32, device)
     x[1, 5, 2, 0] = torch.nan
-    y = global_pool_triton.forward(x)
+    y = global_pool_triton.forward(x, None, 1.0)
     assert y.isnan().nonzero().tolist() == [[1, 5, 0, 0]]

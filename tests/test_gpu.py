@@ -84,3 +84,22 @@ def test_a_captured_graph_sees_new_parameters() -> None:
             want = run(module, x)
         for ours, theirs in zip(got, want, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_captured_graph_drops_anew_in_every_replay() -> None:
+    x = torch.ones(8, 512, 7, 7, device="cuda").contiguous(memory_format=torch.channels_last)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fi.functional.global_avg_pool2d_dropout(x, 0.4)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fi.functional.global_avg_pool2d_dropout(x, 0.4)
+    drawn = []
+    for _ in range(2):
+        graph.replay()
+        drawn.append(y.clone())
+    assert not torch.equal(*drawn)
+    for features in drawn:
+        assert 0.5 < (features != 0).float().mean() < 0.7

@@ -103,7 +103,7 @@ def test_inception(norm: str | None, kernel_5x5: int) -> None:
 
 
 def test_fused_inception_is_one_operator() -> None:
-    """A training step crosses an operator once for each of the nine modules and the pool."""
+    """A training step crosses an operator once for each module, auxiliary head and the pool."""
     network = fi.googlenet("paper", num_classes=3, image_size=64)
     with torch.profiler.profile() as profile:
         loss_of(network(torch.randn(1, 3, 64, 64))).backward()
@@ -111,6 +111,8 @@ def test_fused_inception_is_one_operator() -> None:
     assert counts["fused_inception::inception"] == 9
     assert counts["fused_inception::inception_backward"] == 9
     assert counts["fused_inception::global_avg_pool2d"] == 1
+    assert counts["fused_inception::avg_pool2d_conv1x1_relu"] == 2
+    assert counts["fused_inception::avg_pool2d_conv1x1_relu_backward"] == 2
 
 
 def test_aux_with_either_pool() -> None:
@@ -215,13 +217,13 @@ def test_print_tells_widths_mode_and_path() -> None:
 def test_print_hides_no_plain_layer() -> None:
     network = fi.googlenet("paper", num_classes=3)
     assert "9 of 9 Inception modules, 5 of 5 other convolutions" in repr(network)
-    for plain in (network.aux1, network.aux2):
-        assert "no fused kernel yet" in plain.extra_repr()
-    for fused in (network.conv1, network.aux1.conv, network.avgpool):
+    for fused in (network.conv1, network.aux1, network.aux2, network.avgpool):
         assert "one fused operator" in fused.extra_repr()
+    assert "parameters of the fused module" in network.aux1.conv.extra_repr()
     network = fi.googlenet("torchvision", num_classes=3)
     assert "0 of 9 Inception modules, 0 of 5 other convolutions" in repr(network)
-    assert "no fused kernel yet" in network.conv1.extra_repr()
+    for plain in (network.conv1, network.aux1, network.aux1.conv):
+        assert "no fused kernel yet" in plain.extra_repr()
 
 
 def test_optimiser_and_freezing_see_the_parameters() -> None:

@@ -293,9 +293,9 @@ def test_opcheck_global_pool(
     shape: tuple[int, int, int, int], impl: str, device: torch.device
 ) -> None:
     x = torch.randn(shape, device=device, requires_grad=True)
-    torch.library.opcheck(global_avg_pool2d, (x, impl))
+    torch.library.opcheck(global_avg_pool2d, (x, None, 1.0, impl))
     dy = torch.randn(shape[0], shape[1], 1, 1, device=device)
-    torch.library.opcheck(global_avg_pool2d_backward, (dy, shape, impl))
+    torch.library.opcheck(global_avg_pool2d_backward, (dy, None, 1.0, shape, impl))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (0, 5, 4, 3), (1, 1, 1, 1), (3, 8, 7, 7)], ids=str)

@@ -21,7 +21,7 @@ FP32 = 4  # bytes of a partial sum
 
 
 # kinds of layers whose launches the network makes today
-BUILT = frozenset({"convolution", "pool", "module", "head"})
+BUILT = frozenset({"convolution", "pool", "module", "aux", "head"})
 
 
 def kind_of(layer: str) -> str:
@@ -278,27 +278,35 @@ class Fused(Plan):
         y = self.tensor(conv.name, conv.outputs, conv.c_out)
         weight = self.parameter(f"{conv.name} weight", conv.weights)
         packed = Tensor(f"{conv.name} packed", weight.bytes)
-        self._launch("pack", layer, [weight], [packed], source="packing")
+
+        def launch(
+            name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
+        ) -> None:
+            source = "packing" if name == "pack" else "triton"
+            kernel = "" if conv.norm else kernel
+            self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
+
+        launch("pack", [weight], [packed], "_pack_filter_kernel")
         gemm = self.gemm(conv.outputs, conv.c_out, conv.c_in, "pointwise")
-        self._launch("pool conv", layer, [x, packed], [pooled, y], [gemm])
+        launch("pool conv", [x, packed], [pooled, y], "_avg_pool_project_fwd_kernel", gemm)
         moments = self.parameter(f"{conv.name} mean and deviation", 2 * conv.c_out, 4)
         if conv.norm:
-            self._launch("normalise", layer, [y, moments], [y])
+            launch("normalise", [y, moments], [y], "")
             self.save(layer, moments)
         self.save(layer, pooled, y)
 
         def backward() -> None:
             dz = gradient(y)
             if conv.norm:
-                self._launch("normalise backward", layer, [dz, y, moments], [dz])
-            self._launch("pack", layer, [weight], [packed], source="packing")
+                launch("normalise backward", [dz, y, moments], [dz], "")
+            launch("pack", [weight], [packed], "_pack_filter_kernel")
             filters = self.filters_gemm(conv.c_in, conv.c_out, conv.outputs)
             partials = Tensor(f"{layer} partials", filters.splits * conv.weights * FP32)
             data = self.gemm(conv.outputs, conv.c_in, conv.c_out, "pointwise")
-            reads = [dz, y, pooled, packed]
-            writes = [gradient(x), partials]
-            self._launch("pool conv backward", layer, reads, writes, [data, filters])
-            self._launch("finish", layer, [partials], [gradient(weight)])
+            reads, writes = [dz, y, pooled, packed], [gradient(x), partials]
+            kernel = "_avg_pool_project_bwd_kernel"
+            launch("pool conv backward", reads, writes, kernel, data, filters)
+            launch("finish", [partials], [gradient(weight)], "_conv2d_finish_kernel")
             self._give(layer, x)
 
         self.later(backward)
@@ -310,17 +318,21 @@ class Fused(Plan):
         self.linear(aux.classes, self.dropout(layer, hidden))
 
     def head(self, classifier: Conv, pixels: int, x: Tensor) -> None:
-        """Mean in one launch each way."""
+        """Mean and dropout in one launch each way; the library draws what dropout keeps."""
         layer = classifier.layer
         mean = self.tensor("mean", 1, classifier.c_in)
-        self._launch("mean", layer, [x], [mean], kernel="_global_pool_fwd_kernel")
+        kept = [self.tensor(f"{layer} dropout mask", 1, classifier.c_in, 1)] * self.training
+        if self.training:
+            self.op("native_dropout", layer, [mean], [mean, *kept])
+            self.save(layer, *kept)
+        self._launch("mean", layer, [x, *kept], [mean], kernel="_global_pool_fwd_kernel")
 
         def backward() -> None:
-            kernel = "_global_pool_bwd_kernel"
-            self._launch("mean backward", layer, [gradient(mean)], [gradient(x)], kernel=kernel)
+            reads, writes = [gradient(mean), *kept], [gradient(x)]
+            self._launch("mean backward", layer, reads, writes, kernel="_global_pool_bwd_kernel")
 
         self.later(backward)
-        self.linear(classifier, self.dropout(layer, mean) if self.training else mean)
+        self.linear(classifier, mean)
 
 
 class _ModuleTensors:

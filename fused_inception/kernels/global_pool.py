@@ -1,4 +1,4 @@
-"""Global average pooling, forward and backward."""
+"""Global average pooling, with dropout behind it or without, forward and backward."""
 
 import torch
 import triton
@@ -8,14 +8,22 @@ from fused_inception.kernels.launch import cdiv, run
 from fused_inception.tuning.configs import GlobalPoolConfig
 
 
-@triton.jit(do_not_specialize=["height", "width"])
+@triton.jit
+def _gain(kept_ptr, offs, mask, scale):
+    """`scale` where a feature is kept, else 0: a factor, so that NaN stays NaN as in torch."""
+    return tl.where(tl.load(kept_ptr + offs, mask=mask, other=0) != 0, scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["height", "width", "scale"])
 def _global_pool_fwd_kernel(
     # tensors
     x_ptr,  # [N, C, H, W] any strides
+    kept_ptr,  # [N, C] bytes, 0 where dropped, with DROPOUT
     y_ptr,  # [N, C]
     # sizes
     height,
     width,
+    scale,  # of what is kept
     # strides, in elements
     x_image_stride,
     x_channel_stride,
@@ -23,11 +31,15 @@ def _global_pool_fwd_kernel(
     x_column_stride,
     # problem
     C: tl.constexpr,
+    DROPOUT: tl.constexpr,
     # tile
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y[n, c] = mean of x[n, c] over all pixels; one program per (image, block of channels)."""
+    """y[n, c] = mean of x[n, c] over all pixels, times kept[n, c] * scale with DROPOUT.
+
+    One program per (image, block of channels).
+    """
     image = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -44,31 +56,42 @@ def _global_pool_fwd_kernel(
         total += x_tile.to(tl.float32)
     # x is not empty (the launcher sees to it), so the number of pixels is no zero
     mean = tl.sum(total, axis=0) / n_pixels.to(tl.float32)
-    tl.store(y_ptr + image.to(tl.int64) * C + offs_c, mean.to(y_ptr.dtype.element_ty), mask=mask_c)
+    y_offs = image.to(tl.int64) * C + offs_c
+    if DROPOUT:
+        mean *= _gain(kept_ptr, y_offs, mask_c, scale)
+    tl.store(y_ptr + y_offs, mean.to(y_ptr.dtype.element_ty), mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["n_pixels"])
+@triton.jit(do_not_specialize=["n_pixels", "scale"])
 def _global_pool_bwd_kernel(
     # tensors
     dy_ptr,  # [N, C] any strides
+    kept_ptr,  # [N, C] bytes, with DROPOUT
     dx_ptr,  # [N, P, C]
     # sizes
     n_pixels,
+    scale,
     # strides, in elements
     dy_image_stride,
     dy_channel_stride,
     # problem
     C: tl.constexpr,
+    DROPOUT: tl.constexpr,
     # tile
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx[n, p, c] = dy[n, c] / (H * W); one program per (image, block of channels)."""
+    """dx[n, p, c] = dy[n, c] / (H * W), times kept[n, c] * scale with DROPOUT.
+
+    One program per (image, block of channels).
+    """
     image = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     dy_offs = image * dy_image_stride + offs_c.to(tl.int64) * dy_channel_stride
     dy_row = tl.load(dy_ptr + dy_offs, mask=mask_c, other=0.0).to(tl.float32)
+    if DROPOUT:
+        dy_row *= _gain(kept_ptr, image * C + offs_c, mask_c, scale)
     dx_row = (dy_row / n_pixels.to(tl.float32)).to(dx_ptr.dtype.element_ty)
     dx_image_ptr = dx_ptr + image * n_pixels * C
     for p0 in tl.range(0, n_pixels, BLOCK_P):
@@ -78,25 +101,45 @@ def _global_pool_bwd_kernel(
         tl.store(dx_image_ptr + (offs_p * C)[:, None] + offs_c[None, :], dx_tile, mask=mask)
 
 
-def launch_global_pool_fwd(x: torch.Tensor, y: torch.Tensor, config: GlobalPoolConfig) -> None:
-    """Fill `y`, [N, C, 1, 1] dense, from `x`, [N, C, H, W] of any strides; H and W are not 0."""
+def launch_global_pool_fwd(
+    x: torch.Tensor,
+    kept: torch.Tensor | None,
+    scale: float,
+    y: torch.Tensor,
+    config: GlobalPoolConfig,
+) -> None:
+    """Fill `y`, [N, C, 1, 1] dense, from `x`, [N, C, H, W] of any strides; H and W are not 0.
+
+    kept: dense booleans [N, C], of dropout behind it, which scales by `scale` what it keeps.
+    """
     n, c, height, width = x.shape
     run(
         _global_pool_fwd_kernel,
         (n, cdiv(c, config.block_c)),
-        (x, y, height, width, *x.stride()),
-        dict(C=c, BLOCK_P=config.block_p, BLOCK_C=config.block_c),
+        (x, _bytes(kept, y), y, height, width, scale, *x.stride()),
+        dict(C=c, DROPOUT=kept is not None, BLOCK_P=config.block_p, BLOCK_C=config.block_c),
         num_warps=config.num_warps,
     )
 
 
-def launch_global_pool_bwd(dy: torch.Tensor, dx: torch.Tensor, config: GlobalPoolConfig) -> None:
+def launch_global_pool_bwd(
+    dy: torch.Tensor,
+    kept: torch.Tensor | None,
+    scale: float,
+    dx: torch.Tensor,
+    config: GlobalPoolConfig,
+) -> None:
     """Fill `dx`, [N, C, H, W] exactly channels last, from `dy`, [N, C, 1, 1] of any strides."""
     n, c, height, width = dx.shape
     run(
         _global_pool_bwd_kernel,
         (n, cdiv(c, config.block_c)),
-        (dy, dx, height * width, dy.stride(0), dy.stride(1)),
-        dict(C=c, BLOCK_P=config.block_p, BLOCK_C=config.block_c),
+        (dy, _bytes(kept, dx), dx, height * width, scale, dy.stride(0), dy.stride(1)),
+        dict(C=c, DROPOUT=kept is not None, BLOCK_P=config.block_p, BLOCK_C=config.block_c),
         num_warps=config.num_warps,
     )
+
+
+def _bytes(kept: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:
+    """Booleans as the bytes that they are; without any, a tensor that nobody reads."""
+    return unread if kept is None else kept.view(torch.uint8)

@@ -6,15 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_inception import functional
 from fused_inception.geometry import AUX_CHANNELS, aux_features
 from fused_inception.nn.adoption import adopt
-from fused_inception.nn.conv_block import PLAIN, ConvBlock
+from fused_inception.nn.conv_block import (
+    FUSED,
+    INSIDE,
+    PLAIN,
+    ConvBlock,
+    change_of,
+    change_of_conv,
+)
 
 ADAPTIVE_SIDE = 4
 
 
 class InceptionAux(nn.Module):
-    """Average pool, 128 1x1 filters, 1024 hidden units with dropout, the classes. Plain PyTorch.
+    """Average pool, 128 1x1 filters, 1024 hidden units with dropout, the classes.
+
+    With a bias, pool and convolution run as `functional.avg_pool2d_conv1x1_relu` or its adaptive
+    sibling; where a hook or another type in `conv` forbids that, and with BatchNorm so far, one by
+    one. The linear layers are PyTorch's.
 
     Children: `conv`, `fc1`, `fc2`, `dropout`; torchvision's names.
 
@@ -51,6 +63,8 @@ class InceptionAux(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pool = pool
         self.conv = ConvBlock(in_channels, AUX_CHANNELS, kernel_size=1, norm=norm, **factory)
+        if norm is None:
+            self.conv.path = INSIDE
         self.fc1 = nn.Linear(features, 1024, **factory)
         self.fc2 = nn.Linear(1024, num_classes, **factory)
         self.dropout = nn.Dropout(dropout)
@@ -63,20 +77,45 @@ class InceptionAux(nn.Module):
             The modules that changed, for `adoption.release`.
         """
         conv: Any = block.conv
-        changed = ConvBlock.adopt(conv, norm)
+        changed = ConvBlock.adopt(conv, norm, INSIDE if norm is None else FUSED)
         adopt(block, cls, pool=pool)
         return [*changed, block]
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, num_classes]."""
-        if self.pool == "paper":
-            x = F.avg_pool2d(x, 5, stride=3, ceil_mode=True)
-        else:
-            x = F.adaptive_avg_pool2d(x, ADAPTIVE_SIDE)
-        x = torch.flatten(self.conv(x), 1)
-        x = F.relu(self.fc1(x), inplace=True)
+        x = F.relu(self.fc1(self._features(x)), inplace=True)
         return self.fc2(self.dropout(x))
+
+    def _features(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, features]: pool and convolution, flattened."""
+        if not self.is_fused:
+            if self.pool == "paper":
+                x = F.avg_pool2d(x, 5, stride=3, ceil_mode=True)
+            else:
+                x = F.adaptive_avg_pool2d(x, ADAPTIVE_SIDE)
+            return torch.flatten(self.conv(x), 1)
+        conv: Any = self.conv.conv
+        if self.pool == "paper":
+            return functional.avg_pool2d_conv1x1_relu(x, conv.weight, conv.bias, 5, 3, True)
+        return functional.adaptive_avg_pool2d_conv1x1_relu(x, conv.weight, conv.bias, ADAPTIVE_SIDE)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether pool and convolution are one operator."""
+        return self._obstacle() is None
+
+    def _obstacle(self) -> str | None:
+        """Why the children compute; None where the fused operator does."""
+        block: Any = self.conv
+        change = change_of(block, ConvBlock)
+        if change is not None:
+            return f"plain PyTorch: conv {change}"
+        if block.norm is not None:
+            return PLAIN
+        change = change_of_conv(block.conv, None, sides=(1,))
+        return None if change is None else f"plain PyTorch: conv.conv {change}"
 
     def extra_repr(self) -> str:
         """Pool and path, for `print`."""
-        return f"{self.pool} pool, {PLAIN}"
+        path = self._obstacle() or f"with its convolution {FUSED}"
+        return f"{self.pool} pool, {path}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fused_inception.geometry import googlenet_dims, googlenet_sizes
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock
-from fused_inception.nn.head import GlobalAvgPool2d
+from fused_inception.nn.head import GlobalAvgPool2d, pool_then_dropout
 from fused_inception.nn.inception import Inception
 from fused_inception.nn.pooling import LocalResponseNorm, MaxPool2d
 from fused_inception.nn.stem import LAYERS, obstacle, stem
@@ -123,8 +123,8 @@ class GoogLeNet(nn.Module):
         x = self.maxpool4(x)
         x = self.inception5a(x)
         x = self.inception5b(x)
-        x = self.avgpool(x)
-        logits = self.fc(self.dropout(torch.flatten(x, 1)))
+        x = pool_then_dropout(x, self.avgpool, self.dropout)
+        logits = self.fc(x)
         if aux1 is None or aux2 is None:
             return logits
         return GoogLeNetOutputs(logits=logits, aux_logits2=aux2, aux_logits1=aux1)

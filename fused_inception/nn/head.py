@@ -1,8 +1,12 @@
 """What follows the last Inception module."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from fused_inception import functional
+from fused_inception.nn.conv_block import change_of
 
 
 class GlobalAvgPool2d(nn.Module):
@@ -15,3 +19,12 @@ class GlobalAvgPool2d(nn.Module):
     def extra_repr(self) -> str:
         """Path, for `print`."""
         return "one fused operator"
+
+
+def pool_then_dropout(x: Tensor, pool: nn.Module, dropout: nn.Module) -> Tensor:
+    """`dropout(flatten(pool(x)))`, in one kernel where both are as they were made and nothing looks
+    in between."""
+    if change_of(pool, GlobalAvgPool2d) is None and change_of(dropout, nn.Dropout) is None:
+        options: dict[str, Any] = {"p": dropout.p, "training": dropout.training}
+        return functional.global_avg_pool2d_dropout(x, **options)
+    return dropout(torch.flatten(pool(x), 1))

@@ -1,4 +1,7 @@
-"""Global average pooling as an operator."""
+"""Global average pooling, with dropout behind it or without, as an operator.
+
+The caller draws what dropout keeps: the operator itself gives the same for the same arguments.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,56 +17,69 @@ from fused_inception.ops.registration import (
 )
 
 
-def _forward(x: Tensor, impl: str) -> Tensor:
+def _forward(x: Tensor, kept: Tensor | None, scale: float, impl: str) -> Tensor:
     if impl == "triton":
         from fused_inception.ops import global_pool_triton
 
-        return global_pool_triton.forward(x)
+        return global_pool_triton.forward(x, kept, scale)
     # 16-bit means are accumulated in fp32
-    return channels_last(x.mean((2, 3), keepdim=True))
+    return channels_last(_drop(x.mean((2, 3), keepdim=True), kept, scale))
 
 
-def _forward_fake(x: Tensor, impl: str) -> Tensor:
+def _forward_fake(x: Tensor, kept: Tensor | None, scale: float, impl: str) -> Tensor:
     n, c, _, _ = x.shape
     return empty_channels_last(n, c, 1, 1, dtype=x.dtype, device=x.device)
 
 
-def _backward(dy: Tensor, x_shape: Sequence[int], impl: str) -> Tensor:
+def _backward(
+    dy: Tensor, kept: Tensor | None, scale: float, x_shape: Sequence[int], impl: str
+) -> Tensor:
     if impl == "triton":
         from fused_inception.ops import global_pool_triton
 
-        return global_pool_triton.backward(dy, tuple(x_shape))
+        return global_pool_triton.backward(dy, kept, scale, tuple(x_shape))
     n, c, h, w = x_shape
     dx = empty_channels_last(n, c, h, w, dtype=dy.dtype, device=dy.device)
-    return dx.copy_(dy / (h * w))
+    return dx.copy_(_drop(dy, kept, scale) / (h * w))
 
 
-def _backward_fake(dy: Tensor, x_shape: Sequence[int], impl: str) -> Tensor:
+def _backward_fake(
+    dy: Tensor, kept: Tensor | None, scale: float, x_shape: Sequence[int], impl: str
+) -> Tensor:
     n, c, h, w = x_shape
     return empty_channels_last(n, c, h, w, dtype=dy.dtype, device=dy.device)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-    x, impl = inputs
+def _drop(y: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+    """[N, C, 1, 1] as torch's dropout leaves it."""
+    return y if kept is None else y * kept[:, :, None, None] * scale
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, Tensor | None, float, str], output: Tensor
+) -> None:
+    x, kept, ctx.scale, ctx.impl = inputs
     ctx.set_materialize_grads(False)
-    ctx.shape, ctx.impl = x.shape, impl
+    ctx.shape = x.shape
+    ctx.save_for_backward(kept)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None]:
+def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None, None]:
     if dy is None:
-        return None, None
-    return global_avg_pool2d_backward(dy, ctx.shape, ctx.impl), None
+        return None, None, None, None
+    (kept,) = ctx.saved_tensors
+    return global_avg_pool2d_backward(dy, kept, ctx.scale, ctx.shape, ctx.impl), None, None, None
 
 
 global_avg_pool2d = register(
     "global_avg_pool2d",
-    "(Tensor x, str impl) -> Tensor",
+    "(Tensor x, Tensor? kept, float scale, str impl) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
 )
 global_avg_pool2d_backward = register(
     "global_avg_pool2d_backward",
-    "(Tensor dy, SymInt[] x_shape, str impl) -> Tensor",
+    "(Tensor dy, Tensor? kept, float scale, SymInt[] x_shape, str impl) -> Tensor",
     implementation=_backward,
     fake=_backward_fake,
 )

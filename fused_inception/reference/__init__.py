@@ -5,9 +5,12 @@ can be wrong in the same way as they are.
 """
 
 from fused_inception.reference.functions import (
+    adaptive_avg_pool2d_conv1x1_relu,
+    avg_pool2d_conv1x1_relu,
     conv2d_bn_relu,
     conv2d_relu,
     global_avg_pool2d,
+    global_avg_pool2d_dropout,
     googlenet_stem,
     inception,
     inception_bn,
@@ -37,9 +40,12 @@ __all__ = [
     "InceptionAux",
     "InceptionNaive",
     "LocalResponseNorm",
+    "adaptive_avg_pool2d_conv1x1_relu",
+    "avg_pool2d_conv1x1_relu",
     "conv2d_bn_relu",
     "conv2d_relu",
     "global_avg_pool2d",
+    "global_avg_pool2d_dropout",
     "googlenet",
     "googlenet_stem",
     "inception",

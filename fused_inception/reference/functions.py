@@ -214,3 +214,28 @@ def googlenet_stem(
     x = local_response_norm(max_pool(x, pool1), *norm1)
     x = conv2d_relu(conv2d_relu(x, w2, b2), w3, b3, padding=1)
     return max_pool(local_response_norm(x, *norm2), pool2)
+
+
+def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """`global_avg_pool2d`, flattened to [N, C], then dropout."""
+    return F.dropout(torch.flatten(global_avg_pool2d(x), 1), p, training)
+
+
+def avg_pool2d_conv1x1_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel_size: int = 5,
+    stride: int = 3,
+    ceil_mode: bool = True,
+) -> Tensor:
+    """relu(conv1x1(average pool(x)) + bias), flattened: [N, C_out * H_out * W_out]."""
+    pooled = F.avg_pool2d(x, kernel_size, stride, ceil_mode=ceil_mode)
+    return torch.flatten(conv2d_relu(pooled, weight, bias), 1)
+
+
+def adaptive_avg_pool2d_conv1x1_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, output_size: int = 4
+) -> Tensor:
+    """The same behind torch's adaptive average pool, `output_size` windows along each side."""
+    return torch.flatten(conv2d_relu(F.adaptive_avg_pool2d(x, output_size), weight, bias), 1)

@@ -147,6 +147,22 @@ class GlobalPoolConfig:
 
 
 @dataclass(frozen=True)
+class AvgPoolProjectConfig:
+    """Average pool and 1x1 convolution. Forward: rows are output channels, columns windows, the
+    step is of input channels, of which `taps` pixels are loaded at a time. Input gradient: rows are
+    input channels, columns windows, the step is of output channels; `block_pixel` pixels gather
+    from them."""
+
+    forward: Tile
+    taps: int
+    wgrad: WgradJob
+    dgrad: Tile
+    block_pixel: int
+    forward_warps: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class ImageConvConfig:
     """A convolution of images: forward, weight gradient, gradient of the image."""
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fused_inception.geometry import align_up
 from fused_inception.tuning.configs import (
+    AvgPoolProjectConfig,
     ConvConfig,
     ImageConvConfig,
     StemWgradConfig,
@@ -87,4 +88,32 @@ def stem_wgrad_config(
         sums=mask_config(c3, n_pixels, target),
         num_warps=max(image.num_warps, warps(tiles)),
         num_stages=stages(tiles, ops, half),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def avg_pool_project_config(
+    c_in: int,
+    c_out: int,
+    image_windows: int,
+    window_pixels: int,
+    n_windows: int,
+    ops: Operands,
+    target: Target,
+) -> AvgPoolProjectConfig:
+    """An auxiliary classifier's pool and convolution: bound by reading the map and writing its
+    gradient, so tiles are small and programs many."""
+    rows = min(128, max(64, 1 << (c_out - 1).bit_length()))
+    step = 64 if ops.itemsize == 2 else 32
+    return AvgPoolProjectConfig(
+        # 16 windows, one image of the paper's: 16 bytes a thread and pixel
+        forward=Tile(rows, 16, step),
+        taps=min(25, window_pixels),
+        wgrad=wgrad_job(
+            align_up(c_in), align_up(c_out), n_windows, ops, target, max_elements=64 * 128
+        ),
+        dgrad=Tile(64, min(64, max(16, 1 << (image_windows - 1).bit_length())), step),
+        block_pixel=128,
+        forward_warps=4,
+        num_warps=8,
     )

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from fused_inception.geometry import AUX_CHANNELS, GOOGLENET, NaiveDims, googlenet_sizes
+from fused_inception.geometry import GOOGLENET, AvgWindow, NaiveDims, googlenet_sizes
 from fused_inception.tuning.targets import TARGETS
 from tests.compiled.collect import Specialisation
 from tests.compiled.problems import (
     DTYPES,
+    Auxiliary,
     Convolution,
     GlobalPool,
     Module,
@@ -29,8 +30,8 @@ def _module(name: str, batch: int) -> Problem:
 
 
 def _auxiliary(below: str, batch: int) -> Problem:
-    c_in = GOOGLENET[below].out_channels
-    return Convolution(batch, c_in, AUX_CHANNELS, kernel=1, stride=1, side=4)
+    paper = AvgWindow(kernel=5, stride=3, ceil_mode=True)
+    return Auxiliary(batch, GOOGLENET[below].out_channels, SIZES.maxpool3, paper)
 
 
 # layer of GoogLeNet -> its problem for a batch
@@ -83,7 +84,10 @@ class Group:
 # the other types there and for bf16 on the other targets
 STEM = ("stem", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
-FAMILIES = ("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "pool5")
+FAMILIES = (
+    *("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "aux1"),
+    "pool5",
+)
 EVERY_RUN = {
     "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, BATCHES),
     **{f"sm_90-bf16-{name}": Group("sm_90", "bf16", (name,), BATCHES) for name in GOOGLENET},

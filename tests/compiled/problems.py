@@ -6,14 +6,17 @@ from typing import Protocol
 import torch
 
 from fused_inception.geometry import (
+    AUX_CHANNELS,
     STEM_NORM,
     STEM_POOL,
+    AvgWindow,
     InceptionDims,
     NaiveDims,
     Window,
     align_up,
 )
 from fused_inception.ops import (
+    avg_pool_project_triton,
     conv2d_triton,
     global_pool_triton,
     inception_naive_triton,
@@ -160,8 +163,29 @@ class Stem:
 
 
 @dataclass(frozen=True)
+class Auxiliary:
+    """Average pool, 1x1 convolution, bias and ReLU of an auxiliary classifier."""
+
+    batch: int
+    c_in: int
+    side: int
+    window: AvgWindow
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The script of the operator."""
+        x = _map(self.batch, self.c_in, self.side, dtype)
+        weight = torch.empty((AUX_CHANNELS, self.c_in, 1, 1), device="meta")
+        bias = torch.empty(AUX_CHANNELS, device="meta")
+        y, saved = avg_pool_project_triton.forward(x, weight, bias, self.window, training)
+        if training:
+            avg_pool_project_triton.backward(
+                _like(y), y, *saved, weight, bias, tuple(x.shape), self.window, [True] * 3
+            )
+
+
+@dataclass(frozen=True)
 class GlobalPool:
-    """Global average pooling."""
+    """Global average pooling; in training with dropout behind it."""
 
     batch: int
     channels: int
@@ -170,9 +194,11 @@ class GlobalPool:
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The script of the operator."""
         x = _map(self.batch, self.channels, self.side, dtype)
-        y = global_pool_triton.forward(x)
+        kept = torch.empty((self.batch, self.channels), dtype=torch.bool, device="meta")
+        drawn = (kept, 2.5) if training else (None, 1.0)
+        y = global_pool_triton.forward(x, *drawn)
         if training:
-            global_pool_triton.backward(_like(y), x.shape)
+            global_pool_triton.backward(_like(y), *drawn, x.shape)
 
 
 def _map(n: int, c: int, side: int, dtype: torch.dtype) -> torch.Tensor:

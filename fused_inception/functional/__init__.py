@@ -7,20 +7,28 @@ import torch
 from torch import Tensor
 
 from fused_inception import checks
-from fused_inception.backend import BackendError, Implementation, resolve, selected
+from fused_inception.backend import BackendError, resolve, selected
+from fused_inception.functional.classifier import (
+    adaptive_avg_pool2d_conv1x1_relu,
+    avg_pool2d_conv1x1_relu,
+    global_avg_pool2d,
+    global_avg_pool2d_dropout,
+)
+from fused_inception.functional.layout import settle as _settle
 from fused_inception.geometry import IMAGE_CHANNELS, STEM_NORM, STEM_POOL, Window
 from fused_inception.ops import conv2d as _conv2d
-from fused_inception.ops import global_pool as _global_pool
 from fused_inception.ops import inception as _inception
 from fused_inception.ops import inception_naive as _inception_naive
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import stem as _stem
-from fused_inception.ops.layout import why_not_in_place
 from fused_inception.ops.registration import autocast, autocasts
 
 __all__ = [
+    "adaptive_avg_pool2d_conv1x1_relu",
+    "avg_pool2d_conv1x1_relu",
     "conv2d_relu",
     "global_avg_pool2d",
+    "global_avg_pool2d_dropout",
     "googlenet_stem",
     "inception",
     "inception_naive",
@@ -183,26 +191,6 @@ def parallel_conv1x1_relu(
         )
     y = conv2d_relu(x, torch.cat([*weights]), torch.cat([*biases]))
     return y.split([weight.shape[0] for weight in weights], dim=1)
-
-
-def global_avg_pool2d(x: Tensor) -> Tensor:
-    """Mean over height and width, accumulated in fp32 (fp64 in fp64).
-
-    Args:
-        x: [N, C, H, W] in fp16, bf16, fp32 or fp64; any layout is read in place.
-
-    Returns:
-        [N, C, 1, 1] in the dtype of `x`, exactly channels last; its gradient is channels last.
-
-    Raises:
-        ValueError: `x` is not 4-dimensional or has no channels or pixels.
-        TypeError: a dtype that does not fit, or float64 under the backend "triton".
-        BackendError: the backend "triton" cannot run here.
-
-    Autograd saves no tensor. A double backward raises RuntimeError.
-    """
-    checks.image_batch(x)
-    return _global_pool.global_avg_pool2d(x, resolve(x))
 
 
 def max_pool2d(
@@ -422,13 +410,3 @@ def _pool(op: Callable[..., Any], x: Tensor, window: Window | None, *norm: float
     save = torch.is_grad_enabled() and x.requires_grad
     y, _ = op(_settle(x, impl), *options, save, impl)
     return y
-
-
-def _settle(x: Tensor, impl: Implementation) -> Tensor:
-    """`x` in the layout that `impl` reads: converted here, it is not converted again in backward.
-
-    Channels that Triton has to pad are left to the operator, which does not keep the padded copy.
-    """
-    if impl == "triton" and why_not_in_place(x) is None:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
