@@ -47,8 +47,9 @@ def launches_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         if 0 not in grid:
             record(getattr(kernel, "fn", kernel).__name__, grid, constants)
 
-    for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        module = importlib.import_module(info.name)
+    infos = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    # all are imported before one is patched: a later import would take the stub for good
+    for module in [importlib.import_module(info.name) for info in infos]:
         if hasattr(module, "run"):
             monkeypatch.setattr(module, "run", note)
 
