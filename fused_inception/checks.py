@@ -34,16 +34,18 @@ def inception_parameters(
     Raises:
         ValueError, TypeError: of shapes or devices, of dtypes.
     """
+    inception_filters(x, filters, casts=casts)
+    _biases(x, _NAMES, filters, biases, casts)
+
+
+def inception_filters(x: Tensor, filters: Sequence[Tensor], *, casts: bool) -> None:
+    """Six filters fit each other and `x`; errors as above."""
+    if len(filters) != len(_NAMES):
+        raise ValueError(f"filters must be {len(_NAMES)}, got {len(filters)}")
     c, reduced3, reduced5 = x.shape[1], filters[1].shape[0], filters[3].shape[0]
-    layers = (
-        ("1", c, (1,)),
-        ("3r", c, (1,)),
-        ("3", reduced3, (3,)),
-        ("5r", c, (1,)),
-        ("5", reduced5, (3, 5)),
-        ("p", c, (1,)),
-    )
-    _module_parameters(x, layers, filters, biases, casts)
+    channels = (c, c, reduced3, c, reduced5, c)
+    sides = ((1,), (1,), (3,), (1,), (3, 5), (1,))
+    _filters(x, _NAMES, channels, sides, filters, casts)
 
 
 def naive_parameters(
@@ -51,18 +53,22 @@ def naive_parameters(
 ) -> None:
     """Three filters and biases fit `x`; `casts` and errors as above."""
     c = x.shape[1]
-    layers = (("1", c, (1,)), ("3", c, (3,)), ("5", c, (5,)))
-    _module_parameters(x, layers, filters, biases, casts)
+    _filters(x, "135", (c, c, c), ((1,), (3,), (5,)), filters, casts)
+    _biases(x, "135", filters, biases, casts)
 
 
-def _module_parameters(
+_NAMES = ("1", "3r", "3", "5r", "5", "p")
+
+
+def _filters(
     x: Tensor,
-    layers: Sequence[tuple[str, int, tuple[int, ...]]],  # name, input channels, sides
+    names: Sequence[str],
+    channels: Sequence[int],
+    all_sides: Sequence[tuple[int, ...]],
     filters: Sequence[Tensor],
-    biases: Sequence[Tensor],
     casts: bool,
 ) -> None:
-    for (name, c_in, sides), weight in zip(layers, filters, strict=True):
+    for name, c_in, sides, weight in zip(names, channels, all_sides, filters, strict=True):
         shape = weight.shape
         if (
             len(shape) != 4
@@ -73,13 +79,23 @@ def _module_parameters(
         ):
             expected = " or ".join(f"[C_out, {c_in}, {side}, {side}]" for side in sides)
             raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}")
-    for (name, _, _), weight, bias in zip(layers, filters, biases, strict=True):
+        _filter_placed(x, f"w{name}", weight, casts)
+
+
+def _biases(
+    x: Tensor,
+    names: Sequence[str],
+    filters: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    casts: bool,
+) -> None:
+    for name, weight, bias in zip(names, filters, biases, strict=True):
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"b{name} must be of shape [{weight.shape[0]}], one bias for each filter, "
                 f"got {list(bias.shape)}"
             )
-        _placed(x, f"w{name}", weight, f"b{name}", bias, casts)
+        _vector_placed(x, f"b{name}", bias, casts)
 
 
 def conv_parameters(
@@ -90,18 +106,96 @@ def conv_parameters(
     Raises:
         ValueError, TypeError: of shapes, options or devices, of dtypes.
     """
+    conv_filter(x, weight, stride, padding, casts=casts)
+    if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+        raise ValueError(f"bias must be of shape [{weight.shape[0]}], got {list(bias.shape)}")
+    _vector_placed(x, "bias", bias, casts)
+
+
+def conv_filter(x: Tensor, weight: Tensor, stride: int, padding: int, *, casts: bool) -> None:
+    """One square filter fits `x`; `casts` as above.
+
+    Raises:
+        ValueError, TypeError: of shapes, options or devices, of dtypes.
+    """
     shape, c_in = weight.shape, x.shape[1]
     if len(shape) != 4 or shape[0] < 1 or shape[1] != c_in or shape[2] < 1 or shape[3] != shape[2]:
         raise ValueError(f"weight must be of shape [C_out, {c_in}, K, K], got {list(shape)}")
-    if bias.dim() != 1 or bias.shape[0] != shape[0]:
-        raise ValueError(f"bias must be of shape [{shape[0]}], got {list(bias.shape)}")
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     if padding < 0:
         raise ValueError(f"padding must be at least 0, got {padding}")
     for side in x.shape[2:]:
         conv_out(side, shape[2], stride, padding)
-    _placed(x, "weight", weight, "bias", bias, casts)
+    _filter_placed(x, "weight", weight, casts)
+
+
+def norm_vectors(
+    x: Tensor, name: str, vectors: Sequence[Tensor | None], widths: Sequence[int], *, casts: bool
+) -> list[Tensor]:
+    """The tensors [C] of one kind, one for each of `widths`; none where all are None.
+
+    Raises:
+        ValueError, TypeError: some are None and some are not; of shapes or devices, of dtypes.
+    """
+    present = [t for t in vectors if t is not None]
+    if not present:
+        return present
+    if len(present) != len(widths):
+        raise ValueError(f"{name} must be {len(widths)} tensors or all None, got {len(present)}")
+    for t, width in zip(present, widths, strict=True):
+        if t.dim() != 1 or t.shape[0] != width:
+            raise ValueError(f"{name} must be of shape [{width}], got {list(t.shape)}")
+        _vector_placed(x, name, t, casts)
+    return present
+
+
+def norm_pair(first: str, a: Sequence[Tensor], second: str, b: Sequence[Tensor]) -> None:
+    """Both kinds are there, or neither.
+
+    Raises:
+        ValueError: one alone is.
+    """
+    if bool(a) != bool(b):
+        missing, given = (first, second) if b else (second, first)
+        raise ValueError(f"{given} must come with {missing}, which is None")
+
+
+def batch_counters(
+    counters: Sequence[Tensor | None], momentum: float | None, running: Sequence[Tensor]
+) -> list[Tensor]:
+    """The counters of batches, one for each running mean; none where all are None.
+
+    Raises:
+        ValueError: they are missing where a cumulative average needs them, or too few.
+        TypeError: one is not int64.
+    """
+    present = [t for t in counters if t is not None]
+    if not running:
+        return []
+    if not present and momentum is None:
+        raise ValueError("momentum=None averages over all batches and needs batches_tracked")
+    if present and len(present) != len(running):
+        raise ValueError(
+            f"batches_tracked must be {len(running)} tensors or all None, got {len(present)}"
+        )
+    for t in present:
+        if t.dtype != torch.int64:
+            raise TypeError(f"batches_tracked must be int64, got {_names([t.dtype])}")
+    return present
+
+
+def batch_statistics(n: int, c: int, h: int, w: int) -> None:
+    """[N, C, H, W] has more than one value a channel.
+
+    Raises:
+        ValueError: it has one; PyTorch's words.
+    """
+    if n * h * w == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, "
+            f"got input size {torch.Size([n, c, h, w])}"
+        )
 
 
 def stem_parameters(
@@ -134,7 +228,8 @@ def stem_parameters(
             raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}")
         if bias.dim() != 1 or bias.shape[0] != shape[0]:
             raise ValueError(f"b{name} must be of shape [{shape[0]}], got {list(bias.shape)}")
-        _placed(x, f"w{name}", weight, f"b{name}", bias, casts)
+        _filter_placed(x, f"w{name}", weight, casts)
+        _vector_placed(x, f"b{name}", bias, casts)
         c_in = shape[0]
     windows = [_window(p.kernel, p.stride, p.padding, p.ceil_mode) for p in pools]
     for side in x.shape[2:]:
@@ -233,22 +328,22 @@ def _side(name: str, value: int | Sequence[int], least: int) -> int:
     return sides[0]
 
 
-def _placed(
-    x: Tensor, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor, casts: bool
-) -> None:
-    """Filter and bias are on the device of `x`, in dtypes that it can be combined with."""
-    allowed_w: tuple[torch.dtype, ...]
-    allowed_b: tuple[torch.dtype, ...]
-    if casts:
-        allowed_w = allowed_b = DTYPES[:3]
-    else:
-        allowed_w = (x.dtype,)
-        allowed_b = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    for name, t, allowed in ((weight_name, weight, allowed_w), (bias_name, bias, allowed_b)):
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
-        if t.dtype not in allowed:
-            raise TypeError(f"{name} must be {_names(allowed)}, got {_names([t.dtype])}")
+def _filter_placed(x: Tensor, name: str, weight: Tensor, casts: bool) -> None:
+    """A filter is on the device of `x`, in a dtype that it can be combined with."""
+    _placed(x, name, weight, DTYPES[:3] if casts else (x.dtype,))
+
+
+def _vector_placed(x: Tensor, name: str, vector: Tensor, casts: bool) -> None:
+    """So is a bias or a statistic, which may be fp32 beside 16 bits."""
+    beside = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    _placed(x, name, vector, DTYPES[:3] if casts else beside)
+
+
+def _placed(x: Tensor, name: str, t: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+    if t.dtype not in allowed:
+        raise TypeError(f"{name} must be {_names(allowed)}, got {_names([t.dtype])}")
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -7,7 +7,7 @@ import triton.language as tl
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
-from fused_inception.kernels.tiles import relu, store_slice, tap_validity
+from fused_inception.kernels.tiles import finish_tile, tap_validity
 from fused_inception.tuning.configs import BranchesConfig
 
 
@@ -110,21 +110,19 @@ def conv_tile(
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    moments_ptr=None,  # [tiles of pixels, 3, C_OUT] fp32
 ):
     """y[p, o] = relu(sum over taps and i of x[p + tap, i] * w[o, tap, i] + b[o]), stride 1, "same"
-    padding."""
+    padding; with moments the sum alone, and its moments over the tile."""
     offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_co = pid_co * BLOCK_CO + tl.arange(0, BLOCK_CO)
     p0 = (pid_p * BLOCK_P).to(tl.int64)
     acc = convolve(
         x_ptr + p0 * x_stride, w_ptr, tap_validity(offs_p, n_pixels, height, width, K),
         pid_co, width, x_stride, K, C_IN, C_OUT, PRECISION,
         BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES,
     )  # fmt: skip
-    bias = tl.load(b_ptr + offs_co, mask=offs_co < C_OUT, other=0.0)
-    y_tile = relu(acc + bias[None, :]).to(y_ptr.dtype.element_ty)
-    store_slice(
-        y_tile, y_ptr, mask_ptr, p0, pid_co * BLOCK_CO, n_pixels,
+    finish_tile(
+        acc, b_ptr, y_ptr, mask_ptr, moments_ptr, pid_p, pid_co * BLOCK_CO, n_pixels,
         C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, BLOCK_P, BLOCK_CO,
     )  # fmt: skip
 
@@ -138,6 +136,9 @@ def _branches_kernel(
     b_ptr,  # packed biases, fp32: [N3] from BIAS_3 on, [N5] from BIAS_5 on
     y_ptr,  # [P, Y_STRIDE]
     mask_ptr,  # [P, MASK_STRIDE]
+    # ahead of a BatchNorm, else None
+    moments3_ptr,  # [tiles of pixels, 3, N3] fp32
+    moments5_ptr,  # [tiles of pixels, 3, N5] fp32
     # sizes
     n_pixels,
     height,
@@ -180,14 +181,14 @@ def _branches_kernel(
             r_ptr, w_ptr + FILTER_3, b_ptr + BIAS_3, y_ptr + OFFSET_3, mask_ptr + SLOT_3 // 8,
             pid // TILES_3, pid % TILES_3, n_pixels, height, width, R_STRIDE,
             3, S3R, N3, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
-            P3, CO3, CI3, NUM_STAGES,
+            P3, CO3, CI3, NUM_STAGES, moments3_ptr,
         )  # fmt: skip
     else:
         conv_tile(
             r_ptr + S3R, w_ptr + FILTER_5, b_ptr + BIAS_5, y_ptr + OFFSET_5, mask_ptr + SLOT_5 // 8,
             (pid - end3) // TILES_5, (pid - end3) % TILES_5, n_pixels, height, width, R_STRIDE,
             K5, S5R, N5, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
-            P5, CO5, CI5, NUM_STAGES,
+            P5, CO5, CI5, NUM_STAGES, moments5_ptr,
         )  # fmt: skip
 
 
@@ -202,15 +203,23 @@ def launch_branches(
     *,
     save: bool,
     precision: str,
+    moments: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Fill the 3x3 and 5x5 slices of `y` from the reduced maps `r`; with `save` those of `mask`
-    too."""
+    too.
+
+    With `moments` of both branches, ahead of a BatchNorm, neither bias nor ReLU is applied and `y`
+    is a scratch tensor of `dims.slot_channels`, as `pointwise.launch_pointwise` has it.
+    """
     layout = PackedLayout(dims)
     n, _, height, width = r.shape
     n_pixels = n * height * width
     c3, c5 = config.conv3, config.conv5
     programs = cdiv(n_pixels, c3.block_m) * cdiv(dims.ch3x3, c3.block_n)
     programs += cdiv(n_pixels, c5.block_m) * cdiv(dims.ch5x5, c5.block_n)
+    n3, n5, starts = dims.ch3x3, dims.ch5x5, dims.offsets
+    if moments is not None:
+        n3, n5, starts = align_up(n3), align_up(n5), dims.slots
     run(
         _branches_kernel,
         (programs,),
@@ -220,13 +229,14 @@ def launch_branches(
             packed_b,
             y,
             mask,
+            *(moments or (None, None)),
             n_pixels,
             height,
             width,
         ),
         dict(
-            N3=dims.ch3x3,
-            N5=dims.ch5x5,
+            N3=n3,
+            N5=n5,
             K5=dims.kernel_5x5,
             S3R=align_up(dims.ch3x3red),
             S5R=align_up(dims.ch5x5red),
@@ -234,11 +244,11 @@ def launch_branches(
             FILTER_5=layout.w5,
             BIAS_3=layout.b3,
             BIAS_5=layout.b5,
-            OFFSET_3=dims.offsets[1],
-            OFFSET_5=dims.offsets[2],
+            OFFSET_3=starts[1],
+            OFFSET_5=starts[2],
             SLOT_3=dims.slots[1],
             SLOT_5=dims.slots[2],
-            Y_STRIDE=dims.out_channels,
+            Y_STRIDE=y.shape[1],
             MASK_STRIDE=dims.slot_channels // 8,
             SAVE=save,
             PRECISION=precision,

@@ -53,6 +53,7 @@ def _conv2d_fwd_kernel(
     b_ptr,  # [S_OUT] fp32
     y_ptr,  # [P, Y_STRIDE]
     mask_ptr,  # [P, S_OUT / 8]
+    moments_ptr,  # [tiles of pixels, 3, C_OUT] fp32 ahead of a BatchNorm, else None
     # sizes
     n_pixels,
     height,
@@ -73,14 +74,15 @@ def _conv2d_fwd_kernel(
     BLOCK_CI: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """y = relu(conv(x, w) + b); one program per tile of y."""
+    """y = relu(conv(x, w) + b); with moments conv(x, w) alone, and its moments. One program per
+    tile of y."""
     TILES_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
     pid = tl.program_id(0)
     conv_tile(
         x_ptr, w_ptr, b_ptr, y_ptr, mask_ptr,
         pid // TILES_CO, pid % TILES_CO, n_pixels, height, width, x_stride8 * 8,
         K, S_IN, C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
-        BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES,
+        BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES, moments_ptr,
     )  # fmt: skip
 
 
@@ -195,7 +197,7 @@ def launch_pack_filter(
     """One filter as [slots of C_OUT, K * K, slots of C_IN] in `dtype`, its bias in fp32.
 
     Without a bias it is packed for the data gradient: [slots of C_IN, K * K backwards, slots of
-    C_OUT].
+    C_OUT]. A bias of no elements is none, for a forward.
     """
     c_out, c_in, k, _ = weight.shape
     s_out, s_in = align_up(c_out), align_up(c_in)
@@ -205,7 +207,7 @@ def launch_pack_filter(
     packed_b = torch.empty(0 if bias is None else s_out, dtype=torch.float32, device=weight.device)
     run(
         _pack_filter_kernel,
-        (cdiv(packed_w.numel(), block) + (bias is not None),),
+        (cdiv(packed_w.numel(), block) + (bias is not None and bias.numel() > 0),),
         (source, packed_b if bias is None else bias.contiguous(), packed_w, packed_b),
         dict(
             C_IN=c_in,
@@ -227,14 +229,19 @@ def launch_conv2d_fwd(
     packed_w: torch.Tensor,
     packed_b: torch.Tensor,
     y: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     config: ConvConfig,
     *,
     kernel: int,
     save: bool,
     precision: str,
+    moments: torch.Tensor | None = None,
 ) -> None:
     """Fill `y`, [N, C_OUT, H, W] exactly channels last; with `save` its ReLU bits in `mask`.
+
+    With `moments`, ahead of a BatchNorm, neither bias nor ReLU is applied, `y` has the slots of
+    C_OUT, and `moments` is filled: [tiles of pixels, 3, slots of C_OUT] fp32, mean and sum of
+    squared deviations of each tile.
 
     x: [N, slots of C_IN, H, W] channels last, pixel stride a multiple of 8.
     """
@@ -244,7 +251,7 @@ def launch_conv2d_fwd(
     run(
         _conv2d_fwd_kernel,
         (cdiv(n_pixels, tile.block_m) * cdiv(c_out, tile.block_n),),
-        (x, packed_w, packed_b, y, mask, n_pixels, height, width, x.stride(3) // 8),
+        (x, packed_w, packed_b, y, mask, moments, n_pixels, height, width, x.stride(3) // 8),
         dict(
             K=kernel,
             S_IN=packed_w.shape[2],

@@ -9,7 +9,7 @@ from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.conv import convolve
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
-from fused_inception.kernels.tiles import is_open, tap_validity
+from fused_inception.kernels.tiles import batch_norm, is_open, load_norm, tap_validity
 from fused_inception.tuning.configs import DgradConfig
 
 
@@ -41,9 +41,15 @@ def dgrad_tile(
     BLOCK_CI: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    norm_ptr=None,  # [4, NORM_STRIDE] fp32, of x
+    NORM_STRIDE: tl.constexpr = 0,
 ):
     """dx[p, i] = sum over taps and o of dz[p - tap, o] * w[o, tap, i], where x was not <= 0 with
-    GATED."""
+    GATED.
+
+    With a norm the ReLU was that of batch norm(x), and each row of partial sums is two: of dx, and
+    of dx times the normalised x.
+    """
     local_p = tl.arange(0, BLOCK_P)
     offs_p = pid_p * BLOCK_P + local_p
     offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
@@ -62,11 +68,28 @@ def dgrad_tile(
     if GATED:
         # closes the padding channels too: there x is 0
         x_tile = tl.load(x_ptr + p0 * DX_STRIDE + dx_offs, mask=dx_mask, other=0.0)
-        dx_tile = tl.where(dx_mask & is_open(x_tile), dx_tile, 0.0)
+        if norm_ptr is None:
+            gate = is_open(x_tile)
+        else:
+            mask_ci = offs_ci < STORED_IN
+            mean = load_norm(norm_ptr, 0, offs_ci, mask_ci, NORM_STRIDE)
+            scale = load_norm(norm_ptr, 2, offs_ci, mask_ci, NORM_STRIDE)
+            beta = load_norm(norm_ptr, 3, offs_ci, mask_ci, NORM_STRIDE)
+            gate = is_open(batch_norm(x_tile, mean, scale, beta))
+        dx_tile = tl.where(dx_mask & gate, dx_tile, 0.0)
     tl.store(dx_ptr + p0 * DX_STRIDE + dx_offs, dx_tile, mask=dx_mask)
     if GATED:
+        mask_ci = offs_ci < STORED_IN
         sums = tl.sum(dx_tile.to(tl.float32), axis=0)
-        tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, sums, mask=offs_ci < STORED_IN)
+        if norm_ptr is None:
+            tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, sums, mask=mask_ci)
+        else:
+            row_ptr = partial_ptr + pid_p * (2 * DX_STRIDE) + offs_ci
+            tl.store(row_ptr, sums, mask=mask_ci)
+            inverse = load_norm(norm_ptr, 1, offs_ci, mask_ci, NORM_STRIDE)
+            normal = (x_tile.to(tl.float32) - mean[None, :]) * inverse[None, :]
+            sums = tl.sum(dx_tile.to(tl.float32) * normal, axis=0)
+            tl.store(row_ptr + DX_STRIDE, sums, mask=mask_ci)
 
 
 @triton.jit(do_not_specialize=["n_pixels", "height", "width", "programs3", "programs5"])
@@ -81,6 +104,7 @@ def _dgrad_kernel(
     dp_ptr,  # [P, S_IN] gradient of the pooled map
     partial3_ptr,  # [tiles, S3R + S5R] fp32
     partial5_ptr,
+    r_norm_ptr,  # [4, NORM_STRIDE] fp32, of the reduced maps where they are raw, else None
     # sizes
     n_pixels,
     height,
@@ -102,6 +126,7 @@ def _dgrad_kernel(
     SLOT_5: tl.constexpr,
     SLOT_P: tl.constexpr,
     DZ_STRIDE: tl.constexpr,
+    NORM_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     # tile
     P3: tl.constexpr,
@@ -121,12 +146,15 @@ def _dgrad_kernel(
     TILES_3: tl.constexpr = (S3R + CI3 - 1) // CI3
     TILES_5: tl.constexpr = (S5R + CI5 - 1) // CI5
     TILES_P: tl.constexpr = (S_IN + CIP - 1) // CIP
+    r5_norm_ptr = r_norm_ptr
+    if r_norm_ptr is not None:
+        r5_norm_ptr = r_norm_ptr + S3R
     if pid < programs3:
         dgrad_tile(
             dz_ptr + SLOT_3, w_ptr + FILTER_3, r_ptr, dr_ptr, partial3_ptr,
             pid // TILES_3, pid % TILES_3, n_pixels, height, width,
             3, S3R, S3, DZ_STRIDE, R_STRIDE, True, S3R, PRECISION,
-            P3, CI3, CO3, NUM_STAGES,
+            P3, CI3, CO3, NUM_STAGES, r_norm_ptr, NORM_STRIDE,
         )  # fmt: skip
     elif pid < programs3 + programs5:
         pid5 = pid - programs3
@@ -134,7 +162,7 @@ def _dgrad_kernel(
             dz_ptr + SLOT_5, w_ptr + FILTER_5, r_ptr + S3R, dr_ptr + S3R, partial5_ptr + S3R,
             pid5 // TILES_5, pid5 % TILES_5, n_pixels, height, width,
             K5, S5R, S5, DZ_STRIDE, R_STRIDE, True, S5R, PRECISION,
-            P5, CI5, CO5, NUM_STAGES,
+            P5, CI5, CO5, NUM_STAGES, r5_norm_ptr, NORM_STRIDE,
         )  # fmt: skip
     else:
         pidp = pid - programs3 - programs5
@@ -157,12 +185,15 @@ def launch_dgrad(
     reduce5: bool,
     pooled: bool,
     precision: str,
+    norm: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the reduced maps and of the pooled map from the masked gradient `dz`.
 
     Returns (dr like r, dp [N, slots of C_IN, H, W], partial3, partial5), the partials being column
-    sums of dr over each tile of pixels, [tiles, reduced_channels]. What is not asked for is not
-    computed: its part of dr is zero, dp is empty.
+    sums of dr over each tile of pixels, [tiles, reduced_channels]. With `norm`, [4, channels of the
+    module], `r` is raw, dr is the gradient behind the ReLU of its BatchNorm, and the partials are
+    [tiles, 2, reduced_channels], of dr and of dr times the normalised r. What is not asked for is
+    not computed: its part of dr is zero, dp is empty.
     """
     layout = PackedLayout(dims)
     n, _, height, width = r.shape
@@ -180,8 +211,9 @@ def launch_dgrad(
     )
     tiles3 = cdiv(n_pixels, c3.block_m) if reduce3 else 0
     tiles5 = cdiv(n_pixels, c5.block_m) if reduce5 else 0
-    partial3 = torch.empty((tiles3, s3r + s5r), dtype=torch.float32, device=dz.device)
-    partial5 = torch.empty((tiles5, s3r + s5r), dtype=torch.float32, device=dz.device)
+    row = (s3r + s5r,) if norm is None else (2, s3r + s5r)
+    partial3 = torch.empty((tiles3, *row), dtype=torch.float32, device=dz.device)
+    partial5 = torch.empty((tiles5, *row), dtype=torch.float32, device=dz.device)
     programs3 = tiles3 * cdiv(s3r, c3.block_n)
     programs5 = tiles5 * cdiv(s5r, c5.block_n)
     programs_p = cdiv(n_pixels, cp.block_m) * cdiv(s_in, cp.block_n) if pooled else 0
@@ -196,6 +228,7 @@ def launch_dgrad(
             dp,
             partial3,
             partial5,
+            None if norm is None else norm[:, layout.r3 :],
             n_pixels,
             height,
             width,
@@ -217,6 +250,7 @@ def launch_dgrad(
             SLOT_5=dims.slots[2],
             SLOT_P=dims.slots[3],
             DZ_STRIDE=dims.slot_channels,
+            NORM_STRIDE=layout.bias_elements,
             PRECISION=precision,
             P3=c3.block_m,
             CI3=c3.block_n,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fused_inception.kernels.launch import cdiv, run
-from fused_inception.kernels.tiles import relu, store_slice
+from fused_inception.kernels.tiles import finish_tile
 from fused_inception.tuning.configs import ImageConvConfig
 
 
@@ -70,8 +70,9 @@ def _image_conv_fwd_kernel(
     x_ptr,  # [N, C_IN, H, W] any strides, any floating dtype
     w_ptr,  # [C_OUT, C_IN, K, K]
     b_ptr,  # [C_OUT]
-    y_ptr,  # [P, C_OUT]
+    y_ptr,  # [P, Y_STRIDE]
     mask_ptr,  # [P, MASK_STRIDE]
+    moments_ptr,  # [tiles of pixels, 3, Y_STRIDE] fp32 ahead of a BatchNorm, else None
     # sizes
     n_pixels,  # of the output
     height,
@@ -89,6 +90,7 @@ def _image_conv_fwd_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
     MASK_STRIDE: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -97,7 +99,8 @@ def _image_conv_fwd_kernel(
     BLOCK_CO: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[p, o] = relu(sum over positions of window(p) * w[o] + b[o]); one program per tile of y."""
+    """y[p, o] = relu(sum over positions of window(p) * w[o] + b[o]); with moments the sum alone,
+    and its moments. One program per tile of y."""
     TILES_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
     POSITIONS: tl.constexpr = C_IN * K * K
     pid_p = tl.program_id(0) // TILES_CO
@@ -120,12 +123,9 @@ def _image_conv_fwd_kernel(
         w_tile = tl.load(w_ptr + w_offs, mask=w_mask, other=0.0)
         dtype: tl.constexpr = y_ptr.dtype.element_ty
         acc = tl.dot(x_tile.to(dtype), w_tile.to(dtype), acc, input_precision=PRECISION)
-    bias = tl.load(b_ptr + offs_co, mask=mask_co, other=0.0).to(tl.float32)
-    y_tile = relu(acc + bias[None, :]).to(y_ptr.dtype.element_ty)
-    p0 = (pid_p * BLOCK_P).to(tl.int64)
-    store_slice(
-        y_tile, y_ptr, mask_ptr, p0, co0, n_pixels,
-        C_OUT, C_OUT, MASK_STRIDE, SAVE, BLOCK_P, BLOCK_CO,
+    finish_tile(
+        acc, b_ptr, y_ptr, mask_ptr, moments_ptr, pid_p, co0, n_pixels,
+        Y_STRIDE, Y_STRIDE, MASK_STRIDE, SAVE, BLOCK_P, BLOCK_CO,
     )  # fmt: skip
 
 
@@ -328,16 +328,19 @@ def launch_image_conv_fwd(
     shape: ImageConv,
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     y: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     config: ImageConvConfig,
     *,
     save: bool,
     precision: str,
+    moments: torch.Tensor | None = None,
 ) -> None:
     """Fill `y`, [N, C_OUT, H_out, W_out] exactly channels last; with `save` its ReLU bits in
     `mask`.
+
+    With `moments`, as `conv2d.launch_conv2d_fwd` has it, ahead of a BatchNorm.
 
     x: [N, C_IN, H, W] of any strides and floating dtype; weight contiguous in any floating dtype.
     """
@@ -346,9 +349,10 @@ def launch_image_conv_fwd(
     run(
         _image_conv_fwd_kernel,
         (cdiv(n_pixels, tile.block_m) * cdiv(shape.c_out, tile.block_n),),
-        (x, weight, bias, y, mask, *_sizes(shape, x, y.shape), *x.stride()),
+        (x, weight, bias, y, mask, moments, *_sizes(shape, x, y.shape), *x.stride()),
         dict(
             **_constants(shape, precision),
+            Y_STRIDE=y.shape[1],
             MASK_STRIDE=cdiv(shape.c_out, 8),
             SAVE=save,
             BLOCK_P=tile.block_m,

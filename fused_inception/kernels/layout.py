@@ -50,6 +50,11 @@ class PackedLayout:
         return self.wp + align_up(self.dims.pool_proj) * self.slots_in
 
     @cached_property
+    def r3(self) -> int:
+        """First bias of the 3x3 reduce."""
+        return align_up(self.dims.ch1x1)
+
+    @cached_property
     def b3(self) -> int:
         """First bias of the 3x3 branch."""
         return self.cat_rows
@@ -68,3 +73,21 @@ class PackedLayout:
     def bias_elements(self) -> int:
         """Elements of all packed biases."""
         return self.bp + align_up(self.dims.pool_proj)
+
+
+def branch_constants(widths: tuple[int, ...]) -> dict[str, int]:
+    """Widths and slots of up to four branches side by side, as kernels take them."""
+    n1, n3, n5, np = (*widths, 0, 0, 0)[:4]
+    slot3 = align_up(n1)
+    slot5 = slot3 + align_up(n3)
+    slot_p = slot5 + align_up(n5)
+    return dict(
+        N1=n1,
+        N3=n3,
+        N5=n5,
+        NP=np,
+        SLOT_3=slot3,
+        SLOT_5=slot5,
+        SLOT_P=slot_p,
+        SLOTS=slot_p + align_up(np),
+    )

@@ -151,7 +151,8 @@ def launch_pack(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack six filters (cast to `dtype`) and six biases (cast to fp32).
 
-    Without biases the filters are packed for the data gradients. Returns (filters, biases) as flat
+    With None for the biases the filters are packed for the data gradients, with none in the list
+    for a forward without biases. Returns (filters, biases) as flat
     tensors, laid out as `PackedLayout` says.
     """
     layout = PackedLayout(dims)
@@ -197,7 +198,7 @@ def launch_pack(
             **slots,
             LAST3=is_channels_last_filter(sources[2]),
             LAST5=is_channels_last_filter(sources[4]),
-            FOR_DGRAD=not biases,
+            FOR_DGRAD=biases is None,
             BLOCK=block,
         ),
         num_warps=4,

@@ -9,7 +9,7 @@ from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.pool_project import pool_project_tile
-from fused_inception.kernels.tiles import relu, store_slice
+from fused_inception.kernels.tiles import relu, store_moments, store_slice
 from fused_inception.tuning.configs import PointwiseConfig, Tile
 
 
@@ -46,8 +46,12 @@ def _pointwise_tile(
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    moments_ptr,  # [tiles of pixels, 3, S1 + SR] fp32, or None
 ):
-    """relu(x w^T + b) of one tile: channels below S1 into the 1x1 slice of y, the others into r."""
+    """relu(x w^T + b) of one tile: channels below S1 into the 1x1 slice of y, the others into r.
+
+    With moments x w^T alone, and its moments over the tile.
+    """
     local_p = tl.arange(0, BLOCK_P)
     offs_co = co0 + tl.arange(0, BLOCK_CO)
     offs_ci = tl.arange(0, BLOCK_CI)
@@ -72,8 +76,12 @@ def _pointwise_tile(
         w_tile = tl.load(w_ptr + ci0 + w_offs, mask=w_mask, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
 
-    bias = tl.load(b_ptr + offs_co, mask=mask_co, other=0.0)
-    out = relu(acc + bias[None, :]).to(y_ptr.dtype.element_ty)
+    if moments_ptr is None:
+        bias = tl.load(b_ptr + offs_co, mask=mask_co, other=0.0)
+        out = relu(acc + bias[None, :]).to(y_ptr.dtype.element_ty)
+    else:
+        out = acc.to(y_ptr.dtype.element_ty)
+        store_moments(out, moments_ptr, pid_p, co0, n_pixels, S1 + SR, BLOCK_P, BLOCK_CO)
     if co0 < S1:
         store_slice(
             out, y_ptr, mask_ptr, p0, co0, n_pixels,
@@ -99,6 +107,9 @@ def _pointwise_kernel(
     r_ptr,  # [P, SR]
     index_ptr,  # [P, C_IN] uint8
     mask_ptr,  # [P, MASK_STRIDE] uint8
+    # ahead of a BatchNorm, else None
+    moments_ptr,  # [tiles of pixels, 3, S1 + SR] fp32
+    pool_moments_ptr,  # [tiles of pixels, 3, NP] fp32
     # sizes
     n_pixels,
     height,
@@ -121,7 +132,7 @@ def _pointwise_kernel(
     SLOT_P: tl.constexpr,
     Y_STRIDE: tl.constexpr,
     MASK_STRIDE: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr,  # index and, without moments, bits
     PRECISION: tl.constexpr,
     # tile
     GEMM: tl.constexpr,
@@ -142,6 +153,7 @@ def _pointwise_kernel(
     The tail lets a width such as 288 = 256 + 32 be covered without padding it to the next wide
     tile.
     """
+    BITS: tl.constexpr = SAVE and moments_ptr is None
     pid = tl.program_id(0)
     x_stride = x_stride8 * 8
     tiles_p = tl.cdiv(n_pixels, BLOCK_P)
@@ -152,16 +164,16 @@ def _pointwise_kernel(
             _pointwise_tile(
                 x_ptr, w_ptr, b_ptr, y_ptr, r_ptr, mask_ptr,
                 pid // TILES_CO, pid % TILES_CO * BLOCK_CO, n_pixels, c_in, x_stride,
-                C_IN, N1, R3, R5, S1, S3R, SR, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
-                BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES,
+                C_IN, N1, R3, R5, S1, S3R, SR, Y_STRIDE, MASK_STRIDE, BITS, PRECISION,
+                BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES, moments_ptr,
             )  # fmt: skip
     elif pid < tail_end:
         if TAIL_CO > 0:
             _pointwise_tile(
                 x_ptr, w_ptr, b_ptr, y_ptr, r_ptr, mask_ptr,
                 pid - wide_end, TILES_CO * BLOCK_CO, n_pixels, c_in, x_stride,
-                C_IN, N1, R3, R5, S1, S3R, SR, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
-                BLOCK_P, TAIL_CO, BLOCK_CI, NUM_STAGES,
+                C_IN, N1, R3, R5, S1, S3R, SR, Y_STRIDE, MASK_STRIDE, BITS, PRECISION,
+                BLOCK_P, TAIL_CO, BLOCK_CI, NUM_STAGES, moments_ptr,
             )  # fmt: skip
     else:
         if POOL:
@@ -172,7 +184,7 @@ def _pointwise_kernel(
                 y_ptr + OFFSET_P, index_ptr, mask_ptr + SLOT_P // 8,
                 pool_pid // TILES_POOL, pool_pid % TILES_POOL, n_pixels, height, width, x_stride,
                 C_IN, NP, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
-                POOL_P, POOL_CO, POOL_CI,
+                POOL_P, POOL_CO, POOL_CI, pool_moments_ptr,
             )  # fmt: skip
 
 
@@ -189,9 +201,15 @@ def launch_pointwise(
     *,
     save: bool,
     precision: str,
+    moments: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Fill the 1x1 and pool slices of `y`, and `r`; with `save` also `index` and those slices of
     `mask`.
+
+    With `moments`, ahead of a BatchNorm, neither bias nor ReLU is applied, `y` is a scratch tensor
+    of `dims.slot_channels`, `mask` is not written, and `moments` are filled: means and sums of
+    squared deviations of each tile of pixels, of the 1x1 GEMM [tiles, 3, slots of all its channels]
+    and of the projection.
 
     x: [N, slots of C_IN, H, W] channels last, pixel stride a multiple of 8; y: [N, C_OUT, H, W]
     channels last;
@@ -215,6 +233,7 @@ def launch_pointwise(
         r,
         index,
         mask,
+        *(moments or (None, None)),
         n_pixels,
         height,
         width,
@@ -223,18 +242,18 @@ def launch_pointwise(
     )
     problem = dict(
         C_IN=c_in,
-        N1=dims.ch1x1,
+        N1=dims.ch1x1 if moments is None else s1,
         R3=dims.ch3x3red,
         R5=dims.ch5x5red,
-        NP=dims.pool_proj,
+        NP=dims.pool_proj if moments is None else align_up(dims.pool_proj),
         S1=s1,
         S3R=dims.reduced_slots[1],
         SR=sr,
         FILTER_P=layout.wp,
         BIAS_P=layout.bp,
-        OFFSET_P=dims.offsets[3],
+        OFFSET_P=dims.offsets[3] if moments is None else dims.slots[3],
         SLOT_P=dims.slots[3],
-        Y_STRIDE=dims.out_channels,
+        Y_STRIDE=y.shape[1],
         MASK_STRIDE=dims.slot_channels // 8,
         SAVE=save,
         PRECISION=precision,

@@ -4,7 +4,7 @@ the concatenation."""
 import triton
 import triton.language as tl
 
-from fused_inception.kernels.tiles import relu, store_slice, tap_validity
+from fused_inception.kernels.tiles import finish_tile, tap_validity
 
 
 @triton.jit
@@ -35,9 +35,10 @@ def pool_project_tile(
     BLOCK_P: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
+    moments_ptr=None,  # [tiles of pixels, 3, C_OUT] fp32
 ):
     """y[p, o] = relu(sum_i max_tap x[p + tap, i] * w[o, i] + b[o]); with SAVE also index and bits
-    of one tile.
+    of one tile; with moments the sum alone, and its moments in place of bits.
 
     torch's rule: the first maximum in row-major order wins, the last NaN wins, padding takes no
     part.
@@ -88,9 +89,7 @@ def pool_project_tile(
         w_tile = tl.load(w_ptr + ci0 + w_offs, mask=w_mask, other=0.0)
         acc = tl.dot(pooled, w_tile, acc, input_precision=PRECISION)
 
-    bias = tl.load(b_ptr + offs_co, mask=mask_co, other=0.0)
-    y_tile = relu(acc + bias[None, :]).to(y_ptr.dtype.element_ty)
-    store_slice(
-        y_tile, y_ptr, mask_ptr, p0, pid_co * BLOCK_CO, n_pixels,
+    finish_tile(
+        acc, b_ptr, y_ptr, mask_ptr, moments_ptr, pid_p, pid_co * BLOCK_CO, n_pixels,
         C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, BLOCK_P, BLOCK_CO,
     )  # fmt: skip

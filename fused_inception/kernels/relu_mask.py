@@ -5,8 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import align_up
 from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.layout import branch_constants
+from fused_inception.kernels.tiles import channel_of
 from fused_inception.tuning.configs import MaskConfig
 
 
@@ -57,21 +58,7 @@ def _relu_mask_kernel(
     offs_byte = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     bit = tl.arange(0, 8)
     slot = offs_byte[:, None] * 8 + bit[None, :]
-    C_OUT: tl.constexpr = N1 + N3 + N5 + NP
-    if C_OUT == SLOTS:
-        channel = slot
-        is_channel = slot < SLOTS
-    else:
-        branch3 = (slot >= SLOT_3) & (slot < SLOT_5)
-        branch5 = (slot >= SLOT_5) & (slot < SLOT_P)
-        pool = slot >= SLOT_P
-        channel = slot - tl.where(branch3, SLOT_3 - N1, 0)
-        channel -= tl.where(branch5, SLOT_5 - N1 - N3, 0)
-        channel -= tl.where(pool, SLOT_P - N1 - N3 - N5, 0)
-        end = tl.where(branch3, N1 + N3, N1)
-        end = tl.where(branch5, N1 + N3 + N5, end)
-        end = tl.where(pool, C_OUT, end)
-        is_channel = channel < end
+    channel, is_channel = channel_of(slot, N1, N3, N5, NP, SLOT_3, SLOT_5, SLOT_P, SLOTS)
     sums = tl.zeros((BLOCK_C // 8, 8), tl.float32)
     for start in tl.range(0, chunk, BLOCK_P):
         p0 = pid_p * chunk + start
@@ -115,11 +102,8 @@ def launch_relu_mask(
     Returns dz, [N, slots, H, W] channels last in the dtype of `dy`, each branch at a multiple of 8
     channels, and its column partials [chunks, slots].
     """
-    n1, n3, n5, np = (*widths, 0, 0, 0)[:4]
-    slot3 = align_up(n1)
-    slot5 = slot3 + align_up(n3)
-    slot_p = slot5 + align_up(n5)
-    slots = slot_p + align_up(np)
+    branches = branch_constants(widths)
+    slots = branches["SLOTS"]
     n, c_dy, height, width = dy.shape
     n_pixels = n * height * width
     chunks = cdiv(n_pixels, config.pixels)
@@ -136,14 +120,7 @@ def launch_relu_mask(
         (chunks, cdiv(slots, config.block_c)),
         (dy, mask, dz, partial, n_pixels, height, width, config.pixels, *dy.stride()),
         dict(
-            N1=n1,
-            N3=n3,
-            N5=n5,
-            NP=np,
-            SLOT_3=slot3,
-            SLOT_5=slot5,
-            SLOT_P=slot_p,
-            SLOTS=slots,
+            **branches,
             C_DY=c_dy,
             DENSE=dense,
             BLOCK_P=config.block_p,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fused_inception import functional
 from fused_inception.nn.adoption import adopt
+from fused_inception.nn.batch_norm import mixture_of, options_of, vectors_of
 
 PLAIN = "plain PyTorch: no fused kernel yet"
 FUSED = "one fused operator"
@@ -62,9 +63,9 @@ class ConvBlock(nn.Module):
     """relu(conv(x) + bias), or relu(batch_norm(conv(x))) with `norm="batch"`.
 
     Children: `conv`, and `bn` with BatchNorm; torchvision's names. With a bias it runs as
-    `functional.conv2d_relu`, with BatchNorm as plain PyTorch so far; inside a fused `Inception` it
-    only holds the parameters. Where a child has got a hook, another type or an option that no fused
-    operator has, the children compute.
+    `functional.conv2d_relu`, with BatchNorm as `functional.conv2d_bn_relu`; inside a fused
+    `Inception` it only holds the parameters. Where a child has got a hook, another type or an
+    option that no fused operator has, the children compute.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: of the convolution.
@@ -78,6 +79,8 @@ class ConvBlock(nn.Module):
 
     # what `print` says of a fused block; a fused parent writes its own
     path = FUSED
+    # channels of which a batch's statistics are not finite keep their running ones
+    skip_nonfinite = False
 
     def __init__(
         self,
@@ -129,7 +132,15 @@ class ConvBlock(nn.Module):
         conv: Any = self.conv
         if self.is_fused:
             stride, padding = conv.stride[0], conv.padding[0]
-            return functional.conv2d_relu(x, conv.weight, conv.bias, stride, padding)
+            if self.norm is None:
+                return functional.conv2d_relu(x, conv.weight, conv.bias, stride, padding)
+            vectors = (of[0] for of in vectors_of([self.bn]))
+            options = options_of([self.bn])
+            options["batches_tracked"] = options["batches_tracked"][0]
+            return functional.conv2d_bn_relu(
+                x, conv.weight, *vectors, stride=stride, padding=padding,
+                skip_nonfinite=self.skip_nonfinite, **options,
+            )  # fmt: skip
         x = conv(x)
         if self.norm == "batch":
             x = self.bn(x)
@@ -148,7 +159,10 @@ class ConvBlock(nn.Module):
         if self.norm is None:
             return None
         change = change_of(self.bn, nn.BatchNorm2d)
-        return PLAIN if change is None else f"plain PyTorch: bn {change}"
+        if change is not None:
+            return f"plain PyTorch: bn {change}"
+        mixture = mixture_of([self.bn])
+        return None if mixture is None else f"plain PyTorch: {mixture}"
 
     def extra_repr(self) -> str:
         """Mode and path, for `print`."""

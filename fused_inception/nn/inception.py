@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from fused_inception import functional
 from fused_inception.geometry import InceptionDims
 from fused_inception.nn.adoption import adopt
+from fused_inception.nn.batch_norm import mixture_of, options_of, vectors_of
 from fused_inception.nn.conv_block import (
     FUSED,
     INSIDE,
-    PLAIN,
     ConvBlock,
     change_of,
     change_of_conv,
@@ -25,9 +25,9 @@ class Inception(nn.Module):
     """Four branches of one input, concatenated (figure 2b of arXiv 1409.4842).
 
     cat(1x1(x), 3x3(3x3 reduce(x)), 5x5(5x5 reduce(x)), projection(3x3 max pool(x))), each
-    convolution with ReLU. With `norm=None` the module is one fused operator,
-    `functional.inception`; with `norm="batch"` it is plain PyTorch for now. The children hold the
-    parameters under torchvision's names: `branch1`, `branch2.0`, `branch2.1`, `branch3.0`,
+    convolution with ReLU. The module is one fused operator, `functional.inception` or, with
+    `norm="batch"`, `functional.inception_bn`. The children hold the parameters under torchvision's
+    names: `branch1`, `branch2.0`, `branch2.1`, `branch3.0`,
     `branch3.1`, `branch4.1`. Where one of them has got a hook or another type, or an option that
     the operator does not have, the children compute, so that nothing is passed over; `print` tells.
 
@@ -42,6 +42,9 @@ class Inception(nn.Module):
     Raises:
         ValueError: a width below 1, an unknown `norm` or `kernel_5x5`.
     """
+
+    # channels of which a batch's statistics are not finite keep their running ones
+    skip_nonfinite = False
 
     def __init__(
         self,
@@ -121,8 +124,14 @@ class Inception(nn.Module):
             branches = [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
             return torch.cat(branches, dim=1)
         blocks = _blocks_of(self)
-        parameters = [p for block in blocks for p in (block.conv.weight, block.conv.bias)]
-        return functional.inception(x, *parameters)
+        if self.norm is None:
+            parameters = [p for block in blocks for p in (block.conv.weight, block.conv.bias)]
+            return functional.inception(x, *parameters)
+        norms = [block.bn for block in blocks]
+        return functional.inception_bn(
+            x, [block.conv.weight for block in blocks], *vectors_of(norms),
+            skip_nonfinite=self.skip_nonfinite, **options_of(norms),
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Widths, mode and path, for `print`."""
@@ -145,7 +154,10 @@ class Inception(nn.Module):
         change = change_inside(self, self.norm, (ConvBlock,))
         if change is not None:
             return f"plain PyTorch: {change}"
-        return None if self.norm is None else PLAIN
+        if self.norm is None:
+            return None
+        mixture = mixture_of([block.bn for block in _blocks_of(self)])
+        return None if mixture is None else f"plain PyTorch: {mixture}"
 
 
 def change_inside(

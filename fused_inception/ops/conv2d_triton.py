@@ -33,11 +33,11 @@ def forward(
     An image is read in its own layout and dtype; any other x as `layout.for_kernels` has it.
     """
     (mask,) = saved_like(x, weight, stride, padding)
-    y = empty_channels_last(*_map_shape(x, weight, stride, padding), dtype=x.dtype, device=x.device)
+    y = empty_channels_last(*map_shape(x, weight, stride, padding), dtype=x.dtype, device=x.device)
     if not save:
         mask = mask.new_empty(0)
     ops, target, pixels = problem_of(y)
-    shape = _image(weight, stride, padding)
+    shape = image_of(weight, stride, padding)
     if shape is not None:
         launch_image_conv_fwd(
             shape, x, weight.contiguous(), bias, y, mask,
@@ -58,7 +58,7 @@ def forward(
 
 def saved_like(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[Tensor]:
     """An empty tensor of the shape of the mask that `forward` saves."""
-    n, c_out, height, width = _map_shape(x, weight, stride, padding)
+    n, c_out, height, width = map_shape(x, weight, stride, padding)
     return [x.new_empty((n * height * width, align_up(c_out) // 8), dtype=torch.uint8)]
 
 
@@ -87,7 +87,7 @@ def backward(
         dw = torch.empty_like(weight)
     if need_b:
         db = torch.empty_like(bias)
-    shape = _image(weight, stride, padding)
+    shape = image_of(weight, stride, padding)
     taps = k * k
     if shape is not None:
         image = image_conv_config(shape.positions, c_out, pixels, ops, target)
@@ -118,14 +118,14 @@ def backward(
     return [dx, dw, db]
 
 
-def _image(weight: Tensor, stride: int, padding: int) -> ImageConv | None:
+def image_of(weight: Tensor, stride: int, padding: int) -> ImageConv | None:
     c_out, c_in, k, _ = weight.shape
     if c_in > IMAGE_CHANNELS:
         return None
     return ImageConv(c_in, c_out, k, stride, padding)
 
 
-def _map_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+def map_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
     n, _, height, width = x.shape
     k = weight.shape[2]
     return (

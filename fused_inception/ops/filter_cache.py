@@ -3,11 +3,13 @@
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 Packed = tuple[torch.Tensor, torch.Tensor]
-_Entry = tuple[tuple[object, ...], list["weakref.ref[torch.Tensor]"], Packed]
+_T = TypeVar("_T")
+_Entry = tuple[tuple[object, ...], list["weakref.ref[torch.Tensor]"], Any]
 
 _entries: dict[int, _Entry] = {}
 _lock = threading.Lock()
@@ -21,28 +23,38 @@ def packed(
     *,
     save: bool,
 ) -> Packed:
-    """The packed filters and biases, from the cache where that is safe, else from `pack()`.
+    """The packed filters and biases, from the cache where that is safe, else from `pack()`."""
+    return kept([*filters, *biases], (dtype,), pack, save=save)
 
-    Not safe, so packed anew: in grad mode and when a backward will follow (an optimiser step may
+
+def kept(
+    tensors: list[torch.Tensor],
+    options: tuple[object, ...],
+    make: Callable[[], _T],
+    *,
+    save: bool,
+) -> _T:
+    """What `make()` makes of `tensors` and `options`, from the cache where that is safe.
+
+    Not safe, so made anew: in grad mode and when a backward will follow (an optimiser step may
     come at any time), under CUDA-graph capture (a replay must see the parameters of its own time),
     for inference tensors (they carry no version). Writes through `.data` do not raise a version:
-    call `clear()` after them.
+    call `clear()` after them. A tensor comes first in one kind of thing alone.
     """
-    tensors = [*filters, *biases]
     capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if save or torch.is_grad_enabled() or capturing or any(t.is_inference() for t in tensors):
-        return pack()
+        return make()
     # _version: the public name of the counter that autograd checks saved tensors against does not
     # exist
-    key = (dtype, *((t.data_ptr(), t._version, t.dtype, t.device, t.stride()) for t in tensors))
-    owner = id(filters[0])
+    key = (*options, *((t.data_ptr(), t._version, t.dtype, t.device, t.stride()) for t in tensors))
+    owner = id(tensors[0])
     with _lock:
         entry = _entries.get(owner)
     if entry is not None and entry[0] == key and _same(entry[1], tensors):
         return entry[2]
-    result = pack()
-    # the entry dies with the first filter, so that a reused address is never mistaken for it
-    first = weakref.ref(filters[0], lambda _: _entries.pop(owner, None))
+    result = make()
+    # the entry dies with the first tensor, so that a reused address is never mistaken for it
+    first = weakref.ref(tensors[0], lambda _: _entries.pop(owner, None))
     with _lock:
         _entries[owner] = (key, [first, *map(weakref.ref, tensors[1:])], result)
     return result

@@ -80,16 +80,31 @@ def conv2d_bn_relu(
     stride: int = 1,
     padding: int = 0,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-3,
+    batches_tracked: Tensor | None = None,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """relu(gamma * (conv(x) - mean) / sqrt(var + eps) + beta), a convolution with BatchNorm.
 
     In training the statistics are the batch's (biased variance), and the running ones, if given,
-    are updated in place with the unbiased variance; otherwise they are the running ones.
+    are updated in place with the unbiased variance; otherwise they are the running ones. A
+    `momentum` of None averages over all batches that `batches_tracked` counts; with
+    `skip_nonfinite` channels of which the batch's statistics are not finite keep the running ones.
     """
     y = F.conv2d(x, weight, None, stride, padding)
-    return F.relu(F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps))
+    if training and batches_tracked is not None:
+        batches_tracked.add_(1)
+    if momentum is None:
+        momentum = 0.0 if batches_tracked is None else 1.0 / batches_tracked.item()
+    running = [t for t in (running_mean, running_var) if t is not None]
+    before = [t.clone() for t in running]
+    z = F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
+    if skip_nonfinite and training and running:
+        finite = torch.isfinite(running[0]) & torch.isfinite(running[1])
+        for t, old in zip(running, before, strict=True):
+            t.copy_(torch.where(finite, t, old))
+    return F.relu(z)
 
 
 def inception_bn(
@@ -101,8 +116,10 @@ def inception_bn(
     betas: Sequence[Tensor | None],
     *,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-3,
+    batches_tracked: Sequence[Tensor | None] = (),
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """`inception` with BatchNorm in place of biases, as `conv2d_bn_relu` defines it.
 
@@ -121,6 +138,8 @@ def inception_bn(
             training=training,
             momentum=momentum,
             eps=eps,
+            batches_tracked=batches_tracked[index] if batches_tracked else None,
+            skip_nonfinite=skip_nonfinite,
         )
 
     pooled = F.max_pool2d(x, 3, stride=1, padding=1)

@@ -58,6 +58,26 @@ class MaskConfig:
 
 
 @dataclass(frozen=True)
+class StatisticsConfig:
+    """BatchNorm's statistics: rows of moments and channels that a program takes at once."""
+
+    block_r: int
+    block_c: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """A pass over raw results ahead of or behind a BatchNorm; where it sums, a program walks
+    `pixels` pixels, a multiple of `block_p`."""
+
+    block_p: int
+    block_c: int
+    pixels: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class DgradConfig:
     """Launch L1: gradients of the reduced maps (3x3, 5x5) and of the pooled map."""
 

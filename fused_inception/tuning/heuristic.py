@@ -124,9 +124,14 @@ def stages(tiles: Iterable[Tile], ops: Operands, target: Target) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def pointwise_config(
-    dims: InceptionDims, n_pixels: int, ops: Operands, target: Target, save: bool
+    dims: InceptionDims,
+    n_pixels: int,
+    ops: Operands,
+    target: Target,
+    save: bool,
+    norm: bool = False,
 ) -> PointwiseConfig:
-    """Launch A."""
+    """Launch A; with `norm` ahead of a BatchNorm in training."""
     k = align_up(dims.in_channels)
     width = align_up(dims.ch1x1) + dims.reduced_channels
 
@@ -142,7 +147,7 @@ def pointwise_config(
         return tiles_p * row / target.processors * lost, -bn
 
     # one launch where launches are what it costs: inference, and less than a few waves of training
-    together = not save or n_pixels <= 64 * target.processors
+    together = not save or norm or n_pixels <= 64 * target.processors
     # the bits of 256 rows, and those of 128 x 256 beside the pool's registers, would spill
     largest = ops.max_elements(target)
     if save and together:
@@ -201,13 +206,16 @@ def conv_tile(
     return Tile(*shape, step)
 
 
-def gated_tile(m: int, n: int, channels: int, taps: int, ops: Operands, target: Target) -> Tile:
-    """The tile of a data gradient that a ReLU masks.
+def gated_tile(
+    m: int, n: int, channels: int, taps: int, ops: Operands, target: Target, norm: bool = False
+) -> Tile:
+    """The tile of a data gradient that a ReLU masks; with `norm` that of a BatchNorm.
 
     The mask of 128 x 256 would spill beside its accumulators, so would that of 256 x 128 with the
-    addresses of a long step.
+    addresses of a long step, or with BatchNorm's second sum.
     """
-    tile = conv_tile(m, n, channels, taps, ops, target, max_width=128)
+    largest = 128 * 128 if norm else None
+    tile = conv_tile(m, n, channels, taps, ops, target, max_width=128, max_elements=largest)
     if tile.block_m * tile.block_n <= 128 * 128:
         return tile
     return replace(tile, block_k=min(tile.block_k, 32))
@@ -223,12 +231,14 @@ def mask_config(slots: int, n_pixels: int, target: Target) -> MaskConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def dgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Target) -> DgradConfig:
-    """Launch L1."""
+def dgrad_config(
+    dims: InceptionDims, n_pixels: int, ops: Operands, target: Target, norm: bool = False
+) -> DgradConfig:
+    """Launch L1; with `norm` between BatchNorms in training."""
     taps5 = dims.kernel_5x5**2
     s3, s5 = align_up(dims.ch3x3), align_up(dims.ch5x5)
-    conv3 = gated_tile(n_pixels, dims.ch3x3red, s3, 9, ops, target)
-    conv5 = gated_tile(n_pixels, dims.ch5x5red, s5, taps5, ops, target)
+    conv3 = gated_tile(n_pixels, dims.ch3x3red, s3, 9, ops, target, norm)
+    conv5 = gated_tile(n_pixels, dims.ch5x5red, s5, taps5, ops, target, norm)
     pool = conv_tile(n_pixels, dims.in_channels, align_up(dims.pool_proj), 1, ops, target)
     tiles = [conv3, conv5, pool]
     return DgradConfig(conv3, conv5, pool, warps(tiles), stages(tiles, ops, target))

@@ -7,6 +7,7 @@ import torch
 
 from fused_inception.geometry import (
     AUX_CHANNELS,
+    IMAGE_CHANNELS,
     STEM_NORM,
     STEM_POOL,
     AvgWindow,
@@ -17,13 +18,16 @@ from fused_inception.geometry import (
 )
 from fused_inception.ops import (
     avg_pool_project_triton,
+    conv2d_bn_triton,
     conv2d_triton,
     global_pool_triton,
+    inception_bn_triton,
     inception_naive_triton,
     inception_triton,
     pooling_triton,
     stem_triton,
 )
+from fused_inception.ops.running import Running
 from fused_inception.ops.stem import Stem as StemOptions
 from tests.compiled.collect import Specialisation, collect
 
@@ -76,6 +80,56 @@ class Module:
             dtypes = [b.dtype for b in biases]
             needs = [True] * (1 + 2 * len(filters))
             script.backward(_like(y), x, saved, filters, dtypes, needs)
+
+
+@dataclass(frozen=True)
+class NormModule:
+    """An Inception module with BatchNorm, in training; in eval it launches what `Module` does."""
+
+    dims: InceptionDims
+    batch: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The module's script."""
+        filters = [torch.empty(shape, device="meta") for shape in self.dims.filter_shapes]
+        gammas, betas, running = _norm_parameters(filters)
+        x = _map(self.batch, self.dims.in_channels, self.side, dtype)
+        y, saved = inception_bn_triton.forward(x, filters, gammas, betas, running, 1e-3)
+        if training:
+            inception_bn_triton.backward(_like(y), x, saved, filters, gammas, [True] * 19)
+
+
+@dataclass(frozen=True)
+class NormConvolution:
+    """A convolution with BatchNorm and ReLU, in training."""
+
+    batch: int
+    c_in: int
+    c_out: int
+    kernel: int
+    stride: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The script of the operator."""
+        x = _map(self.batch, self.c_in, self.side, dtype)
+        if self.c_in <= IMAGE_CHANNELS:
+            x = torch.empty(x.shape, dtype=dtype, device="meta")
+        filters = [torch.empty((self.c_out, self.c_in, self.kernel, self.kernel), device="meta")]
+        gammas, betas, running = _norm_parameters(filters)
+        window = self.stride, self.kernel // 2
+        y, saved = conv2d_bn_triton.forward(x, filters, gammas, betas, running, 1e-3, *window)
+        if training:
+            conv2d_bn_triton.backward(_like(y), x, saved, filters, gammas, *window, [True] * 4)
+
+
+def _norm_parameters(
+    filters: list[torch.Tensor],
+) -> tuple[list[torch.Tensor], list[torch.Tensor], Running]:
+    vectors = [[torch.empty(f.shape[0], device="meta") for f in filters] for _ in range(4)]
+    gammas, betas, means, variances = vectors
+    return gammas, betas, Running(means, variances, [], 0.1, False)
 
 
 @dataclass(frozen=True)

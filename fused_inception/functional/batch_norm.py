@@ -1,0 +1,180 @@
+"""Convolutions with BatchNorm and ReLU."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fused_inception import checks
+from fused_inception.backend import resolve
+from fused_inception.functional.convolution import conv_implementation
+from fused_inception.functional.layout import settle
+from fused_inception.geometry import IMAGE_CHANNELS, conv_out
+from fused_inception.ops import batch_norm as _batch_norm
+from fused_inception.ops.registration import autocast, autocasts
+
+
+def inception_bn(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    *,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-3,
+    batches_tracked: Sequence[Tensor | None] = (),
+    skip_nonfinite: bool = False,
+) -> Tensor:
+    """`inception` with BatchNorm in place of each bias: relu(gamma (z - mean) / sqrt(var + eps) +
+    beta) behind every convolution z.
+
+    Source: Ioffe and Szegedy, arXiv 1502.03167; Szegedy et al., arXiv 1409.4842, figure 2b. Every
+    sequence holds six entries: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
+
+    In training mean and variance are the batch's, over N, H and W, merged from tiles by Chan's rule
+    in fp32; the running ones, where given, are updated in place as `nn.BatchNorm2d` does, the
+    variance unbiased. Otherwise they are the running ones: BatchNorm is folded into filters and
+    biases, which are kept until a parameter or a statistic changes.
+
+    Args:
+        x: [N, C_in, H, W] in fp16, bf16, fp32 or fp64; layout as in `inception`.
+        filters: as the filters of `inception`, in the dtype of `x`.
+        running_means, running_vars: each [C], in the dtype of `x` or fp32; all None: not tracked.
+        gammas, betas: each [C], likewise; all None: 1 and 0.
+        training: take the batch's statistics; without it the running ones are needed.
+        momentum: weight of the new batch; None averages over all batches in `batches_tracked`.
+        eps: added to the variance.
+        batches_tracked: counters, int64 scalars, which training advances, all in one launch.
+        skip_nonfinite: channels of which the batch's mean or variance is not finite keep their
+            running statistics; otherwise one overflow stays in them for ever.
+
+    Under autocast `x` is cast, and the filters inside; all else stays as it is.
+
+    Returns:
+        [N, C_1 + C_3 + C_5 + C_p, H, W] in the dtype of `x`, exactly channels last.
+
+    Raises:
+        ValueError: a shape or a device that does not fit; one value a channel in training; no
+            running statistics without training.
+        TypeError: a dtype that does not fit, or float64 under the backend "triton".
+        BackendError: the backend "triton" cannot run here.
+
+    Autograd saves, in training and besides `x` and the parameters, on the Triton path the raw
+    results of all six convolutions, one byte a pooled element and four numbers a channel; on the
+    ATen path those, y, the reduced maps, the pooled input and its 8-byte indices. In eval as
+    `inception`, of the folded filters. A double backward raises RuntimeError.
+    """
+    checks.image_batch(x)
+    checks.inception_filters(x, filters, casts=autocasts(x))
+    layers = _norm_layers(
+        x, filters, running_means, running_vars, gammas, betas, training, momentum, batches_tracked
+    )
+    impl = resolve(x)
+    x = settle(autocast(x), impl)
+    if not training:
+        return _batch_norm.evaluate(
+            "inception_bn", x, [*filters], *layers.parameters, *layers.running[:2], (eps, impl)
+        )
+    checks.batch_statistics(x.shape[0], filters[0].shape[0], x.shape[2], x.shape[3])
+    options = (momentum, eps, skip_nonfinite, impl)
+    return _batch_norm.train(
+        "inception_bn", x, [*filters], *layers.parameters, layers.running, options
+    )
+
+
+def conv2d_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-3,
+    batches_tracked: Tensor | None = None,
+    skip_nonfinite: bool = False,
+) -> Tensor:
+    """relu(batch_norm(conv(x, weight))): BatchNorm as in `inception_bn`, kernels as `conv2d_relu`.
+
+    Args:
+        x: [N, C_in, H, W], as in `conv2d_relu`.
+        weight: [C_out, C_in, K, K] in the dtype of `x`.
+        running_mean, running_var, gamma, beta: [C_out] in the dtype of `x` or fp32, or None.
+        stride, padding: of the convolution, the same in both directions.
+        training, momentum, eps, batches_tracked, skip_nonfinite: as in `inception_bn`.
+
+    Returns:
+        [N, C_out, H_out, W_out] in the dtype of `x`, exactly channels last.
+
+    Raises:
+        ValueError, TypeError, BackendError: as `conv2d_relu` and `inception_bn`.
+
+    Autograd saves, in training and besides `x` and the parameters, the raw result and a few numbers
+    a channel, on the ATen path y too; in eval as `conv2d_relu`. A double backward raises
+    RuntimeError.
+    """
+    checks.image_batch(x)
+    checks.conv_filter(x, weight, stride, padding, casts=autocasts(x))
+    layers = _norm_layers(
+        x, [weight], [running_mean], [running_var], [gamma], [beta],
+        training, momentum, [batches_tracked],
+    )  # fmt: skip
+    impl = conv_implementation(x, weight, stride, padding)
+    x = autocast(x)
+    if impl == "torch" or x.shape[1] > IMAGE_CHANNELS:
+        x = settle(x, impl)
+    if not training:
+        options = (stride, padding, eps, impl)
+        return _batch_norm.evaluate(
+            "conv2d_bn_relu", x, [weight], *layers.parameters, *layers.running[:2], options
+        )
+    sides = (conv_out(side, weight.shape[2], stride, padding) for side in x.shape[2:])
+    checks.batch_statistics(x.shape[0], weight.shape[0], *sides)
+    return _batch_norm.train(
+        "conv2d_bn_relu", x, [weight], *layers.parameters, layers.running,
+        (stride, padding, momentum, eps, skip_nonfinite, impl),
+    )  # fmt: skip
+
+
+class _NormLayers(NamedTuple):
+    parameters: tuple[list[Tensor], list[Tensor]]  # gammas, betas
+    running: tuple[list[Tensor], list[Tensor], list[Tensor]]  # means, variances, counters
+
+
+def _norm_layers(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    training: bool,
+    momentum: float | None,
+    batches_tracked: Sequence[Tensor | None],
+) -> _NormLayers:
+    """What BatchNorm layers hold, checked; empty lists where there is nothing."""
+    widths = [weight.shape[0] for weight in filters]
+    named = {
+        "running_means": running_means,
+        "running_vars": running_vars,
+        "gammas": gammas,
+        "betas": betas,
+    }
+    casts = autocasts(x)
+    means, variances, scales, shifts = (
+        checks.norm_vectors(x, name, vectors, widths, casts=casts)
+        for name, vectors in named.items()
+    )
+    checks.norm_pair("running_means", means, "running_vars", variances)
+    checks.norm_pair("gammas", scales, "betas", shifts)
+    if not training and not means:
+        raise ValueError("training=False needs running_means and running_vars, which are None")
+    counters = checks.batch_counters(batches_tracked, momentum, means) if training else []
+    return _NormLayers((scales, shifts), (means, variances, counters))

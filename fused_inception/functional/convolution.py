@@ -1,0 +1,89 @@
+"""Convolutions with bias and ReLU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_inception import checks
+from fused_inception.backend import BackendError, Implementation, resolve, selected
+from fused_inception.functional.layout import settle
+from fused_inception.geometry import IMAGE_CHANNELS
+from fused_inception.ops import conv2d as _conv2d
+from fused_inception.ops.registration import autocast, autocasts
+
+
+def conv2d_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """relu(conv(x, weight) + bias) in one kernel.
+
+    Kernels exist for 1x1, 3x3 and 5x5 filters of stride 1 with "same" padding, and for filters of
+    any size, stride and padding on images of up to 4 channels (at most 256 filter positions). All
+    else runs through ATen; under the backend "triton" it raises.
+
+    Args:
+        x: [N, C_in, H, W] in fp16, bf16, fp32 or fp64. Images are read in their own layout, other
+            inputs in place where they are channels last, else converted once.
+        weight: [C_out, C_in, K, K] in the dtype of `x`.
+        bias: [C_out] in the dtype of `x` or fp32.
+        stride, padding: of the convolution, the same in both directions.
+
+    Under autocast `x` is cast, and the filter inside; the bias stays as it is.
+
+    Returns:
+        [N, C_out, H_out, W_out] in the dtype of `x`, exactly channels last.
+
+    Raises:
+        ValueError: a shape, an option or a device that does not fit.
+        TypeError: a dtype that does not fit, or float64 under the backend "triton".
+        BackendError: the backend "triton" cannot run here, or has no kernel for this convolution.
+
+    Autograd saves, besides `x` and the parameters, one bit an output on the Triton path and y on
+    the ATen path. A double backward raises RuntimeError.
+    """
+    checks.image_batch(x)
+    checks.conv_parameters(x, weight, bias, stride, padding, casts=autocasts(x))
+    impl = conv_implementation(x, weight, stride, padding)
+    x = autocast(x)
+    if impl == "torch" or x.shape[1] > IMAGE_CHANNELS:
+        x = settle(x, impl)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
+    y, _ = _conv2d.conv2d_relu(x, weight, bias, stride, padding, save, impl)
+    return y
+
+
+def parallel_conv1x1_relu(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """1x1 convolutions of one input with bias and ReLU, as one product over all their filters.
+
+    Args:
+        x: [N, C_in, H, W], as in `conv2d_relu`.
+        weights: filters, each [C_i, C_in, 1, 1].
+        biases: each [C_i].
+
+    Returns:
+        Channel slices [N, C_i, H, W] of one channels-last buffer, in the order of the filters.
+
+    Raises:
+        ValueError: no filters, or not as many biases; else as `conv2d_relu`.
+    """
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            "weights and biases must be as many, and at least one, "
+            f"got {len(weights)} and {len(biases)}"
+        )
+    y = conv2d_relu(x, torch.cat([*weights]), torch.cat([*biases]))
+    return y.split([weight.shape[0] for weight in weights], dim=1)
+
+
+def conv_implementation(x: Tensor, weight: Tensor, stride: int, padding: int) -> Implementation:
+    """`resolve`, and ATen where there is no kernel for this convolution."""
+    impl = resolve(x)
+    reason = _conv2d.why_not(weight, stride, padding)
+    if impl == "triton" and reason is not None:
+        if selected() == "triton":
+            raise BackendError(f'backend "triton" has no kernel for this convolution: {reason}')
+        return "torch"
+    return impl

@@ -1,0 +1,154 @@
+"""Pooling and local response normalisation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_inception import checks
+from fused_inception.backend import BackendError, resolve, selected
+from fused_inception.functional.layout import settle
+from fused_inception.geometry import Window
+from fused_inception.ops import pooling as _pooling
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Maximum over square windows: torch's function, with a 1-byte index.
+
+    The first maximum of a window wins, the last NaN wins, padding takes no part. The sides of the
+    output follow the rule that Caffe and torch share, `geometry.pool_out`.
+
+    Args:
+        input: [N, C, H, W] in fp16, bf16, fp32 or fp64. A channels-last tensor, or a channel slice
+            of one, is read in place; any other is converted once.
+        kernel_size, stride, padding, ceil_mode: as torch's, but the same for height and width.
+        dilation: 1.
+
+    Under autocast the dtype stays as it is.
+
+    Returns:
+        [N, C, H_out, W_out] in the dtype of `input`, exactly channels last.
+
+    Raises:
+        ValueError: a shape or an option that does not fit.
+        TypeError: a dtype that does not fit, or float64 under the backend "triton".
+        BackendError: the backend "triton" cannot run here, or windows are larger than 3.
+
+    Larger windows than 3 run through ATen.
+
+    Autograd saves one byte an output on the Triton path, 8 on the ATen path, and not `input`. A
+    double backward raises RuntimeError.
+    """
+    checks.image_batch(input)
+    window = checks.pool_window(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return pool(_pooling.max_pool2d, input, window)
+
+
+def local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """Local response normalisation across channels.
+
+    y[c] = x[c] / (k + alpha / size * sum of x[c'] ** 2 over the `size` channels around c) ** beta
+
+    Source: Krizhevsky et al. 2012, section 3.3; the division of alpha by `size` is PyTorch's and
+    Caffe's. An even window has its additional channel below c, as torch's.
+
+    Args:
+        input: [N, C, H, W] in fp16, bf16, fp32 or fp64; layout as in `max_pool2d`.
+        size: channels of the window, at least 1.
+        alpha, beta, k: the constants of the formula.
+
+    Under autocast the dtype stays as it is, where torch's function returns fp32: sums and powers
+    are fp32 anyway.
+
+    Returns:
+        [N, C, H, W] in the dtype of `input`, exactly channels last.
+
+    Raises:
+        ValueError: a shape or a size that does not fit.
+        TypeError: a dtype that does not fit, or float64 under the backend "triton".
+        BackendError: the backend "triton" cannot run here.
+
+    Autograd saves `input` alone; its denominator is computed again. A double backward raises
+    RuntimeError.
+    """
+    checks.image_batch(input)
+    checks.norm_size(size)
+    return pool(_pooling.local_response_norm, input, None, size, alpha, beta, k)
+
+
+def lrn_max_pool2d(
+    x: Tensor,
+    size: int,
+    kernel_size: int,
+    stride: int,
+    *,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    padding: int = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`local_response_norm`, then `max_pool2d`, in one kernel: the normalised map is not stored.
+
+    Arguments, result and errors are those of the two. Windows compare the normalised values in
+    fp32, before they are rounded.
+
+    Autograd saves `x` and one byte an output on the Triton path, 8 on the ATen path.
+    """
+    checks.image_batch(x)
+    checks.norm_size(size)
+    window = checks.pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
+    return pool(_pooling.lrn_max_pool2d, x, window, size, alpha, beta, k)
+
+
+def max_pool2d_lrn(
+    x: Tensor,
+    size: int,
+    kernel_size: int,
+    stride: int,
+    *,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    padding: int = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`max_pool2d`, then `local_response_norm`, in one kernel.
+
+    Arguments, result and errors are those of the two.
+
+    Autograd saves the pooled map and one byte an output on the Triton path, 8 on the ATen path,
+    and not `x`.
+    """
+    checks.image_batch(x)
+    checks.norm_size(size)
+    window = checks.pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
+    return pool(_pooling.max_pool2d_lrn, x, window, size, alpha, beta, k)
+
+
+def pool(op: Callable[..., Any], x: Tensor, window: Window | None, *norm: float) -> Tensor:
+    """Run an operator of `ops.pooling`."""
+    impl = resolve(x)
+    if impl == "triton" and window is not None and window.kernel > _pooling.MAX_KERNEL:
+        if selected() == "triton":
+            raise BackendError(
+                f'backend "triton" pools windows of up to {_pooling.MAX_KERNEL}, '
+                f"got {window.kernel}"
+            )
+        impl = "torch"
+    options = [*norm]
+    if window is not None:
+        options += [window.kernel, window.stride, window.padding, window.ceil_mode]
+    save = torch.is_grad_enabled() and x.requires_grad
+    y, _ = op(settle(x, impl), *options, save, impl)
+    return y

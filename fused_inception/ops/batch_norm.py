@@ -1,0 +1,362 @@
+"""Convolutions with BatchNorm and ReLU as operators: the Inception module, one convolution.
+
+In training an operator writes to the running statistics, so its schema says so. The gradient is
+therefore an `autograd.Function` around it: `torch.library` registers gradients of operators that
+write to none of their arguments. Such an operator cannot return a list either, so each
+implementation, which saves a number of tensors of its own, is an operator of its own. In eval
+BatchNorm is folded into filters and bias: by an operator that keeps the folded ones until a
+parameter or a statistic changes, or, where gradients are asked for, by PyTorch's own operators
+ahead of the ones with bias.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_inception.geometry import conv_out
+from fused_inception.ops import conv2d, filter_cache, inception
+from fused_inception.ops.layout import dims_of, empty_channels_last, settle
+from fused_inception.ops.registration import (
+    refuse_double_backward,
+    register,
+    register_autocast,
+)
+from fused_inception.ops.running import Running
+
+PARAMETERS = "Tensor[] filters, Tensor[] gammas, Tensor[] betas"
+
+
+@dataclass(frozen=True)
+class _Family:
+    """One operator in training, its backward, and its form in eval."""
+
+    name: str
+    geometry: int  # integers that say more of the convolution than its filter does
+    saved: dict[str, int]  # tensors that each implementation saves
+
+    @property
+    def geometry_schema(self) -> str:
+        return "int stride, int padding, " * (self.geometry > 0)
+
+    def implementation(self, impl: str) -> Any:
+        """The module that holds `forward`, `saved_like` and `backward`."""
+        if self.name == "inception_bn":
+            if impl == "triton":
+                from fused_inception.ops import inception_bn_triton
+
+                return inception_bn_triton
+            from fused_inception.ops import inception_bn_aten
+
+            return inception_bn_aten
+        if impl == "triton":
+            from fused_inception.ops import conv2d_bn_triton
+
+            return conv2d_bn_triton
+        from fused_inception.ops import conv2d_bn_aten
+
+        return conv2d_bn_aten
+
+    def empty_output(self, x: Tensor, filters: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
+        n, c, h, w = x.shape
+        if not geometry:
+            c = dims_of(filters).out_channels
+        else:
+            c, _, k, _ = filters[0].shape
+            h, w = (conv_out(side, k, *geometry) for side in (h, w))
+        return empty_channels_last(n, c, h, w, dtype=x.dtype, device=x.device)
+
+    def forward(
+        self,
+        x: Tensor,
+        filters: list[Tensor],
+        gammas: list[Tensor],
+        betas: list[Tensor],
+        means: list[Tensor],
+        variances: list[Tensor],
+        batches: list[Tensor],
+        *options: Any,
+        impl: str,
+    ) -> tuple[Tensor, ...]:
+        *geometry, momentum, eps, skip = options
+        running = Running(means, variances, batches, momentum, skip)
+        running.advance()
+        y, saved = self.implementation(impl).forward(
+            x, filters, gammas, betas, running, eps, *geometry
+        )
+        running.mark()
+        return y, *saved
+
+    def forward_fake(
+        self,
+        x: Tensor,
+        filters: list[Tensor],
+        gammas: list[Tensor],
+        betas: list[Tensor],
+        means: list[Tensor],
+        variances: list[Tensor],
+        batches: list[Tensor],
+        *options: Any,
+        impl: str,
+    ) -> tuple[Tensor, ...]:
+        *geometry, _, _, _ = options
+        saved = self.implementation(impl).saved_like(x, filters, *geometry)
+        return self.empty_output(x, filters, geometry), *saved
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        y: Tensor,
+        saved: list[Tensor],
+        filters: list[Tensor],
+        gammas: list[Tensor],
+        betas: list[Tensor],
+        *options: Any,
+    ) -> list[Tensor]:
+        *geometry, eps, needs, impl = options
+        backward = self.implementation(impl).backward
+        gradients: Sequence[Tensor | None]
+        if impl == "triton":
+            gradients = backward(dy, x, saved, filters, gammas, *geometry, needs)
+        else:
+            gradients = backward(dy, x, y, saved, filters, gammas, eps, *geometry, needs)
+        # without parameters there is nothing behind the filters
+        settled = []
+        for gradient, tensor, need in zip(
+            gradients, (x, *filters, *gammas, *betas), needs, strict=False
+        ):
+            if not need or gradient is None:
+                settled.append(tensor.new_empty(0))
+            else:
+                settled.append(gradient if tensor is x else settle(gradient, tensor))
+        return settled
+
+    def backward_fake(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        y: Tensor,
+        saved: list[Tensor],
+        filters: list[Tensor],
+        gammas: list[Tensor],
+        betas: list[Tensor],
+        *options: Any,
+    ) -> list[Tensor]:
+        needs = options[-2]
+        dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+        parameters = (*filters, *gammas, *betas)
+        like = [dx, *(torch.empty_like(p) for p in parameters)]
+        return [
+            gradient if need else tensor.new_empty(0)
+            for gradient, tensor, need in zip(like, (x, *parameters), needs, strict=False)
+        ]
+
+    def evaluate(
+        self,
+        x: Tensor,
+        filters: list[Tensor],
+        gammas: list[Tensor],
+        betas: list[Tensor],
+        means: list[Tensor],
+        variances: list[Tensor],
+        *options: Any,
+    ) -> Tensor:
+        *geometry, eps, impl = options
+        weights, biases = filter_cache.kept(
+            [*filters, *gammas, *betas, *means, *variances],
+            (eps,),
+            lambda: fold(filters, gammas, betas, means, variances, eps),
+            save=False,
+        )
+        return self.with_biases(x, weights, biases, geometry, False, impl)[0]
+
+    def with_biases(
+        self,
+        x: Tensor,
+        filters: list[Tensor],
+        biases: list[Tensor],
+        geometry: Sequence[int],
+        save: bool,
+        impl: str,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The operator with bias."""
+        if not geometry:
+            return inception.inception(x, filters, biases, save, impl)
+        return conv2d.conv2d_relu(x, filters[0], biases[0], *geometry, save, impl)
+
+    def evaluate_fake(
+        self,
+        x: Tensor,
+        filters: list[Tensor],
+        gammas: list[Tensor],
+        betas: list[Tensor],
+        means: list[Tensor],
+        variances: list[Tensor],
+        *options: Any,
+    ) -> Tensor:
+        *geometry, _, _ = options
+        return self.empty_output(x, filters, geometry)
+
+
+def fold(
+    filters: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Filters and biases that do what filters and BatchNorm with running statistics do, at least in
+    fp32: w gamma / sqrt(var + eps), beta - mean gamma / sqrt(var + eps)."""
+    weights, biases = [], []
+    for i, weight in enumerate(filters):
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        scale = torch.rsqrt(variances[i].to(dtype) + eps)
+        if gammas:
+            scale = gammas[i].to(dtype) * scale
+        shift = -means[i].to(dtype) * scale
+        biases.append(betas[i].to(dtype) + shift if betas else shift)
+        weights.append(weight.to(dtype) * scale[:, None, None, None])
+    return weights, biases
+
+
+def _define(family: _Family) -> dict[str, torch._ops.OpOverload]:
+    """The operators of a family: in training by implementation, "backward" and "eval"."""
+    geometry = family.geometry_schema
+    running = "Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] batches"
+    operators = {
+        impl: register(
+            f"{family.name}_{impl}",
+            f"(Tensor x, {PARAMETERS}, {running}, {geometry}float? momentum, float eps, bool skip)"
+            f" -> ({', '.join(['Tensor'] * (1 + saved))})",
+            implementation=partial(family.forward, impl=impl),
+            fake=partial(family.forward_fake, impl=impl),
+        )
+        for impl, saved in family.saved.items()
+    }
+    operators["backward"] = register(
+        f"{family.name}_backward",
+        f"(Tensor dy, Tensor x, Tensor y, Tensor[] saved, {PARAMETERS}, {geometry}"
+        "float eps, bool[] needs, str impl) -> Tensor[]",
+        implementation=family.backward,
+        fake=family.backward_fake,
+    )
+    operators["eval"] = register(
+        f"{family.name}_eval",
+        f"(Tensor x, {PARAMETERS}, Tensor[] means, Tensor[] variances, {geometry}"
+        "float eps, str impl) -> Tensor",
+        implementation=family.evaluate,
+        fake=family.evaluate_fake,
+    )
+    refuse_double_backward(operators["backward"], f"fused_inception.reference.{family.name}")
+    for op in operators.values():
+        register_autocast(op, cast_first=False)
+    return operators
+
+
+_FAMILIES = {
+    family.name: family
+    for family in (
+        _Family("inception_bn", 0, {"triton": 4, "torch": 11}),
+        _Family("conv2d_bn_relu", 2, {"triton": 2, "torch": 2}),
+    )
+}
+_OPERATORS = {name: _define(family) for name, family in _FAMILIES.items()}
+
+
+class _Differentiable(torch.autograd.Function):
+    """An operator in training and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        name: str,
+        layers: int,
+        running: tuple[list[Tensor], list[Tensor], list[Tensor]],
+        options: tuple[Any, ...],
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        filters, gammas, betas = _thirds(parameters, layers)
+        *geometry, _, eps, _, impl = options
+        y, *saved = _OPERATORS[name][impl](x, filters, gammas, betas, *running, *options[:-1])
+        ctx.name, ctx.layers, ctx.options = name, layers, (*geometry, eps)
+        ctx.impl, ctx.parameters = impl, len(parameters)
+        # the gate of y is taken from the raw results on the Triton path
+        kept = [y] if impl == "torch" else []
+        ctx.kept = len(kept)
+        ctx.save_for_backward(x, *parameters, *kept, *saved)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        nothing = (None,) * 4
+        if dy is None:
+            return (*nothing, *(None,) * (1 + ctx.parameters))
+        x, *rest = ctx.saved_tensors
+        parameters, saved = rest[: ctx.parameters], rest[ctx.parameters :]
+        y, saved = (saved[0], saved[1:]) if ctx.kept else (x.new_empty(0), saved)
+        needs = list(ctx.needs_input_grad[4:])
+        # implementations ask for every gradient that there could be
+        asked = needs + [False] * (1 + 3 * ctx.layers - len(needs))
+        gradients = _OPERATORS[ctx.name]["backward"](
+            dy, x, y, saved, *_thirds(parameters, ctx.layers), *ctx.options, asked, ctx.impl
+        )
+        given = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+        return (*nothing, *given)
+
+
+def _thirds(
+    parameters: Sequence[Tensor], layers: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Filters, gammas, betas; the last two empty where BatchNorm has no parameters."""
+    return (
+        [*parameters[:layers]],
+        [*parameters[layers : 2 * layers]],
+        [*parameters[2 * layers :]],
+    )
+
+
+def train(
+    name: str,
+    x: Tensor,
+    filters: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    running: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    options: tuple[Any, ...],
+) -> Tensor:
+    """The operator `name` with the batch's statistics.
+
+    running: means, variances, counters, each empty where not tracked. options: of the geometry,
+    then momentum, eps, skip, impl.
+    """
+    parameters = (*filters, *gammas, *betas)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+        return _Differentiable.apply(name, len(filters), running, options, x, *parameters)
+    *rest, impl = options
+    return _OPERATORS[name][impl](x, filters, gammas, betas, *running, *rest)[0]
+
+
+def evaluate(
+    name: str,
+    x: Tensor,
+    filters: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: list[Tensor],
+    variances: list[Tensor],
+    options: tuple[Any, ...],
+) -> Tensor:
+    """The operator `name` with the running statistics; options: of the geometry, then eps, impl."""
+    *geometry, eps, impl = options
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *gammas, *betas)):
+        weights, biases = fold(filters, gammas, betas, means, variances, eps)
+        family = _FAMILIES[name]
+        return family.with_biases(x, weights, biases, geometry, True, impl)[0]
+    return _OPERATORS[name]["eval"](x, filters, gammas, betas, means, variances, *options)

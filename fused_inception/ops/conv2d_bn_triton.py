@@ -1,0 +1,151 @@
+"""The script of one convolution with BatchNorm in training, on the Triton path."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_inception.geometry import align_up
+from fused_inception.kernels.batch_norm import Moments, launch_batch_statistics
+from fused_inception.kernels.batch_norm_grad import launch_norm_grad
+from fused_inception.kernels.conv2d import (
+    launch_conv2d_dgrad,
+    launch_conv2d_finish,
+    launch_conv2d_fwd,
+    launch_conv2d_wgrad,
+    launch_pack_filter,
+)
+from fused_inception.kernels.image_conv import (
+    launch_image_conv_dgrad,
+    launch_image_conv_fwd,
+    launch_image_conv_wgrad,
+)
+from fused_inception.kernels.launch import cdiv
+from fused_inception.kernels.normalise import launch_normalise
+from fused_inception.ops.conv2d_triton import image_of, map_shape
+from fused_inception.ops.inception_bn_triton import norm_parameters
+from fused_inception.ops.layout import empty_channels_last, for_kernels
+from fused_inception.ops.problem import problem_of
+from fused_inception.ops.running import Running
+from fused_inception.tuning.conv_heuristic import conv_config, image_conv_config
+from fused_inception.tuning.heuristic import finish_config
+from fused_inception.tuning.norm_heuristic import norm_config, statistics_config
+
+
+def forward(
+    x: Tensor,
+    filters: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    running: Running,
+    eps: float,
+    stride: int,
+    padding: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """y [N, C_OUT, H_out, W_out] exactly channels last, and what `saved_like` describes.
+
+    Three launches beside the packing: convolution, statistics, normalisation.
+    """
+    (weight,) = filters
+    c_out, c_in, k, _ = weight.shape
+    shape = map_shape(x, weight, stride, padding)
+    z, norm = saved_like(x, filters, stride, padding)
+    ops, target, pixels = problem_of(z)
+    n_pixels = shape[0] * shape[2] * shape[3]
+    image = image_of(weight, stride, padding)
+
+    def moments(tile: int) -> Moments:
+        partial = torch.empty(
+            (cdiv(n_pixels, tile), 3, z.shape[1]), dtype=torch.float32, device=x.device
+        )
+        return Moments(partial, tile)
+
+    if image is not None:
+        image_config = image_conv_config(image.positions, c_out, pixels, ops, target)
+        found = moments(image_config.forward.block_m)
+        launch_image_conv_fwd(
+            image, x, weight.contiguous(), None, z, None, image_config,
+            save=False, precision=ops.precision, moments=found.partial,
+        )  # fmt: skip
+    else:
+        config = conv_config(c_in, c_out, k, pixels, ops, target)
+        found = moments(config.forward.block_m)
+        w, b = launch_pack_filter(weight, weight.new_empty(0), x.dtype)
+        launch_conv2d_fwd(
+            for_kernels(x), w, b, z, None, config,
+            kernel=k, save=False, precision=ops.precision, moments=found.partial,
+        )  # fmt: skip
+    layers = norm_parameters(filters, gammas, betas, running)
+    launch_batch_statistics(
+        norm, (found, layers), None, n_pixels, statistics_config(),
+        momentum=running.momentum or 0.0, eps=eps, skip=running.skip,
+    )  # fmt: skip
+    y = empty_channels_last(*shape, dtype=x.dtype, device=x.device)
+    launch_normalise((c_out,), z, norm, 0, y, norm_config(z.shape[1], pixels, target))
+    return y, [z, norm]
+
+
+def saved_like(x: Tensor, filters: list[Tensor], stride: int, padding: int) -> list[Tensor]:
+    """Empty tensors of the shapes and strides that `forward` saves beside x and the filter.
+
+    The raw result, channels padded to slots; mean, inverse deviation, scale and beta, fp32.
+    """
+    n, c_out, height, width = map_shape(x, filters[0], stride, padding)
+    slots = align_up(c_out)
+    return [
+        empty_channels_last(n, slots, height, width, dtype=x.dtype, device=x.device),
+        x.new_empty((4, slots), dtype=torch.float32),
+    ]
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: list[Tensor],
+    filters: list[Tensor],
+    gammas: list[Tensor],
+    stride: int,
+    padding: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of x, filter, gamma and beta; 0 elements where `needs` says no."""
+    need_x, need_w, need_gamma, need_beta = needs
+    (weight,) = filters
+    z, norm = saved
+    c_out, c_in, k, _ = weight.shape
+    ops, target, pixels = problem_of(dy)
+    like = gammas[0] if gammas else norm[0, :c_out]
+    dgamma, dbeta = (torch.empty_like(like) if need else None for need in (need_gamma, need_beta))
+    dz = launch_norm_grad(
+        (c_out,), dy, z, norm, 0, [dgamma], [dbeta], norm_config(z.shape[1], pixels, target)
+    )
+    dx, dw = x.new_empty(0), weight.new_empty(0)
+    if need_x:
+        dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+    image = image_of(weight, stride, padding)
+    if image is not None:
+        image_config = image_conv_config(image.positions, c_out, pixels, ops, target)
+        if need_x:
+            launch_image_conv_dgrad(
+                image, dz, weight.contiguous(), dx, image_config, precision=ops.precision
+            )
+    else:
+        config = conv_config(c_in, c_out, k, pixels, ops, target)
+        if need_x:
+            w, _ = launch_pack_filter(weight, None, dz.dtype)
+            launch_conv2d_dgrad(dz, w, dx, None, config, kernel=k, precision=ops.precision)
+    if need_w:
+        if image is not None:
+            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            partial = launch_image_conv_wgrad(image, x, dz, image_config, precision=ops.precision)
+        else:
+            dw = torch.empty_like(weight)
+            partial = launch_conv2d_wgrad(
+                for_kernels(x), dz, config, kernel=k, precision=ops.precision
+            )
+        launch_conv2d_finish(
+            partial, norm[:0], dw, norm.new_empty(0), finish_config(),
+            taps=1 if image is not None else k * k,
+        )  # fmt: skip
+    empty = norm.new_empty(0)
+    return [dx, dw, empty if dgamma is None else dgamma, empty if dbeta is None else dbeta]

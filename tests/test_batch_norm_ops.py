@@ -1,0 +1,305 @@
+"""BatchNorm's operators, functions and modules: what registration, autograd and layers promise."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_inception as fi
+from fused_inception import functional, reference
+from fused_inception.geometry import InceptionDims, googlenet_dims, googlenet_sizes
+from fused_inception.ops import batch_norm, inception_bn_triton
+from tests.cases import InceptionCase
+from tests.tolerances import assert_within
+
+DIMS = InceptionDims(24, 16, 24, 32, 8, 16, 8)
+IMPLEMENTATIONS = ["torch", "triton"]
+
+
+def block(norm: type[nn.Module] | None = None, **options: object) -> fi.Inception:
+    """A module whose BatchNorms have parameters and statistics of their own."""
+    module = fi.Inception(*DIMS.widths, norm="batch", **options)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, 0.3)
+            nn.init.normal_(layer.bias, 0.0, 0.3)
+            nn.init.normal_(layer.running_mean, 0.0, 0.5)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    return module
+
+
+def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def twin_of(module: fi.Inception, dtype: torch.dtype = torch.float32) -> reference.Inception:
+    """The reference with the same parameters, statistics and options."""
+    twin = reference.Inception(*DIMS.widths, norm="batch")
+    for ours, theirs in zip(norms(module), norms(twin), strict=True):
+        theirs.momentum, theirs.eps = ours.momentum, ours.eps
+        theirs.training, theirs.track_running_stats = ours.training, ours.track_running_stats
+        if ours.running_mean is None:
+            theirs.running_mean = theirs.running_var = theirs.num_batches_tracked = None
+        if ours.weight is None:
+            theirs.weight = theirs.bias = None
+    twin.load_state_dict(module.state_dict())
+    return twin.to(dtype)
+
+
+def step(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output, gradients and buffers after a forward and a backward."""
+    x = x.detach().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.backward(dy.to(y.dtype))
+    gradients = [p.grad for p in module.parameters()]
+    return [y.detach(), x.grad, *gradients, *(b.detach().clone() for b in module.buffers())]
+
+
+def assert_same_step(module: fi.Inception, impl: str = "torch", steps: int = 2) -> None:
+    """`steps` steps of the module and of the reference in fp32 are as near to fp64."""
+    exact, theirs = twin_of(module, torch.float64), twin_of(module)
+    for seed in range(steps):
+        draw = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, DIMS.in_channels, 5, 6, generator=draw).relu()
+        dy = torch.randn(2, DIMS.out_channels, 5, 6, generator=draw)
+        with fi.backend(impl):
+            got = step(module, x, dy)
+        want, baseline = step(exact, x.double(), dy), step(theirs, x, dy)
+        for i, (a, b, c) in enumerate(zip(got, want, baseline, strict=True)):
+            if a.dtype == torch.int64:
+                assert torch.equal(a, b)
+            else:
+                assert_within(f"{i}", a, b, c, slack=3.0)
+
+
+def test_training_steps_on_the_aten_path() -> None:
+    module = block()
+    assert module.is_fused
+    assert_same_step(module)
+
+
+def test_training_steps_of_16_bit_maps() -> None:
+    """fp32 parameters and statistics, bf16 maps, as under autocast."""
+    module, x = block(), torch.randn(2, 24, 12, 12).relu()
+    twin = twin_of(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = module(x), twin(x)
+    assert got.dtype == want.dtype == torch.bfloat16
+    exact = twin_of(module, torch.float64)
+    exact.load_state_dict({k: v.double() for k, v in block().state_dict().items()})
+    torch.testing.assert_close(got.float(), want.float(), atol=0.1, rtol=0.02)
+    for ours, theirs in zip(module.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=1e-2)
+    got.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_layers_without_parameters_or_statistics(impl: str) -> None:
+    module = block()
+    for layer in norms(module):
+        layer.weight = layer.bias = None
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        layer.track_running_stats = layer.affine = False
+    assert module.is_fused
+    assert_same_step(module, impl, steps=1)
+    # nothing is tracked: the batch's statistics in eval, too
+    module.eval()
+    assert_same_step(module, impl, steps=1)
+
+
+def test_cumulative_momentum() -> None:
+    module = block()
+    for layer in norms(module):
+        layer.momentum = None
+    assert_same_step(module, steps=3)
+    assert all(layer.num_batches_tracked == 3 for layer in norms(module))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_frozen_layers_in_training(impl: str) -> None:
+    """In eval the running statistics normalise, are kept, and every gradient is the reference's."""
+    module = block()
+    for layer in norms(module):
+        layer.eval()
+    before = [b.clone() for b in module.buffers()]
+    assert module.is_fused
+    assert_same_step(module, impl, steps=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.buffers(), strict=True))
+
+
+def test_a_mixture_is_left_to_the_children() -> None:
+    module = block()
+    norms(module)[2].eval()
+    assert "BatchNorm layers differ in training" in module.extra_repr()
+    assert_same_step(module)
+    module = block()
+    norms(module)[0].eps = 1e-5
+    assert "BatchNorm layers differ in eps" in module.extra_repr()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_folded_in_eval_and_never_stale(impl: str) -> None:
+    """The folded filters are kept, and made anew after whatever changes them."""
+    module, x = block().eval(), torch.randn(1, 24, 4, 5)
+
+    def check() -> None:
+        with torch.no_grad(), fi.backend(impl):
+            torch.testing.assert_close(module(x), twin_of(module)(x))
+            with fi.record_launches() as launches:
+                module(x)
+        packed = [launch for launch in launches if launch.kernel == "_pack_kernel"]
+        assert not packed  # the second call finds all that it needs
+
+    twin = twin_of(module)
+    twin.eval()
+    check()
+    module.train()
+    step(module, x, torch.ones(()).expand(1, DIMS.out_channels, 4, 5))
+    module.eval()
+    check()
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimiser.step()
+    check()
+    module.load_state_dict(block().state_dict())
+    check()
+
+
+def test_errors() -> None:
+    x = torch.randn(1, 24, 1, 1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        block()(x)
+    p = InceptionCase("", DIMS, 1, 4, 4).tensors(torch.float32)
+    nothing = [None] * 6
+    with pytest.raises(ValueError, match="training=False needs running_means"):
+        functional.inception_bn(p.x, p.filters, nothing, nothing, nothing, nothing)
+    with pytest.raises(
+        ValueError, match="running_means must come with running_vars, which is None"
+    ):
+        functional.inception_bn(
+            p.x, p.filters, [torch.zeros_like(b) for b in p.biases], nothing, nothing, nothing
+        )
+    with pytest.raises(ValueError, match="gammas must be 6 tensors or all None, got 1"):
+        functional.inception_bn(
+            p.x, p.filters, nothing, nothing, [p.biases[0], *nothing[1:]], nothing, training=True
+        )
+    gammas = [p.biases[0], p.biases[0], *p.biases[2:]]
+    with pytest.raises(ValueError, match=r"gammas must be of shape \[24\], got \[16\]"):
+        functional.inception_bn(p.x, p.filters, nothing, nothing, gammas, gammas, training=True)
+    means, variances = (torch.zeros(16), torch.ones(16))
+    with pytest.raises(ValueError, match="needs batches_tracked"):
+        functional.conv2d_bn_relu(p.x, p.filters[0], means, variances, training=True, momentum=None)
+    with pytest.raises(ValueError, match="filters must be 6, got 1"):
+        functional.inception_bn(p.x, p.filters[:1], nothing, nothing, nothing, nothing)
+
+
+def test_double_backward_is_refused() -> None:
+    module, x = block(), torch.randn(2, 24, 3, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        dx.sum().backward()
+
+
+def test_gradcheck() -> None:
+    """Every gradient of the ATen path in fp64, against differences."""
+    torch.manual_seed(3)
+    module = fi.Inception(3, 2, 2, 2, 2, 2, 2, norm="batch").double()
+    parameters = [p for p in module.parameters() if p.dim() == 1]
+    x = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, *_: Tensor) -> Tensor:
+        return module(x)
+
+    assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
+
+
+def arguments(name: str) -> tuple[object, ...]:
+    """Of an operator in training, up to its options."""
+    p = InceptionCase("", DIMS, 1, 3, 4).tensors(torch.float32)
+    filters = p.filters if name == "inception_bn" else p.filters[2:3]
+    x = p.x if name == "inception_bn" else p.x[:, :24]
+    vectors = [[torch.rand(f.shape[0]) + 0.5 for f in filters] for _ in range(4)]
+    return (x, filters, *vectors, [torch.tensor(1) for _ in filters])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["inception_bn", "conv2d_bn_relu"])
+def test_opcheck(name: str, impl: str) -> None:
+    operators = batch_norm._OPERATORS[name]
+    geometry = () if name == "inception_bn" else (1, 1)
+    x, filters, gammas, betas, means, variances, batches = arguments(name)
+    training = (*geometry, 0.1, 1e-3, False)
+    torch.library.opcheck(
+        operators[impl], (x, filters, gammas, betas, means, variances, batches, *training)
+    )
+    y, *saved = operators[impl](x, filters, gammas, betas, means, variances, batches, *training)
+    needs = [True] * (1 + 3 * len(filters))
+    torch.library.opcheck(
+        operators["backward"],
+        (torch.randn_like(y), x, y, saved, filters, gammas, betas, *geometry, 1e-3, needs, impl),
+    )
+    torch.library.opcheck(
+        operators["eval"], (x, filters, gammas, betas, means, variances, *geometry, 1e-3, impl)
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_module_counts_and_tracks(training: bool) -> None:
+    torch._dynamo.reset()
+    module = block().train(training)
+    twin = twin_of(module).train(training)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(
+        module, fullgraph=True, backend="aot_eager"
+    )
+    x = torch.randn(2, 24, 4, 4)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), twin(x))
+    for ours, theirs in zip(module.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def kept_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps, parameters and buffers left out, each storage once."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = module(x)
+    del y
+    return sum(storages.values())
+
+
+def planned_bytes(dims: InceptionDims, x: Tensor) -> int:
+    """Of what the Triton path saves for backward, x included."""
+    filters = [torch.empty(shape, device="meta") for shape in dims.filter_shapes]
+    saved = inception_bn_triton.saved_like(x.to("meta"), filters)
+    return sum(t.untyped_storage().nbytes() for t in (*saved, x))
+
+
+def test_saved_bytes_of_the_nine_modules() -> None:
+    """On the Triton path at most 35 % of what PyTorch's modules keep at 224, inputs included."""
+    ours = theirs = 0
+    sizes = googlenet_sizes(224)
+    for name, dims in googlenet_dims(kernel_5x5=3).items():
+        side = sizes.module(name)
+        module = reference.Inception(*dims.widths, norm="batch", kernel_5x5=3).to(torch.bfloat16)
+        x = torch.randn(1, dims.in_channels, side, side).to(
+            torch.bfloat16, memory_format=torch.channels_last
+        )
+        theirs += kept_bytes(module, x.requires_grad_())
+        ours += planned_bytes(dims, x)
+    assert ours <= 0.35 * theirs, f"{ours / theirs:.1%}"
+
+
+def test_saved_bytes_are_those_planned() -> None:
+    module, x = block(), torch.randn(2, 24, 4, 4).contiguous(memory_format=torch.channels_last)
+    with fi.backend("triton"):
+        assert kept_bytes(module, x) == planned_bytes(DIMS, x)
