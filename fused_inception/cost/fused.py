@@ -52,7 +52,7 @@ class Fused(Plan):
         kernel: str = "",
         source: str = "triton",
     ) -> None:
-        """One launch of ours; planned where nothing is built, or nothing with BatchNorm."""
+        """One launch of ours; planned where nothing is built."""
         planned = not kernel or kind_of(layer) not in BUILT
         self.op(name, layer, reads, writes, gemms, source=source, kernel=kernel, planned=planned)
 
@@ -83,7 +83,7 @@ class Fused(Plan):
         width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
         gemm = self.gemm(module.pixels, width, dims.in_channels, "pointwise")
         pool_gemm = self.gemm(module.pixels, dims.pool_proj, dims.in_channels, "pointwise")
-        kernel = "" if module.norm else "_pointwise_kernel"
+        kernel = "_pointwise_kernel"
         reads = [x, parts.packed_cat]
         if self.training and _power_of_two(self.batch * module.pixels) > POOL_APART_PIXELS:
             self._launch("A", layer, reads, one, [gemm], kernel=kernel)
@@ -96,7 +96,7 @@ class Fused(Plan):
             self.gemm(module.pixels, dims.ch3x3, 9 * dims.ch3x3red, "window"),
             self.gemm(module.pixels, dims.ch5x5, dims.kernel_5x5**2 * dims.ch5x5red, "window"),
         ]
-        kernel = "" if module.norm else "_branches_kernel"
+        kernel = "_branches_kernel"
         self._launch("B", layer, [parts.r, parts.packed_windows], window, gemms, kernel=kernel)
         self.save(layer, x, parts.r, parts.index, parts.mask)
         self.later(lambda: self._module_backward(module, parts))
@@ -105,7 +105,7 @@ class Fused(Plan):
     def _pack(self, module: Module, parts: "_ModuleTensors") -> None:
         self._launch(
             "pack", module.name, [parts.filters], [parts.packed],
-            kernel="" if module.norm else "_pack_kernel", source="packing",
+            kernel="_pack_kernel", source="packing",
         )  # fmt: skip
 
     def _module_backward(self, module: Module, parts: "_ModuleTensors") -> None:
@@ -144,44 +144,49 @@ class Fused(Plan):
         self._launch("L3", module.name, reads, [parts.partials], parts.filter_gemms, kernel=kernel)
 
     def _norm_module(self, module: Module, x: Tensor) -> Tensor:
-        """BatchNorm in training: raw results and their statistics, then one pass that normalises.
-
-        The 3x3 and 5x5 normalise the reduced maps while they load them.
-        """
+        """BatchNorm in training: raw results and their statistics, then a pass that normalises."""
         parts = _ModuleTensors(self, module, x)
         layer, dims, pixels = module.name, module.dims, module.pixels
         raw, moments = parts.raw, parts.moments
+        activated = Tensor(f"{layer} activated", parts.r.bytes)
         self._pack(module, parts)
         width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
         gemms = [
             self.gemm(pixels, width, dims.in_channels, "pointwise"),
             self.gemm(pixels, dims.pool_proj, dims.in_channels, "pointwise"),
         ]
+
+        def launch(
+            name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
+        ) -> None:
+            self._launch(name, layer, reads, writes, gemms, kernel=f"_{kernel}_kernel")
+
         first = parts.raw_slice(dims.ch1x1 + dims.pool_proj)
         reads = [x, parts.packed_cat, parts.packed_projection]
-        self._launch("A", layer, reads, [first, parts.r, parts.index], gemms)
-        self._launch("finish statistics", layer, [moments], [moments])
+        launch("A", reads, [first, parts.r, parts.index], "pointwise", *gemms)
+        launch("statistics", [moments], [moments], "batch_statistics")
+        launch("normalise reductions", [parts.r, moments], [activated], "normalise")
         gemms = [
             self.gemm(pixels, dims.ch3x3, 9 * dims.ch3x3red, "window"),
             self.gemm(pixels, dims.ch5x5, dims.kernel_5x5**2 * dims.ch5x5red, "window"),
         ]
         second = parts.raw_slice(dims.ch3x3 + dims.ch5x5)
-        self._launch("B", layer, [parts.r, parts.packed_windows, moments], [second], gemms)
-        self._launch("finish statistics", layer, [moments], [moments])
-        self._launch("normalise", layer, [raw, moments], [parts.y])
+        launch("B", [activated, parts.packed_windows], [second], "branches", *gemms)
+        launch("normalise", [raw, moments], [parts.y], "normalise")
         self.save(layer, x, parts.r, raw, parts.index, moments)
 
         def backward() -> None:
             dz = parts.dz
-            self._launch("M", layer, [gradient(parts.y), raw, moments], [dz])
-            self._launch("finish statistics", layer, [moments], [moments])
-            self._launch("normalise backward", layer, [dz, raw, moments], [dz])
+            launch("sums", [gradient(parts.y), raw, moments], [moments], "norm_sums")
+            reads = [gradient(parts.y), raw, moments]
+            launch("normalise backward", reads, [dz], "norm_grad")
             self._pack(module, parts)
-            self._reduction_gradients(module, parts, "")
-            self._launch("finish statistics", layer, [moments], [moments])
-            self._input_gradient(module, parts, "")
-            self._filter_gradients(module, parts, "")
-            self._launch("F", layer, [parts.partials], [gradient(parts.filters)])
+            self._reduction_gradients(module, parts, "_dgrad_kernel")
+            reads, writes = [parts.dr, parts.r, moments], [parts.dr, activated]
+            launch("reductions backward", reads, writes, "reduce_norm_grad")
+            self._input_gradient(module, parts, "_input_grad_kernel")
+            self._filter_gradients(module, parts, "_wgrad_kernel")
+            launch("F", [parts.partials], [gradient(parts.filters)], "finish")
 
         self.later(backward)
         return parts.y
@@ -199,6 +204,7 @@ class Fused(Plan):
         """A convolution with its epilogue: A; M, the gradients of input and filter, F."""
         layer = conv.layer
         y = self.tensor(conv.name, conv.outputs, conv.c_out)
+        raw = self.tensor(f"{conv.name} raw", conv.outputs, align_up(conv.c_out))
         mask = self.tensor(f"{conv.name} mask", conv.outputs, align_up(conv.c_out) // 8, 1)
         weight = self.parameter(f"{conv.name} weight", conv.weights)
         packed = Tensor(f"{conv.name} packed", weight.bytes)
@@ -211,26 +217,24 @@ class Fused(Plan):
             name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
         ) -> None:
             source = "packing" if name == "pack" else "triton"
-            kernel = "" if conv.norm else kernel
             self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
 
         if self.training and not image:
             launch("pack", [weight], [packed], "_pack_filter_kernel")
-        writes = [y, mask] if self.training and not conv.norm else [y]
+        writes = [raw] if normalises else [y, mask] if self.training else [y]
         forward = self.gemm(conv.outputs, conv.c_out, conv.c_in * taps, conv.kind)
         kernel = "_image_conv_fwd_kernel" if image else "_conv2d_fwd_kernel"
         launch("conv", [x, weight if image else packed], writes, kernel, forward)
         if normalises:
-            # the reader normalises on load; the raw result takes the mask's place
-            launch("finish statistics", [moments], [moments], "")
-        self.save(layer, x, *([y, moments] if conv.norm else [mask]))
+            launch("statistics", [moments], [moments], "_batch_statistics_kernel")
+            launch("normalise", [raw, moments], [y], "_normalise_kernel")
+        self.save(layer, x, *([raw, moments] if conv.norm else [mask]))
 
         def backward() -> None:
             dz = gradient(y)
             if normalises:
-                launch("M", [dz, y, moments], [dz], "")
-                launch("finish statistics", [moments], [moments], "")
-                launch("normalise backward", [dz, y, moments], [dz], "")
+                launch("sums", [dz, raw, moments], [moments], "_norm_sums_kernel")
+                launch("normalise backward", [dz, raw, moments], [dz], "_norm_grad_kernel")
             else:
                 launch("M", [dz, mask], [dz], "_relu_mask_kernel")
             if not image:

@@ -166,7 +166,6 @@ def googlenet(
     Args:
         variant: "paper" (5x5 filters, local response normalisation, biases), "torchvision"
             (BatchNorm, 3x3 filters in the "5x5" branch) or "torchvision5x5" (BatchNorm, 5x5).
-            The modules of the BatchNorm variants are plain PyTorch for now.
         num_classes: outputs of each classifier.
         aux_logits: build the two auxiliary classifiers, which run in training only.
         dropout: before the classifier; None is 0.4 in the paper's network, 0.2 in torchvision's.

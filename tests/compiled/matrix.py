@@ -14,6 +14,8 @@ from tests.compiled.problems import (
     Convolution,
     GlobalPool,
     Module,
+    NormConvolution,
+    NormModule,
     Pooling,
     Problem,
     Stem,
@@ -27,6 +29,10 @@ SIZES = googlenet_sizes(IMAGE)
 
 def _module(name: str, batch: int) -> Problem:
     return Module(GOOGLENET[name], batch, SIZES.module(name))
+
+
+def _norm_module(name: str, batch: int) -> Problem:
+    return NormModule(GOOGLENET[name], batch, SIZES.module(name))
 
 
 def _auxiliary(below: str, batch: int) -> Problem:
@@ -48,6 +54,11 @@ LAYERS: dict[str, Callable[[int], Problem]] = {
     # not in the network, where a pool stands beside each norm
     "norm": lambda n: Pooling("lrn", n, 192, SIZES.maxpool1),
     **{name: functools.partial(_module, name) for name in GOOGLENET},
+    # with BatchNorm, in training
+    **{f"{name}-bn": functools.partial(_norm_module, name) for name in GOOGLENET},
+    "conv1-bn": lambda n: NormConvolution(n, 3, 64, kernel=7, stride=2, side=IMAGE),
+    "conv2-bn": lambda n: NormConvolution(n, 64, 64, kernel=1, stride=1, side=SIZES.maxpool1),
+    "conv3-bn": lambda n: NormConvolution(n, 64, 192, kernel=3, stride=1, side=SIZES.maxpool1),
     # not in the network: 3a without its reductions
     "naive": lambda n: Module(NaiveDims(192, 64, 128, 32), n, SIZES.maxpool2),
     "aux1": functools.partial(_auxiliary, "4a"),
@@ -86,12 +97,15 @@ STEM = ("stem", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
 FAMILIES = (
     *("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "aux1"),
-    "pool5",
+    *("pool5", "4c-bn", "conv3-bn"),
 )
 EVERY_RUN = {
     "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, BATCHES),
     **{f"sm_90-bf16-{name}": Group("sm_90", "bf16", (name,), BATCHES) for name in GOOGLENET},
     "sm_90-bf16-naive": Group("sm_90", "bf16", ("naive",), BATCHES),
+    "sm_90-bf16-norms": Group(
+        "sm_90", "bf16", ("3a-bn", "4b-bn", "5b-bn", "conv1-bn", "conv3-bn"), (1, 256), False
+    ),
     "sm_90-bf16-others": Group("sm_90", "bf16", OTHERS, BATCHES),
     **{
         f"{target}-{precision}": Group(target, precision, FAMILIES, (32,), inference=False)
