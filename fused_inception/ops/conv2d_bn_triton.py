@@ -68,7 +68,7 @@ def forward(
             save=False, precision=ops.precision, moments=found.partial,
         )  # fmt: skip
     else:
-        config = conv_config(c_in, c_out, k, pixels, ops, target)
+        config = conv_config(c_in, c_out, k, pixels, ops, target, norm=True)
         found = moments(config.forward.block_m)
         w, b = launch_pack_filter(weight, weight.new_empty(0), x.dtype)
         launch_conv2d_fwd(
@@ -130,7 +130,7 @@ def backward(
                 image, dz, weight.contiguous(), dx, image_config, precision=ops.precision
             )
     else:
-        config = conv_config(c_in, c_out, k, pixels, ops, target)
+        config = conv_config(c_in, c_out, k, pixels, ops, target, norm=True)
         if need_x:
             w, _ = launch_pack_filter(weight, None, dz.dtype)
             launch_conv2d_dgrad(dz, w, dx, None, config, kernel=k, precision=ops.precision)

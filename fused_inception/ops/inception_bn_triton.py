@@ -47,7 +47,7 @@ def forward(
     w, b = launch_pack(dims, filters, [], x.dtype)
     r, z, index, norm = saved = saved_like(x, filters)
     a_config = heuristic.pointwise_config(dims, pixels, ops, target, True, norm=True)
-    b_config = heuristic.branches_config(dims, pixels, ops, target)
+    b_config = heuristic.branches_config(dims, pixels, ops, target, norm=True)
 
     def moments(pixels_of_tile: int, channels: int) -> Moments:
         shape = (cdiv(n_pixels, pixels_of_tile), 3, align_up(channels))

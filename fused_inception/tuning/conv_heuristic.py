@@ -19,6 +19,7 @@ from fused_inception.tuning.heuristic import (
     conv_tile,
     gated_tile,
     mask_config,
+    moments_tile,
     stages,
     warps,
     wgrad_job,
@@ -28,11 +29,18 @@ from fused_inception.tuning.targets import Target
 
 @functools.lru_cache(maxsize=4096)
 def conv_config(
-    c_in: int, c_out: int, kernel: int, n_pixels: int, ops: Operands, target: Target
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    n_pixels: int,
+    ops: Operands,
+    target: Target,
+    norm: bool = False,
 ) -> ConvConfig:
-    """One "same" convolution."""
+    """One "same" convolution; with `norm` ahead of a BatchNorm in training."""
     taps = kernel * kernel
-    forward = conv_tile(n_pixels, c_out, align_up(c_in), taps, ops, target)
+    tile_of = moments_tile if norm else conv_tile
+    forward = tile_of(n_pixels, c_out, align_up(c_in), taps, ops, target)
     dgrad = gated_tile(n_pixels, c_in, align_up(c_out), taps, ops, target)
     wgrad = wgrad_job(taps * align_up(c_in), align_up(c_out), n_pixels, ops, target)
     tiles = [forward, dgrad, wgrad.tile]

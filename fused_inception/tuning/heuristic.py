@@ -180,12 +180,13 @@ def pointwise_config(
 
 @functools.lru_cache(maxsize=4096)
 def branches_config(
-    dims: InceptionDims, n_pixels: int, ops: Operands, target: Target
+    dims: InceptionDims, n_pixels: int, ops: Operands, target: Target, norm: bool = False
 ) -> BranchesConfig:
-    """Launch B."""
+    """Launch B; with `norm` ahead of a BatchNorm in training."""
     c3, c5 = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
-    conv3 = conv_tile(n_pixels, dims.ch3x3, c3, 9, ops, target)
-    conv5 = conv_tile(n_pixels, dims.ch5x5, c5, dims.kernel_5x5**2, ops, target)
+    tile_of = moments_tile if norm else conv_tile
+    conv3 = tile_of(n_pixels, dims.ch3x3, c3, 9, ops, target)
+    conv5 = tile_of(n_pixels, dims.ch5x5, c5, dims.kernel_5x5**2, ops, target)
     tiles = [conv3, conv5]
     return BranchesConfig(conv3, conv5, warps(tiles), stages(tiles, ops, target))
 
@@ -204,6 +205,13 @@ def conv_tile(
     depth = taps * align_up(channels, step)
     shape = _best_tile(m, n, depth, ops, target, max_width=max_width, max_elements=max_elements)
     return Tile(*shape, step)
+
+
+def moments_tile(m: int, n: int, channels: int, taps: int, ops: Operands, target: Target) -> Tile:
+    """The tile of a convolution that takes the moments of its results: those of 256 columns would
+    spill in fp16."""
+    largest = target.max_moments_tile
+    return conv_tile(m, n, channels, taps, ops, target, max_width=128, max_elements=largest)
 
 
 def gated_tile(

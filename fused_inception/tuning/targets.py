@@ -18,6 +18,8 @@ class Target:
     stream_bytes: float  # per second, L2 to all processors
     max_stages: int  # software pipeline depth worth having
     max_tile: int  # largest tile of 16-bit operands that compiles without spills
+    # the same of a 3x3 that also takes the moments of its results
+    max_moments_tile: int = 128 * 256
 
 
 # shared memory: the limits of the CUDA programming guide and of CDNA3; speeds: orders of magnitude
@@ -29,7 +31,7 @@ TARGETS = {
         Target("sm_80", 166912, 108, 280e12, 5.0e12, 4, 128 * 128),
         Target("sm_89", 101376, 142, 330e12, 4.5e12, 3, 128 * 128),
         Target("sm_100", 232448, 148, 1600e12, 10.0e12, 4, 128 * 128),
-        Target("sm_120", 101376, 170, 400e12, 6.0e12, 3, 128 * 128),
+        Target("sm_120", 101376, 170, 400e12, 6.0e12, 3, 128 * 128, 128 * 64),
         Target("gfx942", 65536, 304, 1000e12, 10.0e12, 2, 128 * 128),
     )
 }
