@@ -9,7 +9,7 @@ import triton
 from triton.compiler import ASTSource
 
 from tests.compiled.collect import Specialisation, gpu_target
-from tests.compiled.machine_code import MachineCode, read_amd, read_nvidia
+from tests.compiled.machine_code import MachineCode, read_amd, read_nvidia, source_file
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _loaded_tiles(ttgir: str, threads: int) -> dict[tuple[str, int], int]:
         while name:
             text = locations.get(name, "")
             if m := re.match(r'"([^"]+)":(\d+):', text):
-                return m[1], int(m[2])
+                return source_file(m[1]), int(m[2])
             m = re.search(r"#loc\d*", text)
             name = m[0] if m else ""
         return None

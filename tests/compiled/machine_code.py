@@ -12,6 +12,8 @@ from pathlib import Path
 
 import triton
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @dataclass(frozen=True)
 class Load:
@@ -26,7 +28,10 @@ class Load:
     @property
     def text(self) -> str:
         """The line of source."""
-        return linecache.getline(self.file, self.line).strip()
+        text = linecache.getline(self.file, self.line).strip()
+        if not text:
+            raise LookupError(f"{self.file} has no source in line {self.line}")
+        return text
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _parse_sass(code: str) -> tuple[list[_Instruction], dict[str, int]]:
     file, line = "", 0
     for text in code.splitlines():
         if m := re.match(r'\s*//## File "(.*?)", line (\d+)', text):
-            file, line = m[1], int(m[2])
+            file, line = source_file(m[1]), int(m[2])
         elif m := re.match(r"(\.L_x_\d+):", text):
             labels[m[1]] = len(found)
         elif m := instruction.match(text):
@@ -149,7 +154,7 @@ def _parse_amd(assembly: str) -> tuple[list[_Instruction], dict[str, int]]:
         if m := re.match(r'\s+\.file\s+(\d+)\s+"(.*?)"(?:\s+"(.*?)")?', text):
             files[m[1]] = f"{m[2]}/{m[3]}" if m[3] else m[2]
         elif m := re.match(r"\s+\.loc\s+(\d+)\s+(\d+)", text):
-            file, line = files[m[1]], int(m[2])
+            file, line = source_file(files[m[1]]), int(m[2])
         elif m := re.match(r"(\.LBB\w+):", text):
             labels[m[1]] = len(found)
         elif m := re.match(r"\s+([a-z]\w+)(.*)", text):
@@ -205,6 +210,14 @@ def _tensor_cycles(instruction: _Instruction) -> int:
     # 64 x N x 16 products of 16-bit numbers, or 64 x N x 8 of TF32, take a warp group N / 2 cycles
     m = re.match(r"HGMMA\.64x(\d+)x\d+", instruction.opcode)
     return int(m[1]) // 2 if m else 0
+
+
+@functools.cache
+def source_file(file: str) -> str:
+    """Where this checkout has `file`: Triton's cache holds what another one compiled alike."""
+    parts = Path(file).parts
+    tails = (ROOT.joinpath(*parts[n:]) for n in range(1, len(parts)))
+    return next((str(tail) for tail in tails if tail.is_file()), file)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from tests.compiled import matrix
 from tests.compiled.bounds import violations
 from tests.compiled.build import Build
 from tests.compiled.collect import Specialisation
-from tests.compiled.machine_code import MachineCode
+from tests.compiled.machine_code import Load, MachineCode, source_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +84,15 @@ def test_exact_fp32_must_stay_off_tensor_cores() -> None:
     for found, broken in (({}, []), ({"HGMMA": 4}, ["exact fp32 on tensor cores: {'HGMMA': 4}"])):
         code = MachineCode(registers=64, stack=0, tensor_cores=found, loads=(), loops=())
         assert violations(Build(spec, 0.0, code=code)) == broken
+
+
+def test_a_kernel_that_another_checkout_compiled_is_read_from_this_one() -> None:
+    # Triton's cache on disk knows a kernel by its source: what it keeps may name a removed folder
+    here = str(ROOT / "fused_inception" / "kernels" / "conv.py")
+    assert source_file("/removed/checkout/fused_inception/kernels/conv.py") == here
+    assert source_file("/elsewhere/triton/language/core.py") == "/elsewhere/triton/language/core.py"
+    with pytest.raises(LookupError, match="has no source in line 1"):
+        assert Load("/removed/conv.py", 1, instructions=1, narrowest=16, widest=16).text
 
 
 def test_every_kernel_is_compiled() -> None:
