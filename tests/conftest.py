@@ -3,20 +3,25 @@
 import functools
 import importlib
 import os
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if PARALLEL:
     # one thread a worker, for NumPy's libraries too: they read these when they are loaded
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+# launches as the heuristic has them, whatever was measured on this machine
+os.environ["FUSED_INCEPTION_CACHE"] = os.path.join(tempfile.gettempdir(), "no-tables")
 # deterministic algorithms, which fill uninitialised memory, need it on a GPU
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from fused_inception.tuning import table  # noqa: E402
 from fused_inception.tuning.configs import FinishConfig  # noqa: E402
 from fused_inception.tuning.targets import Target  # noqa: E402
 
@@ -62,6 +67,16 @@ def ieee_fp32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Launch tables, shipped and the user's, are read from and written to the returned folder."""
+    monkeypatch.setenv(table.ENVIRONMENT_VARIABLE, str(tmp_path / "user"))
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
+    table.forget()
+    yield tmp_path
+    table.forget()
 
 
 @pytest.fixture
