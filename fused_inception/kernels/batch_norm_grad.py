@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import branch_constants
-from fused_inception.kernels.tiles import batch_norm, channel_of, is_open, load_norm, relu
+from fused_inception.kernels.tiles import batch_norm, channel_of, is_open, load_norms, relu
 from fused_inception.tuning.configs import NormConfig
 
 
@@ -150,10 +150,7 @@ def _norm_sums_kernel(
     slot = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel, is_channel = channel_of(slot, N1, N3, N5, NP, SLOT_3, SLOT_5, SLOT_P, SLOTS)
     in_norm = slot + tl.where(slot >= SLOT_3, GAP, 0)
-    mean = load_norm(norm_ptr, 0, in_norm, is_channel, NORM_STRIDE)
-    inverse = load_norm(norm_ptr, 1, in_norm, is_channel, NORM_STRIDE)
-    scale = load_norm(norm_ptr, 2, in_norm, is_channel, NORM_STRIDE)
-    beta = load_norm(norm_ptr, 3, in_norm, is_channel, NORM_STRIDE)
+    mean, inverse, scale, beta = load_norms(norm_ptr, in_norm, is_channel, NORM_STRIDE)
     sum_g = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_gh = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in tl.range(0, chunk, BLOCK_P):
@@ -233,10 +230,7 @@ def _norm_grad_kernel(
         _store_sums(dgamma5_ptr, dbeta5_ptr, sum_g, sum_gh, slot - SLOT_5, N5)
         _store_sums(dgammap_ptr, dbetap_ptr, sum_g, sum_gh, slot - SLOT_P, NP)
     in_norm = slot + tl.where(slot >= SLOT_3, GAP, 0)
-    mean = load_norm(norm_ptr, 0, in_norm, is_channel, NORM_STRIDE)
-    inverse = load_norm(norm_ptr, 1, in_norm, is_channel, NORM_STRIDE)
-    scale = load_norm(norm_ptr, 2, in_norm, is_channel, NORM_STRIDE)
-    beta = load_norm(norm_ptr, 3, in_norm, is_channel, NORM_STRIDE)
+    mean, inverse, scale, beta = load_norms(norm_ptr, in_norm, is_channel, NORM_STRIDE)
     local_p = tl.arange(0, BLOCK_P)
     dz_offs = (local_p * SLOTS)[:, None] + slot[None, :]
     for start in tl.range(0, chunk, BLOCK_P):
@@ -297,10 +291,7 @@ def _reduce_norm_grad_kernel(
     if tl.program_id(0) == 0:
         _store_sums(dgamma3_ptr, dbeta3_ptr, sum_g, sum_gh, slot, R3)
         _store_sums(dgamma5_ptr, dbeta5_ptr, sum_g, sum_gh, slot - S3R, R5)
-    mean = load_norm(norm_ptr, 0, slot, mask_c, NORM_STRIDE)
-    inverse = load_norm(norm_ptr, 1, slot, mask_c, NORM_STRIDE)
-    scale = load_norm(norm_ptr, 2, slot, mask_c, NORM_STRIDE)
-    beta = load_norm(norm_ptr, 3, slot, mask_c, NORM_STRIDE)
+    mean, inverse, scale, beta = load_norms(norm_ptr, slot, mask_c, NORM_STRIDE)
     local_p = tl.arange(0, BLOCK_P)
     offs = (local_p * SR)[:, None] + slot[None, :]
     for start in tl.range(0, chunk, BLOCK_P):

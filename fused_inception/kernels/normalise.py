@@ -17,7 +17,7 @@ from fused_inception.kernels.batch_norm import (
 )
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import branch_constants
-from fused_inception.kernels.tiles import batch_norm, channel_of, load_norm, relu
+from fused_inception.kernels.tiles import batch_norm, channel_of, load_norms, relu
 from fused_inception.tuning.configs import NormConfig
 
 
@@ -110,16 +110,12 @@ def _normalise_kernel(
                 momentum, slot - SLOT_5, real5, SKIP,
             )  # fmt: skip
         ready = is_channel & ((of3 | of5) == 0)
-        mean = load_norm(norm_ptr, 0, in_norm, ready, NORM_STRIDE)
-        scale = load_norm(norm_ptr, 2, in_norm, ready, NORM_STRIDE)
-        beta = load_norm(norm_ptr, 3, in_norm, ready, NORM_STRIDE)
+        mean, _, scale, beta = load_norms(norm_ptr, in_norm, ready, NORM_STRIDE)
         mean = tl.where(of3, mean3, tl.where(of5, mean5, mean))
         scale = tl.where(of3, scale3, tl.where(of5, scale5, scale))
         beta = tl.where(of3, beta3, tl.where(of5, beta5, beta))
     else:
-        mean = load_norm(norm_ptr, 0, in_norm, is_channel, NORM_STRIDE)
-        scale = load_norm(norm_ptr, 2, in_norm, is_channel, NORM_STRIDE)
-        beta = load_norm(norm_ptr, 3, in_norm, is_channel, NORM_STRIDE)
+        mean, _, scale, beta = load_norms(norm_ptr, in_norm, is_channel, NORM_STRIDE)
     local_p = tl.arange(0, BLOCK_P)
     z_offs = (local_p * SLOTS)[:, None] + slot[None, :]
     y_offs = (local_p * C_OUT)[:, None] + channel[None, :]

@@ -159,6 +159,17 @@ def load_norm(norm_ptr, row: tl.constexpr, offs_c, mask_c, NORM_STRIDE: tl.const
 
 
 @triton.jit
+def load_norms(norm_ptr, offs_c, mask_c, NORM_STRIDE: tl.constexpr):
+    """All four rows."""
+    return (
+        load_norm(norm_ptr, 0, offs_c, mask_c, NORM_STRIDE),
+        load_norm(norm_ptr, 1, offs_c, mask_c, NORM_STRIDE),
+        load_norm(norm_ptr, 2, offs_c, mask_c, NORM_STRIDE),
+        load_norm(norm_ptr, 3, offs_c, mask_c, NORM_STRIDE),
+    )
+
+
+@triton.jit
 def batch_norm(z_tile, mean, scale, beta):
     """(z - mean) * scale + beta in fp32, rounded to the dtype of z as PyTorch's result is.
 

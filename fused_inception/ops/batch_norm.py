@@ -19,7 +19,12 @@ from torch import Tensor
 
 from fused_inception.geometry import conv_out
 from fused_inception.ops import conv2d, filter_cache, inception
-from fused_inception.ops.layout import dims_of, empty_channels_last, settle
+from fused_inception.ops.layout import (
+    dims_of,
+    empty_channels_last,
+    gradients_like,
+    settle_all,
+)
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -28,6 +33,9 @@ from fused_inception.ops.registration import (
 from fused_inception.ops.running import Running
 
 PARAMETERS = "Tensor[] filters, Tensor[] gammas, Tensor[] betas"
+# gammas, betas, means, variances, counters: lists of tensors between filters and geometry; the
+# operator in eval has no counters
+LISTS = 5
 
 
 @dataclass(frozen=True)
@@ -91,18 +99,9 @@ class _Family:
         return y, *saved
 
     def forward_fake(
-        self,
-        x: Tensor,
-        filters: list[Tensor],
-        gammas: list[Tensor],
-        betas: list[Tensor],
-        means: list[Tensor],
-        variances: list[Tensor],
-        batches: list[Tensor],
-        *options: Any,
-        impl: str,
+        self, x: Tensor, filters: list[Tensor], *rest: Any, impl: str
     ) -> tuple[Tensor, ...]:
-        *geometry, _, _, _ = options
+        geometry = rest[LISTS : LISTS + self.geometry]
         saved = self.implementation(impl).saved_like(x, filters, *geometry)
         return self.empty_output(x, filters, geometry), *saved
 
@@ -125,35 +124,13 @@ class _Family:
         else:
             gradients = backward(dy, x, y, saved, filters, gammas, eps, *geometry, needs)
         # without parameters there is nothing behind the filters
-        settled = []
-        for gradient, tensor, need in zip(
-            gradients, (x, *filters, *gammas, *betas), needs, strict=False
-        ):
-            if not need or gradient is None:
-                settled.append(tensor.new_empty(0))
-            else:
-                settled.append(gradient if tensor is x else settle(gradient, tensor))
-        return settled
+        return settle_all(gradients, x, (*filters, *gammas, *betas), needs)
 
     def backward_fake(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        y: Tensor,
-        saved: list[Tensor],
-        filters: list[Tensor],
-        gammas: list[Tensor],
-        betas: list[Tensor],
-        *options: Any,
+        self, dy: Tensor, x: Tensor, y: Tensor, saved: list[Tensor], *rest: Any
     ) -> list[Tensor]:
-        needs = options[-2]
-        dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-        parameters = (*filters, *gammas, *betas)
-        like = [dx, *(torch.empty_like(p) for p in parameters)]
-        return [
-            gradient if need else tensor.new_empty(0)
-            for gradient, tensor, need in zip(like, (x, *parameters), needs, strict=False)
-        ]
+        filters, gammas, betas, *_, needs, _ = rest
+        return gradients_like(x, (*filters, *gammas, *betas), needs)
 
     def evaluate(
         self,
@@ -188,17 +165,8 @@ class _Family:
             return inception.inception(x, filters, biases, save, impl)
         return conv2d.conv2d_relu(x, filters[0], biases[0], *geometry, save, impl)
 
-    def evaluate_fake(
-        self,
-        x: Tensor,
-        filters: list[Tensor],
-        gammas: list[Tensor],
-        betas: list[Tensor],
-        means: list[Tensor],
-        variances: list[Tensor],
-        *options: Any,
-    ) -> Tensor:
-        *geometry, _, _ = options
+    def evaluate_fake(self, x: Tensor, filters: list[Tensor], *rest: Any) -> Tensor:
+        geometry = rest[LISTS - 1 : LISTS - 1 + self.geometry]
         return self.empty_output(x, filters, geometry)
 
 

@@ -10,15 +10,13 @@ from fused_inception.kernels.batch_norm import Moments, NormParameters, launch_b
 from fused_inception.kernels.batch_norm_grad import launch_norm_grad, launch_reduce_norm_grad
 from fused_inception.kernels.conv import launch_branches
 from fused_inception.kernels.dgrad import launch_dgrad
-from fused_inception.kernels.finish import launch_finish
-from fused_inception.kernels.input_grad import launch_input_grad
 from fused_inception.kernels.launch import cdiv
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.normalise import Finish, launch_normalise
 from fused_inception.kernels.pack import launch_pack
 from fused_inception.kernels.pointwise import launch_pointwise
-from fused_inception.kernels.wgrad import launch_wgrad
-from fused_inception.ops.layout import dims_of, empty_channels_last, empty_filter_grad, for_kernels
+from fused_inception.ops.inception_triton import filter_gradients, input_gradient
+from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
 from fused_inception.tuning import heuristic
@@ -64,8 +62,6 @@ def forward(
         norm, (first, [layers[0], layers[1], layers[3]]), (pool, layers[5], layout.bp),
         n_pixels, statistics_config(), momentum=running.momentum or 0.0, eps=eps, skip=running.skip,
     )  # fmt: skip
-    three = moments(b_config.conv3.block_m, dims.ch3x3)
-    five = moments(b_config.conv5.block_m, dims.ch5x5)
     # in a pass of its own: normalised on load, the 3x3 would issue twice as many instructions
     activated = torch.empty_like(r)
     launch_normalise(
@@ -138,7 +134,6 @@ def backward(
     dims = dims_of(filters)
     layout = PackedLayout(dims)
     r, z, index, norm = saved
-    n, c_in, height, width = x.shape
     ops, target, pixels = problem_of(x)
     need_x, need_w, need_gamma, need_beta = needs[0], needs[1:7], needs[7:13], needs[13:]
     trained = [any(of) for of in zip(need_w, need_gamma, need_beta, strict=True)]
@@ -174,34 +169,13 @@ def backward(
     dx = x.new_empty(0)
     if need_x:
         assert w is not None  # for the type checker: need_x implies both reduces
-        dx = empty_channels_last(n, c_in, height, width, dtype=x.dtype, device=x.device)
-        launch_input_grad(
-            dims, dz, dr, dp, index, w, dx,
-            heuristic.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
-        )  # fmt: skip
-    filter_grads = [
-        empty_filter_grad(f) if need else f.new_empty(0)
-        for f, need in zip(filters, need_w, strict=True)
-    ]
-    if any(need_w):
-        groups = {
-            "branch1": need_w[0],
-            "reduces": need_w[1] or need_w[3],
-            "conv3": need_w[2],
-            "conv5": need_w[4],
-            "projection": need_w[5],
-        }
-        partial_filters = launch_wgrad(
-            dims, for_kernels(x), index, activated, dz, dr,
-            heuristic.wgrad_config(dims, pixels, ops, target),
-            groups=frozenset(name for name, need in groups.items() if need),
-            precision=ops.precision,
-        )  # fmt: skip
-        none = norm[:0]
-        launch_finish(
-            dims, partial_filters, none, none, none, filter_grads, [x.new_empty(0)] * 6,
-            heuristic.finish_config(),
-        )  # fmt: skip
+        dx = input_gradient(dims, x, dz, dr, dp, index, w)
+    # behind a BatchNorm there is no bias
+    none = norm[:0]
+    filter_grads = filter_gradients(
+        dims, x, index, activated, dz, dr, (none, none, none), filters, need_w,
+        [x.new_empty(0)] * len(filters),
+    )  # fmt: skip
     empty = norm.new_empty(0)
     vectors = [empty if g is None else g for g in (*dgammas, *dbetas)]
     return [dx, *filter_grads, *vectors]

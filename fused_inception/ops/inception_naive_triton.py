@@ -16,7 +16,7 @@ from fused_inception.kernels.vectors import lanes_of
 from fused_inception.ops import filter_cache
 from fused_inception.ops.layout import (
     empty_channels_last,
-    empty_filter_grad,
+    empty_filter_grads,
     for_kernels,
     naive_dims_of,
 )
@@ -103,10 +103,7 @@ def backward(
             dims, dz, for_kernels(dy[:, dims.offsets[3] :]), index, w, dx,
             naive_input_grad_config(dims, pixels, ops, target), precision=ops.precision,
         )  # fmt: skip
-    filter_grads = [
-        empty_filter_grad(f) if need else f.new_empty(0)
-        for f, need in zip(filters, need_w, strict=True)
-    ]
+    filter_grads = empty_filter_grads(filters, need_w)
     bias_grads = [
         x.new_empty(f.shape[0] if need else 0, dtype=dtype)
         for f, need, dtype in zip(filters, need_b, biases_dtype, strict=True)

@@ -1,6 +1,8 @@
 """The script of the module on the Triton path: which launches run, in which order, on which scratch
 tensors."""
 
+from collections.abc import Sequence
+
 import torch
 
 from fused_inception.geometry import InceptionDims, align_up
@@ -16,7 +18,7 @@ from fused_inception.ops import filter_cache
 from fused_inception.ops.layout import (
     dims_of,
     empty_channels_last,
-    empty_filter_grad,
+    empty_filter_grads,
     for_kernels,
 )
 from fused_inception.ops.problem import problem_of
@@ -84,7 +86,6 @@ def backward(
     """
     dims = dims_of(filters)
     r, index, mask = saved
-    n, c_in, height, width = x.shape
     ops, target, pixels = problem_of(x)
     need_x, need_w, need_b = needs[0], needs[1:7], needs[7:]
     reduce3 = need_x or need_w[1] or need_b[1]
@@ -104,26 +105,63 @@ def backward(
     dx = x.new_empty(0)
     if need_x:
         assert w is not None  # for the type checker: need_x implies both reduces
-        dx = empty_channels_last(n, c_in, height, width, dtype=x.dtype, device=x.device)
-        launch_input_grad(
-            dims, dz, dr, dp, index, w, dx,
-            heuristic.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
-        )  # fmt: skip
-    filter_grads = [
-        empty_filter_grad(f) if need else f.new_empty(0)
-        for f, need in zip(filters, need_w, strict=True)
-    ]
+        dx = input_gradient(dims, x, dz, dr, dp, index, w)
     bias_grads = [
         x.new_empty(f.shape[0] if need else 0, dtype=dtype)
         for f, need, dtype in zip(filters, need_b, biases_dtype, strict=True)
     ]
-    if any(need_w) or any(need_b):
+    filter_grads = filter_gradients(
+        dims, x, index, r, dz, dr, (partial_m, partial3, partial5), filters, need_w, bias_grads
+    )
+    return [dx, *filter_grads, *bias_grads]
+
+
+def input_gradient(
+    dims: InceptionDims,
+    x: torch.Tensor,
+    dz: torch.Tensor,
+    dr: torch.Tensor,
+    dp: torch.Tensor,
+    index: torch.Tensor,
+    w: torch.Tensor,
+) -> torch.Tensor:
+    """Launch L2: the gradient of x, exactly channels last."""
+    ops, target, pixels = problem_of(x)
+    dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+    launch_input_grad(
+        dims, dz, dr, dp, index, w, dx,
+        heuristic.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
+    )  # fmt: skip
+    return dx
+
+
+def filter_gradients(
+    dims: InceptionDims,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    r: torch.Tensor,
+    dz: torch.Tensor,
+    dr: torch.Tensor,
+    column_sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    filters: list[torch.Tensor],
+    needs: Sequence[bool],
+    bias_grads: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Launches L3 and F: gradients of six filters, 0 elements where `needs` says no; `bias_grads`
+    are filled from the partial sums of dz, dR3 and dR5 where they have elements.
+
+    r: both reduced maps as the 3x3 and 5x5 read them, behind their ReLU.
+    """
+    grads = empty_filter_grads(filters, needs)
+    if any(needs) or any(b.numel() for b in bias_grads):
+        ops, target, pixels = problem_of(x)
+        need1, need3r, need3, need5r, need5, need_pool = needs
         groups = {
-            "branch1": need_w[0],
-            "reduces": need_w[1] or need_w[3],
-            "conv3": need_w[2],
-            "conv5": need_w[4],
-            "projection": need_w[5],
+            "branch1": need1,
+            "reduces": need3r or need5r,
+            "conv3": need3,
+            "conv5": need5,
+            "projection": need_pool,
         }
         partial_filters = launch_wgrad(
             dims, for_kernels(x), index, r, dz, dr,
@@ -132,7 +170,6 @@ def backward(
             precision=ops.precision,
         )  # fmt: skip
         launch_finish(
-            dims, partial_filters, partial_m, partial3, partial5, filter_grads, bias_grads,
-            heuristic.finish_config(),
-        )  # fmt: skip
-    return [dx, *filter_grads, *bias_grads]
+            dims, partial_filters, *column_sums, grads, bias_grads, heuristic.finish_config()
+        )
+    return grads

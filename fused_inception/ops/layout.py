@@ -99,11 +99,46 @@ def naive_dims_of(filters: Sequence[Tensor]) -> NaiveDims:
     return NaiveDims(w1.shape[1], w1.shape[0], w3.shape[0], w5.shape[0])
 
 
+def empty_filter_grads(weights: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Empty gradients of filters; 0 elements where `needs` says no."""
+    return [
+        empty_filter_grad(weight) if need else weight.new_empty(0)
+        for weight, need in zip(weights, needs, strict=True)
+    ]
+
+
 def empty_filter_grad(weight: Tensor) -> Tensor:
     """An empty gradient in the filter's own strides where those are dense, else contiguous."""
     if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
         return torch.empty_like(weight)
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def settle_all(
+    gradients: Sequence[Tensor | None],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """What a backward operator returns for x and its parameters: 0 elements where not needed, the
+    gradient of x as it is, those of parameters settled. Gradients and `needs` may be longer."""
+    settled = []
+    for tensor, gradient, need in zip((x, *parameters), gradients, needs, strict=False):
+        if not need or gradient is None:
+            settled.append(tensor.new_empty(0))
+        else:
+            settled.append(gradient if tensor is x else settle(gradient, tensor))
+    return settled
+
+
+def gradients_like(x: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Empty tensors of the shapes and strides that `settle_all` returns."""
+    dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+    like = [dx, *(torch.empty_like(p) for p in parameters)]
+    return [
+        gradient if need else gradient.new_empty(0)
+        for gradient, need in zip(like, needs, strict=False)
+    ]
 
 
 def settle(gradient: Tensor, parameter: Tensor) -> Tensor:

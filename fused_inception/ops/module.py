@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_inception.ops.layout import empty_channels_last, settle
+from fused_inception.ops.layout import empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -64,14 +64,7 @@ class ModuleForm:
             gradients = self.triton().backward(dy, x, saved, filters, dtypes, needs)
         else:
             gradients = self.aten.backward(dy, x, y, saved, filters, needs)
-        settled = []
-        tensors = (x, *filters, *biases)
-        for gradient, tensor, need in zip(gradients, tensors, needs, strict=True):
-            if not need or gradient is None:
-                settled.append(tensor.new_empty(0))
-            else:
-                settled.append(gradient if tensor is x else settle(gradient, tensor))
-        return settled
+        return settle_all(gradients, x, (*filters, *biases), needs)
 
     def backward_fake(
         self,
@@ -84,13 +77,7 @@ class ModuleForm:
         needs: list[bool],
         impl: str,
     ) -> list[Tensor]:
-        parameters = (*filters, *biases)
-        dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-        like = [dx, *(torch.empty_like(p) for p in parameters)]
-        return [
-            gradient if need else tensor.new_empty(0)
-            for gradient, tensor, need in zip(like, (x, *parameters), needs, strict=True)
-        ]
+        return gradients_like(x, (*filters, *biases), needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:

@@ -31,4 +31,6 @@ class Running:
 
     def mark(self) -> None:
         """Tell autograd and the filter cache that they have been written to."""
-        torch.autograd.graph.increment_version([*self.means, *self.variances, *self.batches])
+        buffers = (*self.means, *self.variances, *self.batches)
+        # tensors made in inference mode have no version, and nothing caches them
+        torch.autograd.graph.increment_version([b for b in buffers if not b.is_inference()])

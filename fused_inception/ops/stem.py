@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_inception.geometry import ALIGN, IMAGE_CHANNELS, Window, conv_out
 from fused_inception.ops import conv2d
-from fused_inception.ops.layout import empty_channels_last, settle
+from fused_inception.ops.layout import empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.pooling import MAX_KERNEL
 from fused_inception.ops.registration import (
     refuse_double_backward,
@@ -139,15 +139,8 @@ def _backward(
     from fused_inception.ops import stem_triton
 
     stem = Stem.of(integers, constants)
-    dx, *rest = stem_triton.backward(dy, x, saved, filters, biases, stem, needs)
-    parameters = (*filters, *biases)
-    return [
-        dx,
-        *(
-            settle(gradient, tensor) if need else gradient
-            for gradient, tensor, need in zip(rest, parameters, needs[1:], strict=True)
-        ),
-    ]
+    gradients = stem_triton.backward(dy, x, saved, filters, biases, stem, needs)
+    return settle_all(gradients, x, (*filters, *biases), needs)
 
 
 def _backward_fake(
@@ -160,13 +153,7 @@ def _backward_fake(
     constants: list[float],
     needs: list[bool],
 ) -> list[Tensor]:
-    parameters = (*filters, *biases)
-    dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-    like = [dx, *(torch.empty_like(p) for p in parameters)]
-    return [
-        gradient if need else tensor.new_empty(0)
-        for gradient, tensor, need in zip(like, (x, *parameters), needs, strict=True)
-    ]
+    return gradients_like(x, (*filters, *biases), needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
