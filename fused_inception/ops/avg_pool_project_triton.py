@@ -10,8 +10,8 @@ from fused_inception.kernels.conv2d import launch_conv2d_finish, launch_pack_fil
 from fused_inception.ops import filter_cache
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
+from fused_inception.tuning.chosen import avg_pool_project_config
 from fused_inception.tuning.configs import AvgPoolProjectConfig
-from fused_inception.tuning.conv_heuristic import avg_pool_project_config
 from fused_inception.tuning.heuristic import Operands, finish_config
 
 

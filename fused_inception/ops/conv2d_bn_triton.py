@@ -27,9 +27,9 @@ from fused_inception.ops.inception_bn_triton import norm_parameters
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
-from fused_inception.tuning.conv_heuristic import conv_config, image_conv_config
+from fused_inception.tuning.chosen import conv_config, image_conv_config, norm_config
 from fused_inception.tuning.heuristic import finish_config
-from fused_inception.tuning.norm_heuristic import norm_config, statistics_config
+from fused_inception.tuning.norm_heuristic import statistics_config
 
 
 def forward(

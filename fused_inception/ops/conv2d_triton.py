@@ -21,8 +21,8 @@ from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.ops import filter_cache
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
-from fused_inception.tuning.conv_heuristic import conv_config, image_conv_config
-from fused_inception.tuning.heuristic import finish_config, mask_config
+from fused_inception.tuning.chosen import conv_config, image_conv_config, mask_config
+from fused_inception.tuning.heuristic import finish_config
 
 
 def forward(

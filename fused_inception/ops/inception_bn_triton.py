@@ -19,8 +19,9 @@ from fused_inception.ops.inception_triton import filter_gradients, input_gradien
 from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
-from fused_inception.tuning import heuristic
-from fused_inception.tuning.norm_heuristic import norm_config, statistics_config
+from fused_inception.tuning import chosen, heuristic
+from fused_inception.tuning.chosen import norm_config
+from fused_inception.tuning.norm_heuristic import statistics_config
 
 
 def forward(
@@ -44,8 +45,8 @@ def forward(
     n_pixels = n * height * width
     w, b = launch_pack(dims, filters, [], x.dtype)
     r, z, index, norm = saved = saved_like(x, filters)
-    a_config = heuristic.pointwise_config(dims, pixels, ops, target, True, norm=True)
-    b_config = heuristic.branches_config(dims, pixels, ops, target, norm=True)
+    a_config = chosen.pointwise_config(dims, pixels, ops, target, True, norm=True)
+    b_config = chosen.branches_config(dims, pixels, ops, target, norm=True)
 
     def moments(pixels_of_tile: int, channels: int) -> Moments:
         shape = (cdiv(n_pixels, pixels_of_tile), 3, align_up(channels))
@@ -155,7 +156,7 @@ def backward(
     if reduce3 or reduce5:
         w, _ = launch_pack(dims, filters, None, x.dtype)
         dr, dp, partial3, partial5 = launch_dgrad(
-            dims, dz, w, r, heuristic.dgrad_config(dims, pixels, ops, target, norm=True),
+            dims, dz, w, r, chosen.dgrad_config(dims, pixels, ops, target, norm=True),
             reduce3=reduce3, reduce5=reduce5, pooled=need_x, precision=ops.precision, norm=norm,
         )  # fmt: skip
     elif need_w[2] or need_w[4]:

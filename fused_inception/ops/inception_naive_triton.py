@@ -20,14 +20,15 @@ from fused_inception.ops.layout import (
     for_kernels,
     naive_dims_of,
 )
-from fused_inception.ops.problem import problem_of
-from fused_inception.tuning.heuristic import finish_config, mask_config
-from fused_inception.tuning.naive_heuristic import (
+from fused_inception.ops.problem import power_of_two, problem_of
+from fused_inception.tuning.chosen import (
+    mask_config,
     naive_config,
     naive_input_grad_config,
     naive_wgrad_config,
+    vector_config,
 )
-from fused_inception.tuning.pool_heuristic import vector_config
+from fused_inception.tuning.heuristic import finish_config
 
 POOL = Window(kernel=3, stride=1, padding=1)
 
@@ -56,9 +57,14 @@ def forward(
         dims, x, w, b, y, mask, naive_config(dims, pixels, ops, target),
         save=save, precision=ops.precision,
     )  # fmt: skip
-    vectors = n * height * width * x.shape[1] // lanes_of(x.dtype)
+    vectors = power_of_two(n * height * width * x.shape[1] // lanes_of(x.dtype))
     launch_max_pool_fwd(
-        x, y[:, dims.offsets[3] :], index, POOL, vector_config(vectors, target), save=save
+        x,
+        y[:, dims.offsets[3] :],
+        index,
+        POOL,
+        vector_config(vectors, target),
+        save=save,
     )
     return y, saved if save else []
 

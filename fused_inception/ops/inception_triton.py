@@ -22,7 +22,7 @@ from fused_inception.ops.layout import (
     for_kernels,
 )
 from fused_inception.ops.problem import problem_of
-from fused_inception.tuning import heuristic
+from fused_inception.tuning import chosen, heuristic
 
 
 def forward(
@@ -49,12 +49,12 @@ def forward(
         index, mask = index.new_empty(0), mask.new_empty(0)
     launch_pointwise(
         dims, for_kernels(x), w, b, y, r, index, mask,
-        heuristic.pointwise_config(dims, pixels, ops, target, save),
+        chosen.pointwise_config(dims, pixels, ops, target, save),
         save=save, precision=ops.precision,
     )  # fmt: skip
     launch_branches(
         dims, r, w, b, y, mask,
-        heuristic.branches_config(dims, pixels, ops, target),
+        chosen.branches_config(dims, pixels, ops, target),
         save=save, precision=ops.precision,
     )  # fmt: skip
     return y, [r, index, mask] if save else []
@@ -92,14 +92,14 @@ def backward(
     reduce5 = need_x or need_w[3] or need_b[3]
 
     dz, partial_m = launch_relu_mask(
-        dims.branch_widths, dy, mask, heuristic.mask_config(dims.slot_channels, pixels, target)
+        dims.branch_widths, dy, mask, chosen.mask_config(dims.slot_channels, pixels, target)
     )
     dr, dp, partial3, partial5 = r, index, partial_m, partial_m
     w = None
     if reduce3 or reduce5:
         w, _ = launch_pack(dims, filters, None, x.dtype)
         dr, dp, partial3, partial5 = launch_dgrad(
-            dims, dz, w, r, heuristic.dgrad_config(dims, pixels, ops, target),
+            dims, dz, w, r, chosen.dgrad_config(dims, pixels, ops, target),
             reduce3=reduce3, reduce5=reduce5, pooled=need_x, precision=ops.precision,
         )  # fmt: skip
     dx = x.new_empty(0)
@@ -130,7 +130,7 @@ def input_gradient(
     dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
     launch_input_grad(
         dims, dz, dr, dp, index, w, dx,
-        heuristic.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
+        chosen.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
     )  # fmt: skip
     return dx
 
@@ -165,7 +165,7 @@ def filter_gradients(
         }
         partial_filters = launch_wgrad(
             dims, for_kernels(x), index, r, dz, dr,
-            heuristic.wgrad_config(dims, pixels, ops, target),
+            chosen.wgrad_config(dims, pixels, ops, target),
             groups=frozenset(name for name, need in groups.items() if need),
             precision=ops.precision,
         )  # fmt: skip

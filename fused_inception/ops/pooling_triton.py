@@ -9,9 +9,9 @@ from fused_inception.kernels.max_pool import launch_max_pool_bwd, launch_max_poo
 from fused_inception.kernels.pool_lrn import launch_max_pool_lrn_bwd, launch_max_pool_lrn_fwd
 from fused_inception.kernels.vectors import lanes_of
 from fused_inception.ops.layout import empty_channels_last, for_kernels
-from fused_inception.ops.problem import problem_of
+from fused_inception.ops.problem import power_of_two, problem_of
+from fused_inception.tuning.chosen import march_config, vector_config
 from fused_inception.tuning.configs import MarchConfig, VectorConfig
-from fused_inception.tuning.pool_heuristic import march_config, vector_config
 
 
 def max_pool2d(
@@ -175,14 +175,14 @@ def _groups(y: torch.Tensor) -> int:
 
 def _by_pixel(y: torch.Tensor) -> VectorConfig:
     n, _, h, w = y.shape
-    return vector_config(n * h * w * _groups(y), problem_of(y)[1])
+    return vector_config(power_of_two(n * h * w * _groups(y)), problem_of(y)[1])
 
 
 def _by_cell(dx: torch.Tensor, window: Window) -> VectorConfig:
     n, _, h, w = dx.shape
     cells = n * window.cells(h) * window.cells(w)
-    return vector_config(cells * _groups(dx), problem_of(dx)[1])
+    return vector_config(power_of_two(cells * _groups(dx)), problem_of(dx)[1])
 
 
 def _marching(y: torch.Tensor, columns: int, height: int, window: Window) -> MarchConfig:
-    return march_config(columns, height, _groups(y), window, problem_of(y)[1])
+    return march_config(power_of_two(columns), height, _groups(y), window, problem_of(y)[1])

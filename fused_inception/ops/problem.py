@@ -15,4 +15,9 @@ def problem_of(t: torch.Tensor) -> tuple[Operands, Target, int]:
     exact = t.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
     pixels = n * height * width
     operands = Operands(t.element_size(), "ieee" if exact else "tf32")
-    return operands, target_of(t.device), 1 << max(0, pixels - 1).bit_length()
+    return operands, target_of(t.device), power_of_two(pixels)
+
+
+def power_of_two(n: int) -> int:
+    """The bucket of a number that grows with the batch: the next power of two, 1 for none."""
+    return 1 << max(0, n - 1).bit_length()

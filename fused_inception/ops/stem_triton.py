@@ -12,12 +12,8 @@ from fused_inception.ops import conv2d_triton, filter_cache, pooling_triton
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.stem import Stem
+from fused_inception.tuning.chosen import conv_config, image_conv_config, stem_wgrad_config
 from fused_inception.tuning.configs import ImageConvConfig
-from fused_inception.tuning.conv_heuristic import (
-    conv_config,
-    image_conv_config,
-    stem_wgrad_config,
-)
 from fused_inception.tuning.heuristic import finish_config
 
 

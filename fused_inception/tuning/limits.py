@@ -1,0 +1,76 @@
+"""What no configuration may go beyond, whoever chose it."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from fused_inception.tuning.configs import MaskConfig, NormConfig, PointwiseConfig, Tile
+from fused_inception.tuning.targets import Target
+
+MAX_STAGES = 8
+MAX_SPLITS = 4096
+# elements of a tile's side; Triton itself stops at 2^20 elements a tile
+MAX_EXTENT = 1024
+WARPS = (1, 2, 4, 8, 16)
+
+
+def why_not(config: Any, itemsize: int, target: Target) -> str | None:
+    """Why `config` cannot be launched on `target` for operands of `itemsize` bytes; None where
+    nothing is known against it."""
+    for name, value in _leaves(config):
+        if why := _why_not_field(name, value):
+            return why
+    if isinstance(config, MaskConfig | NormConfig) and config.pixels % config.block_p:
+        return f"pixels {config.pixels} is no multiple of block_p {config.block_p}"
+    if isinstance(config, PointwiseConfig) and config.tail_n >= config.gemm.block_n:
+        return f"tail_n {config.tail_n} is not below block_n {config.gemm.block_n}"
+    needed = shared_bytes(config, itemsize)
+    if needed > target.shared_bytes:
+        return f"needs {needed} bytes of shared memory, {target.name} has {target.shared_bytes}"
+    return None
+
+
+def shared_bytes(config: Any, itemsize: int) -> int:
+    """Least shared memory of its pipelines: both operands of one step, in every stage."""
+    steps = [(t.block_m + t.block_n) * t.block_k * itemsize for t in tiles(config)]
+    return getattr(config, "num_stages", 1) * max(steps, default=0)
+
+
+def tiles(config: Any) -> list[Tile]:
+    """All tiles in it whose operands are pipelined: the pool branch of launch A is not."""
+    if isinstance(config, Tile):
+        return [config]
+    if not dataclasses.is_dataclass(config):
+        return []
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if isinstance(config, PointwiseConfig):
+        del values["pool"]
+    return [tile for value in values.values() for tile in tiles(value)]
+
+
+def _why_not_field(name: str, value: int) -> str | None:
+    power = value > 0 and value & (value - 1) == 0
+    if name.endswith("warps"):
+        good, want = value in WARPS, f"one of {WARPS}"
+    elif name == "num_stages":
+        good, want = 1 <= value <= MAX_STAGES, f"between 1 and {MAX_STAGES}"
+    elif name == "splits":
+        good, want = 1 <= value <= MAX_SPLITS, f"between 1 and {MAX_SPLITS}"
+    elif name == "tail_n" and value == 0:
+        return None
+    elif name in ("block_m", "block_n", "block_k", "tail_n"):
+        good, want = power and 16 <= value <= MAX_EXTENT, "a power of two from 16 on"
+    elif name.startswith("block_"):
+        good, want = power and value <= MAX_EXTENT, "a power of two"
+    else:
+        good, want = value >= 1 or isinstance(value, bool), "1 or more"
+    return None if good else f"{name} must be {want}, got {value}"
+
+
+def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value)
+        else:
+            yield f.name, value
