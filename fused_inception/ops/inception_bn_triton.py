@@ -19,7 +19,7 @@ from fused_inception.ops.inception_triton import filter_gradients, input_gradien
 from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
-from fused_inception.tuning import chosen, heuristic
+from fused_inception.tuning import chosen
 from fused_inception.tuning.chosen import norm_config
 from fused_inception.tuning.norm_heuristic import statistics_config
 
