@@ -40,10 +40,14 @@ def record_launches() -> Iterator[list[Launch]]:
             _recorders = tuple(r for r in _recorders if r is not launches)
 
 
+def is_recording() -> bool:
+    """Whether a `record_launches` block is open: where none is, nothing need be put together for
+    `record`."""
+    return bool(_recorders)
+
+
 def record(kernel: str, grid: tuple[int, ...], config: Mapping[str, Any]) -> None:
-    """Tell every open `record_launches` block of a launch; free of cost where there is none."""
-    if not _recorders:
-        return
+    """Tell every open `record_launches` block of a launch."""
     launch = Launch(kernel, tuple(grid), dict(config))
     with _lock:
         for launches in _recorders:

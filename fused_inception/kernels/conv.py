@@ -1,5 +1,8 @@
 """Launch B: the 3x3 and 5x5 branches as implicit GEMMs that store straight into their slices."""
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -211,15 +214,11 @@ def launch_branches(
     With `moments` of both branches, ahead of a BatchNorm, neither bias nor ReLU is applied and `y`
     is a scratch tensor of `dims.slot_channels`, as `pointwise.launch_pointwise` has it.
     """
-    layout = PackedLayout(dims)
     n, _, height, width = r.shape
     n_pixels = n * height * width
     c3, c5 = config.conv3, config.conv5
     programs = cdiv(n_pixels, c3.block_m) * cdiv(dims.ch3x3, c3.block_n)
     programs += cdiv(n_pixels, c5.block_m) * cdiv(dims.ch5x5, c5.block_n)
-    n3, n5, starts = dims.ch3x3, dims.ch5x5, dims.offsets
-    if moments is not None:
-        n3, n5, starts = align_up(n3), align_up(n5), dims.slots
     run(
         _branches_kernel,
         (programs,),
@@ -234,31 +233,48 @@ def launch_branches(
             height,
             width,
         ),
-        dict(
-            N3=n3,
-            N5=n5,
-            K5=dims.kernel_5x5,
-            S3R=align_up(dims.ch3x3red),
-            S5R=align_up(dims.ch5x5red),
-            FILTER_3=layout.w3,
-            FILTER_5=layout.w5,
-            BIAS_3=layout.b3,
-            BIAS_5=layout.b5,
-            OFFSET_3=starts[1],
-            OFFSET_5=starts[2],
-            SLOT_3=dims.slots[1],
-            SLOT_5=dims.slots[2],
-            Y_STRIDE=y.shape[1],
-            MASK_STRIDE=dims.slot_channels // 8,
-            SAVE=save,
-            PRECISION=precision,
-            P3=c3.block_m,
-            CO3=c3.block_n,
-            CI3=c3.block_k,
-            P5=c5.block_m,
-            CO5=c5.block_n,
-            CI5=c5.block_k,
-            NUM_STAGES=config.num_stages,
-        ),
+        _constants(dims, y.shape[1], config, save, precision, moments is not None),
         num_warps=config.num_warps,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(
+    dims: InceptionDims,
+    y_stride: int,
+    config: BranchesConfig,
+    save: bool,
+    precision: str,
+    norm: bool,
+) -> dict[str, Any]:
+    layout = PackedLayout(dims)
+    c3, c5 = config.conv3, config.conv5
+    n3, n5, starts = dims.ch3x3, dims.ch5x5, dims.offsets
+    if norm:
+        n3, n5, starts = align_up(n3), align_up(n5), dims.slots
+    return dict(
+        N3=n3,
+        N5=n5,
+        K5=dims.kernel_5x5,
+        S3R=align_up(dims.ch3x3red),
+        S5R=align_up(dims.ch5x5red),
+        FILTER_3=layout.w3,
+        FILTER_5=layout.w5,
+        BIAS_3=layout.b3,
+        BIAS_5=layout.b5,
+        OFFSET_3=starts[1],
+        OFFSET_5=starts[2],
+        SLOT_3=dims.slots[1],
+        SLOT_5=dims.slots[2],
+        Y_STRIDE=y_stride,
+        MASK_STRIDE=dims.slot_channels // 8,
+        SAVE=save,
+        PRECISION=precision,
+        P3=c3.block_m,
+        CO3=c3.block_n,
+        CI3=c3.block_k,
+        P5=c5.block_m,
+        CO5=c5.block_n,
+        CI5=c5.block_k,
+        NUM_STAGES=config.num_stages,
     )

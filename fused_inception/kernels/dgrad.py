@@ -1,6 +1,9 @@
 """Launch L1: gradients of both reduced maps (masked by their ReLU, with bias partials) and of the
 pooled map."""
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -195,10 +198,9 @@ def launch_dgrad(
     [tiles, 2, reduced_channels], of dr and of dr times the normalised r. What is not asked for is
     not computed: its part of dr is zero, dp is empty.
     """
-    layout = PackedLayout(dims)
     n, _, height, width = r.shape
     n_pixels = n * height * width
-    s_in = layout.slots_in
+    s_in = align_up(dims.in_channels)
     c3, c5, cp = config.conv3, config.conv5, config.pool
     s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
     # the weight gradient reads both halves together: one that is not computed is zero
@@ -228,41 +230,48 @@ def launch_dgrad(
             dp,
             partial3,
             partial5,
-            None if norm is None else norm[:, layout.r3 :],
+            None if norm is None else norm[:, align_up(dims.ch1x1) :],
             n_pixels,
             height,
             width,
             programs3,
             programs5,
         ),
-        dict(
-            S_IN=s_in,
-            S3R=s3r,
-            S5R=s5r,
-            S3=align_up(dims.ch3x3),
-            S5=align_up(dims.ch5x5),
-            SP=align_up(dims.pool_proj),
-            K5=dims.kernel_5x5,
-            FILTER_3=layout.w3,
-            FILTER_5=layout.w5,
-            FILTER_P=layout.wp,
-            SLOT_3=dims.slots[1],
-            SLOT_5=dims.slots[2],
-            SLOT_P=dims.slots[3],
-            DZ_STRIDE=dims.slot_channels,
-            NORM_STRIDE=layout.bias_elements,
-            PRECISION=precision,
-            P3=c3.block_m,
-            CI3=c3.block_n,
-            CO3=c3.block_k,
-            P5=c5.block_m,
-            CI5=c5.block_n,
-            CO5=c5.block_k,
-            PP=cp.block_m,
-            CIP=cp.block_n,
-            COP=cp.block_k,
-            NUM_STAGES=config.num_stages,
-        ),
+        _constants(dims, config, precision),
         num_warps=config.num_warps,
     )
     return dr, dp, partial3, partial5
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(dims: InceptionDims, config: DgradConfig, precision: str) -> dict[str, Any]:
+    layout = PackedLayout(dims)
+    c3, c5, cp = config.conv3, config.conv5, config.pool
+    return dict(
+        S_IN=layout.slots_in,
+        S3R=align_up(dims.ch3x3red),
+        S5R=align_up(dims.ch5x5red),
+        S3=align_up(dims.ch3x3),
+        S5=align_up(dims.ch5x5),
+        SP=align_up(dims.pool_proj),
+        K5=dims.kernel_5x5,
+        FILTER_3=layout.w3,
+        FILTER_5=layout.w5,
+        FILTER_P=layout.wp,
+        SLOT_3=dims.slots[1],
+        SLOT_5=dims.slots[2],
+        SLOT_P=dims.slots[3],
+        DZ_STRIDE=dims.slot_channels,
+        NORM_STRIDE=layout.bias_elements,
+        PRECISION=precision,
+        P3=c3.block_m,
+        CI3=c3.block_n,
+        CO3=c3.block_k,
+        P5=c5.block_m,
+        CI5=c5.block_n,
+        CO5=c5.block_k,
+        PP=cp.block_m,
+        CIP=cp.block_n,
+        COP=cp.block_k,
+        NUM_STAGES=config.num_stages,
+    )

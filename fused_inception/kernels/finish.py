@@ -1,6 +1,8 @@
 """Launch F: fixed-order sums of all partial results, cast and laid out as the parameters are."""
 
+import functools
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -212,8 +214,9 @@ def finish_ends(
 ) -> list[int]:
     """First program behind each result, filters first; one with no elements has no programs."""
     programs = [
-        cdiv(g[0].numel(), config.block_m) * cdiv(g.shape[0], config.block_n) if g.numel() else 0
+        cdiv(n // g.shape[0], config.block_m) * cdiv(g.shape[0], config.block_n) if n else 0
         for g in filter_grads
+        for n in [g.numel()]
     ] + [cdiv(g.numel(), config.block_n) for g in bias_grads]
     return list(accumulate(programs))
 
@@ -254,29 +257,41 @@ def launch_finish(
             partial5.shape[0],
             *ends[:-1],
         ),
-        dict(
-            C_IN=dims.in_channels,
-            N1=dims.ch1x1,
-            R3=dims.ch3x3red,
-            N3=dims.ch3x3,
-            R5=dims.ch5x5red,
-            N5=dims.ch5x5,
-            NP=dims.pool_proj,
-            K5=dims.kernel_5x5,
-            S_IN=align_up(dims.in_channels),
-            S1=align_up(dims.ch1x1),
-            S3R=align_up(dims.ch3x3red),
-            S5R=align_up(dims.ch5x5red),
-            S3=align_up(dims.ch3x3),
-            S5=align_up(dims.ch5x5),
-            SP=align_up(dims.pool_proj),
-            SLOT_3=dims.slots[1],
-            SLOT_5=dims.slots[2],
-            SLOT_P=dims.slots[3],
-            LAST3=is_channels_last_filter(filter_grads[2]),
-            LAST5=is_channels_last_filter(filter_grads[4]),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+        _constants(
+            dims,
+            config,
+            is_channels_last_filter(filter_grads[2]),
+            is_channels_last_filter(filter_grads[4]),
         ),
         num_warps=config.num_warps,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(
+    dims: InceptionDims, config: FinishConfig, last3: bool, last5: bool
+) -> dict[str, Any]:
+    return dict(
+        C_IN=dims.in_channels,
+        N1=dims.ch1x1,
+        R3=dims.ch3x3red,
+        N3=dims.ch3x3,
+        R5=dims.ch5x5red,
+        N5=dims.ch5x5,
+        NP=dims.pool_proj,
+        K5=dims.kernel_5x5,
+        S_IN=align_up(dims.in_channels),
+        S1=align_up(dims.ch1x1),
+        S3R=align_up(dims.ch3x3red),
+        S5R=align_up(dims.ch5x5red),
+        S3=align_up(dims.ch3x3),
+        S5=align_up(dims.ch5x5),
+        SP=align_up(dims.pool_proj),
+        SLOT_3=dims.slots[1],
+        SLOT_5=dims.slots[2],
+        SLOT_P=dims.slots[3],
+        LAST3=last3,
+        LAST5=last5,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
     )

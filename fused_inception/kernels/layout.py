@@ -1,7 +1,7 @@
 """Where each filter and bias of a module lies in the packed buffers."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from fused_inception.geometry import InceptionDims, align_up
 
@@ -75,6 +75,7 @@ class PackedLayout:
         return self.bp + align_up(self.dims.pool_proj)
 
 
+@lru_cache(maxsize=1024)
 def branch_constants(widths: tuple[int, ...]) -> dict[str, int]:
     """Widths and slots of up to four branches side by side, as kernels take them."""
     n1, n3, n5, np = (*widths, 0, 0, 0)[:4]

@@ -1,6 +1,9 @@
 """Packing of a module's six filters and biases into the layout that all its kernels read, in one
 launch."""
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -155,13 +158,34 @@ def launch_pack(
     for a forward without biases. Returns (filters, biases) as flat
     tensors, laid out as `PackedLayout` says.
     """
-    layout = PackedLayout(dims)
-    device = filters[0].device
-    packed_w = torch.empty(layout.filter_elements, dtype=dtype, device=device)
-    packed_b = torch.empty(
-        layout.bias_elements if biases else 0, dtype=torch.float32, device=device
-    )
     sources = [w if is_channels_last_filter(w) else w.contiguous() for w in filters]
+    elements, programs, constants = _plan(
+        dims,
+        is_channels_last_filter(sources[2]),
+        is_channels_last_filter(sources[4]),
+        biases is None,
+        block,
+    )
+    device = filters[0].device
+    packed_w = torch.empty(elements[0], dtype=dtype, device=device)
+    packed_b = torch.empty(elements[1] if biases else 0, dtype=torch.float32, device=device)
+    bias_args = [b.contiguous() for b in biases] if biases else [packed_b] * 6
+    run(
+        _pack_kernel,
+        (programs + (1 if biases else 0),),
+        (*sources, *bias_args, packed_w, packed_b),
+        constants,
+        num_warps=4,
+    )
+    return packed_w, packed_b
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    dims: InceptionDims, last3: bool, last5: bool, for_dgrad: bool, block: int
+) -> tuple[tuple[int, int], int, dict[str, Any]]:
+    """Elements of packed filters and biases, programs for the filters, constants."""
+    layout = PackedLayout(dims)
     slots = {
         "S_IN": layout.slots_in,
         "S1": align_up(dims.ch1x1),
@@ -180,30 +204,23 @@ def launch_pack(
         slots["S5"] * taps5 * slots["S5R"],
         slots["SP"] * slots["S_IN"],
     )
-    programs = sum(cdiv(n, block) for n in segments) + (1 if biases else 0)
-    bias_args = [b.contiguous() for b in biases] if biases else [packed_b] * 6
-    run(
-        _pack_kernel,
-        (programs,),
-        (*sources, *bias_args, packed_w, packed_b),
-        dict(
-            C_IN=dims.in_channels,
-            N1=dims.ch1x1,
-            R3=dims.ch3x3red,
-            N3=dims.ch3x3,
-            R5=dims.ch5x5red,
-            N5=dims.ch5x5,
-            NP=dims.pool_proj,
-            K5=dims.kernel_5x5,
-            **slots,
-            LAST3=is_channels_last_filter(sources[2]),
-            LAST5=is_channels_last_filter(sources[4]),
-            FOR_DGRAD=biases is None,
-            BLOCK=block,
-        ),
-        num_warps=4,
+    constants = dict(
+        C_IN=dims.in_channels,
+        N1=dims.ch1x1,
+        R3=dims.ch3x3red,
+        N3=dims.ch3x3,
+        R5=dims.ch5x5red,
+        N5=dims.ch5x5,
+        NP=dims.pool_proj,
+        K5=dims.kernel_5x5,
+        **slots,
+        LAST3=last3,
+        LAST5=last5,
+        FOR_DGRAD=for_dgrad,
+        BLOCK=block,
     )
-    return packed_w, packed_b
+    programs = sum(cdiv(n, block) for n in segments)
+    return (layout.filter_elements, layout.bias_elements), programs, constants
 
 
 def is_channels_last_filter(weight: torch.Tensor) -> bool:

@@ -1,6 +1,9 @@
 """Launch A: the 1x1 convolutions that read x as one GEMM, with or without the pool branch behind
 it."""
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +13,7 @@ from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.pool_project import pool_project_tile
 from fused_inception.kernels.tiles import relu, store_moments, store_slice
-from fused_inception.tuning.configs import PointwiseConfig, Tile
+from fused_inception.tuning.configs import PointwiseConfig
 
 
 @triton.jit
@@ -216,14 +219,12 @@ def launch_pointwise(
     r: [N, reduced_channels, H, W] channels last; index: like x, uint8; mask: [P, slot_channels / 8]
     uint8. `config.pool_in_launch` decides between one launch and two.
     """
-    layout = PackedLayout(dims)
     n, c_in, height, width = x.shape
     n_pixels = n * height * width
-    s1, sr = align_up(dims.ch1x1), dims.reduced_channels
     gemm, pool = config.gemm, config.pool
-    tiles_co, tail_co = config.split_width(s1 + sr)
-    tiles_p = cdiv(n_pixels, gemm.block_m)
-    gemm_programs = tiles_p * (tiles_co + (1 if tail_co else 0))
+    first, second = _constants(dims, c_in, y.shape[1], config, save, precision, moments is not None)
+    tiles = first["TILES_CO"] + (first["TAIL_CO"] > 0)
+    gemm_programs = cdiv(n_pixels, gemm.block_m) * tiles
     pool_programs = cdiv(n_pixels, pool.block_m) * cdiv(dims.pool_proj, pool.block_n)
     args = (
         x,
@@ -240,20 +241,45 @@ def launch_pointwise(
         c_in,
         x.stride(3) // 8,
     )
+    run(
+        _pointwise_kernel,
+        (gemm_programs + (pool_programs if second is None else 0),),
+        args,
+        first,
+        num_warps=config.num_warps,
+    )
+    if second is not None:
+        run(_pointwise_kernel, (pool_programs,), args, second, num_warps=config.pool_warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(
+    dims: InceptionDims,
+    c_in: int,
+    y_stride: int,
+    config: PointwiseConfig,
+    save: bool,
+    precision: str,
+    norm: bool,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Of the launch, and of the pool branch's own where it has one."""
+    layout = PackedLayout(dims)
+    s1, sr = align_up(dims.ch1x1), dims.reduced_channels
+    gemm, pool = config.gemm, config.pool
     problem = dict(
         C_IN=c_in,
-        N1=dims.ch1x1 if moments is None else s1,
+        N1=s1 if norm else dims.ch1x1,
         R3=dims.ch3x3red,
         R5=dims.ch5x5red,
-        NP=dims.pool_proj if moments is None else align_up(dims.pool_proj),
+        NP=align_up(dims.pool_proj) if norm else dims.pool_proj,
         S1=s1,
         S3R=dims.reduced_slots[1],
         SR=sr,
         FILTER_P=layout.wp,
         BIAS_P=layout.bp,
-        OFFSET_P=dims.offsets[3] if moments is None else dims.slots[3],
+        OFFSET_P=dims.slots[3] if norm else dims.offsets[3],
         SLOT_P=dims.slots[3],
-        Y_STRIDE=y.shape[1],
+        Y_STRIDE=y_stride,
         MASK_STRIDE=dims.slot_channels // 8,
         SAVE=save,
         PRECISION=precision,
@@ -261,25 +287,13 @@ def launch_pointwise(
         BLOCK_CO=gemm.block_n,
         BLOCK_CI=gemm.block_k,
         NUM_STAGES=config.num_stages,
-        **_pool_tile(pool),
+        POOL_P=pool.block_m,
+        POOL_CO=pool.block_n,
+        POOL_CI=pool.block_k,
     )
+    tiles, tail = config.split_width(s1 + sr)
     both = config.pool_in_launch
-    run(
-        _pointwise_kernel,
-        (gemm_programs + (pool_programs if both else 0),),
-        args,
-        dict(**problem, GEMM=True, POOL=both, TILES_CO=tiles_co, TAIL_CO=tail_co),
-        num_warps=config.num_warps,
-    )
-    if not both:
-        run(
-            _pointwise_kernel,
-            (pool_programs,),
-            args,
-            dict(**problem, GEMM=False, POOL=True, TILES_CO=0, TAIL_CO=0),
-            num_warps=config.pool_warps,
-        )
-
-
-def _pool_tile(pool: Tile) -> dict[str, int]:
-    return {"POOL_P": pool.block_m, "POOL_CO": pool.block_n, "POOL_CI": pool.block_k}
+    first = problem | dict(GEMM=True, POOL=both, TILES_CO=tiles, TAIL_CO=tail)
+    if both:
+        return first, None
+    return first, problem | dict(GEMM=False, POOL=True, TILES_CO=0, TAIL_CO=0)

@@ -1,7 +1,9 @@
 """Launch L3: all six filter gradients as split reductions over the pixels, five groups in one
 launch."""
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -267,19 +269,8 @@ def launch_wgrad(
     """
     n, s_in, height, width = x.shape
     n_pixels = n * height * width
-    s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
-    s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
-    taps5 = dims.kernel_5x5**2
-    shapes = {
-        "conv3": (config.conv3, 9 * s3r, s3),
-        "branch1": (config.branch1, s_in, s1),
-        "reduces": (config.reduces, s_in, s3r + s5r),
-        "conv5": (config.conv5, taps5 * s5r, s5),
-        "projection": (config.projection, s_in, sp),
-    }
-    splits = group_splits(shapes, n_pixels, groups)
+    splits, starts, constants = _plan(dims, s_in, n_pixels, config, groups, precision)
     buffer = torch.empty(splits.elements, dtype=torch.float32, device=x.device)
-    starts = [start // 64 for start, _ in splits.placed.values()]
     run(
         _wgrad_kernel,
         (splits.ends[-1],),
@@ -295,40 +286,66 @@ def launch_wgrad(
             width,
             *splits.ends[:-1],
             *splits.chunks,
-            *starts[1:],
+            *starts,
             x.stride(3) // 8,
         ),
-        dict(
-            S_IN=s_in,
-            S1=s1,
-            S3R=s3r,
-            S3=s3,
-            S5R=s5r,
-            S5=s5,
-            SP=sp,
-            K5=dims.kernel_5x5,
-            SLOT_3=dims.slots[1],
-            SLOT_5=dims.slots[2],
-            SLOT_P=dims.slots[3],
-            DZ_STRIDE=dims.slot_channels,
-            PRECISION=precision,
-            M3=config.conv3.tile.block_m,
-            N3=config.conv3.tile.block_n,
-            M1=config.branch1.tile.block_m,
-            N1=config.branch1.tile.block_n,
-            MR=config.reduces.tile.block_m,
-            NR=config.reduces.tile.block_n,
-            M5=config.conv5.tile.block_m,
-            N5=config.conv5.tile.block_n,
-            MP=config.projection.tile.block_m,
-            NP=config.projection.tile.block_n,
-            P3=config.conv3.tile.block_k,
-            P1=config.branch1.tile.block_k,
-            PR=config.reduces.tile.block_k,
-            P5=config.conv5.tile.block_k,
-            PP=config.projection.tile.block_k,
-            NUM_STAGES=config.num_stages,
-        ),
+        constants,
         num_warps=config.num_warps,
     )
     return PartialFilters(buffer, splits.placed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    dims: InceptionDims,
+    s_in: int,
+    n_pixels: int,
+    config: WgradConfig,
+    groups: frozenset[str],
+    precision: str,
+) -> tuple[GroupedSplits, list[int], dict[str, Any]]:
+    """Program ranges, where the groups behind the first one begin in units of 64, constants."""
+    s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
+    s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
+    taps5 = dims.kernel_5x5**2
+    shapes = {
+        "conv3": (config.conv3, 9 * s3r, s3),
+        "branch1": (config.branch1, s_in, s1),
+        "reduces": (config.reduces, s_in, s3r + s5r),
+        "conv5": (config.conv5, taps5 * s5r, s5),
+        "projection": (config.projection, s_in, sp),
+    }
+    splits = group_splits(shapes, n_pixels, groups)
+    starts = [start // 64 for start, _ in splits.placed.values()]
+    constants = dict(
+        S_IN=s_in,
+        S1=s1,
+        S3R=s3r,
+        S3=s3,
+        S5R=s5r,
+        S5=s5,
+        SP=sp,
+        K5=dims.kernel_5x5,
+        SLOT_3=dims.slots[1],
+        SLOT_5=dims.slots[2],
+        SLOT_P=dims.slots[3],
+        DZ_STRIDE=dims.slot_channels,
+        PRECISION=precision,
+        M3=config.conv3.tile.block_m,
+        N3=config.conv3.tile.block_n,
+        M1=config.branch1.tile.block_m,
+        N1=config.branch1.tile.block_n,
+        MR=config.reduces.tile.block_m,
+        NR=config.reduces.tile.block_n,
+        M5=config.conv5.tile.block_m,
+        N5=config.conv5.tile.block_n,
+        MP=config.projection.tile.block_m,
+        NP=config.projection.tile.block_n,
+        P3=config.conv3.tile.block_k,
+        P1=config.branch1.tile.block_k,
+        PR=config.reduces.tile.block_k,
+        P5=config.conv5.tile.block_k,
+        PP=config.projection.tile.block_k,
+        NUM_STAGES=config.num_stages,
+    )
+    return splits, starts[1:], constants

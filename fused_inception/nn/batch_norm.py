@@ -4,19 +4,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+OPTIONS = ("training", "eps", "momentum", "track_running_stats")
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
 
 def mixture_of(norms: list[Any]) -> str | None:
     """Why BatchNorm layers cannot run as one operator: they differ; None where they do not."""
     first = norms[0]
-    for name in ("training", "eps", "momentum", "track_running_stats"):
-        if any(getattr(norm, name) != getattr(first, name) for norm in norms):
-            return f"BatchNorm layers differ in {name}"
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-        if len({_tensor(norm, name) is None for norm in norms}) > 1:
-            return f"BatchNorm layers differ in {name}"
-    for one, other in (("weight", "bias"), ("running_mean", "running_var")):
-        if (_tensor(first, one) is None) != (_tensor(first, other) is None):
-            return f"BatchNorm has one of {one} and {other}"
+    shared = _options(first), _present(first)
+    if any((_options(norm), _present(norm)) != shared for norm in norms):
+        for names, of in ((OPTIONS, _options), (TENSORS, _present)):
+            for name, *values in zip(names, *map(of, norms), strict=True):
+                if any(value != values[0] for value in values):
+                    return f"BatchNorm layers differ in {name}"
+    weight, bias, mean, variance, _ = shared[1]
+    if weight != bias:
+        return "BatchNorm has one of weight and bias"
+    if mean != variance:
+        return "BatchNorm has one of running_mean and running_var"
     return None
 
 
@@ -45,6 +50,14 @@ def options_of(norms: list[Any]) -> dict[str, Any]:
             _tensor(norm, "num_batches_tracked") if counted else None for norm in norms
         ],
     }
+
+
+def _options(norm: Any) -> tuple[Any, ...]:
+    return norm.training, norm.eps, norm.momentum, norm.track_running_stats
+
+
+def _present(norm: Any) -> tuple[bool, ...]:
+    return tuple([_tensor(norm, name) is not None for name in TENSORS])
 
 
 def _tensor(norm: nn.BatchNorm2d, name: str) -> Tensor | None:

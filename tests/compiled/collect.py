@@ -43,7 +43,7 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64)
 
 
-class _StubDriver:
+class StubDriver:
     """Enough of a driver to specialise a launch; a device index per target, as caches go by it."""
 
     def __init__(self, target: str) -> None:
@@ -86,7 +86,7 @@ def _recording(target: str) -> Iterator[dict[Specialisation, None]]:
         return True  # stop here
 
     # stays active: there is no other driver to return to
-    driver.set_active(_StubDriver(target))
+    driver.set_active(StubDriver(target))
     with (
         mock.patch.object(problem, "target_of", return_value=TARGETS[target]),
         mock.patch.object(knobs.runtime, "jit_cache_hook", hook),

@@ -1,0 +1,70 @@
+"""The host path's benchmark: a part's time is its own, and every operator is launched as on a
+GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.host_path import PARTS, Clock
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_part_does_not_count_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+
+    def pass_time(amount: int) -> None:
+        now[0] += amount
+
+    clock = Clock()
+    inner = clock.wrap("triton", pass_time)
+
+    def outer() -> None:
+        pass_time(1)
+        inner(10)
+        inner(20)
+        pass_time(2)
+
+    clock.wrap("run", outer)()
+    assert (clock.spent["run"], clock.spent["triton"]) == (3, 30)
+
+
+def test_operators_launch_without_a_driver(tmp_path: Path) -> None:
+    out = tmp_path / "host.json"
+    result = host_path("--rounds", "1", "--only", "convolution", "max pool", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    launches = {(row["op"], row["direction"]): row["launches"] for row in rows}
+    assert launches == {
+        # filters are packed anew in training
+        ("convolution", "inference"): 1,
+        ("convolution", "forward"): 2,
+        ("convolution", "backward"): 5,
+        ("max pool", "inference"): 1,
+        ("max pool", "forward"): 1,
+        ("max pool", "backward"): 1,
+    }
+    for row in rows:
+        assert row["parts_us"].keys() == PARTS.keys()
+        assert min(row["parts_us"].values()) > 0, row
+
+
+def test_an_unknown_operator_is_named() -> None:
+    result = host_path("--only", "convolutions")
+    assert result.returncode == 2
+    assert "--only takes module, module with BatchNorm, convolution" in result.stderr
+
+
+def host_path(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # its kernels are not interpreted
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.host_path", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
