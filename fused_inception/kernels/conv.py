@@ -130,7 +130,7 @@ def conv_tile(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_pixels", "height", "width"])
+@triton.jit(do_not_specialize=["n_pixels", "height", "width", "programs3"])
 def _branches_kernel(
     # tensors
     r_ptr,  # [P, R_STRIDE] both reduced maps
@@ -146,6 +146,7 @@ def _branches_kernel(
     n_pixels,
     height,
     width,
+    programs3,
     # problem
     N3: tl.constexpr,
     N5: tl.constexpr,
@@ -173,13 +174,13 @@ def _branches_kernel(
     CI5: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Program ranges: the tiles of the 3x3 branch, then (shorter) those of the 5x5 branch."""
+    """Program ranges: the tiles of the 3x3 branch (none if programs3 is 0), then (shorter) those of
+    the 5x5 branch."""
     pid = tl.program_id(0)
     TILES_3: tl.constexpr = (N3 + CO3 - 1) // CO3
     TILES_5: tl.constexpr = (N5 + CO5 - 1) // CO5
     R_STRIDE: tl.constexpr = S3R + S5R
-    end3 = tl.cdiv(n_pixels, P3) * TILES_3
-    if pid < end3:
+    if pid < programs3:
         conv_tile(
             r_ptr, w_ptr + FILTER_3, b_ptr + BIAS_3, y_ptr + OFFSET_3, mask_ptr + SLOT_3 // 8,
             pid // TILES_3, pid % TILES_3, n_pixels, height, width, R_STRIDE,
@@ -187,9 +188,10 @@ def _branches_kernel(
             P3, CO3, CI3, NUM_STAGES, moments3_ptr,
         )  # fmt: skip
     else:
+        pid5 = pid - programs3
         conv_tile(
             r_ptr + S3R, w_ptr + FILTER_5, b_ptr + BIAS_5, y_ptr + OFFSET_5, mask_ptr + SLOT_5 // 8,
-            (pid - end3) // TILES_5, (pid - end3) % TILES_5, n_pixels, height, width, R_STRIDE,
+            pid5 // TILES_5, pid5 % TILES_5, n_pixels, height, width, R_STRIDE,
             K5, S5R, N5, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
             P5, CO5, CI5, NUM_STAGES, moments5_ptr,
         )  # fmt: skip
@@ -207,9 +209,11 @@ def launch_branches(
     save: bool,
     precision: str,
     moments: tuple[torch.Tensor, torch.Tensor] | None = None,
+    conv3: bool = True,
+    conv5: bool = True,
 ) -> None:
     """Fill the 3x3 and 5x5 slices of `y` from the reduced maps `r`; with `save` those of `mask`
-    too.
+    too. A branch that is not asked for is not touched.
 
     With `moments` of both branches, ahead of a BatchNorm, neither bias nor ReLU is applied and `y`
     is a scratch tensor of `dims.slot_channels`, as `pointwise.launch_pointwise` has it.
@@ -217,11 +221,11 @@ def launch_branches(
     n, _, height, width = r.shape
     n_pixels = n * height * width
     c3, c5 = config.conv3, config.conv5
-    programs = cdiv(n_pixels, c3.block_m) * cdiv(dims.ch3x3, c3.block_n)
-    programs += cdiv(n_pixels, c5.block_m) * cdiv(dims.ch5x5, c5.block_n)
+    programs3 = cdiv(n_pixels, c3.block_m) * cdiv(dims.ch3x3, c3.block_n) if conv3 else 0
+    programs5 = cdiv(n_pixels, c5.block_m) * cdiv(dims.ch5x5, c5.block_n) if conv5 else 0
     run(
         _branches_kernel,
-        (programs,),
+        (programs3 + programs5,),
         (
             r,
             packed_w,
@@ -232,6 +236,7 @@ def launch_branches(
             n_pixels,
             height,
             width,
+            programs3,
         ),
         _constants(dims, y.shape[1], config, save, precision, moments is not None),
         num_warps=config.num_warps,

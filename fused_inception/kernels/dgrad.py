@@ -17,6 +17,60 @@ from fused_inception.tuning.configs import DgradConfig
 
 
 @triton.jit
+def store_gradient(
+    dx_tile,  # [BLOCK_P, BLOCK_CI] rounded gradients
+    x_ptr,  # [P, DX_STRIDE] rounded output of the ReLU before this convolution, with GATED
+    dx_ptr,  # [P, DX_STRIDE]
+    partial_ptr,  # [tiles of pixels, DX_STRIDE] fp32, with GATED
+    pid_p,
+    ci0,
+    n_pixels,
+    DX_STRIDE: tl.constexpr,
+    GATED: tl.constexpr,
+    STORED_IN: tl.constexpr,  # channels that dx has
+    BLOCK_P: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    norm_ptr,  # [4, NORM_STRIDE] fp32, of x, or None
+    NORM_STRIDE: tl.constexpr,
+):
+    """Store one tile of dx; with GATED where x was not <= 0, else 0, and its sums over the pixels.
+
+    With a norm the ReLU was that of batch norm(x), and each row of partial sums is two: of dx, and
+    of dx times the normalised x.
+    """
+    local_p = tl.arange(0, BLOCK_P)
+    offs_ci = ci0 + tl.arange(0, BLOCK_CI)
+    p0 = (pid_p * BLOCK_P).to(tl.int64)
+    dx_offs = (local_p * DX_STRIDE)[:, None] + offs_ci[None, :]
+    dx_mask = (pid_p * BLOCK_P + local_p < n_pixels)[:, None] & (offs_ci < STORED_IN)[None, :]
+    if GATED:
+        # closes the padding channels too: there x is 0
+        x_tile = tl.load(x_ptr + p0 * DX_STRIDE + dx_offs, mask=dx_mask, other=0.0)
+        if norm_ptr is None:
+            gate = is_open(x_tile)
+        else:
+            mask_ci = offs_ci < STORED_IN
+            mean = load_norm(norm_ptr, 0, offs_ci, mask_ci, NORM_STRIDE)
+            scale = load_norm(norm_ptr, 2, offs_ci, mask_ci, NORM_STRIDE)
+            beta = load_norm(norm_ptr, 3, offs_ci, mask_ci, NORM_STRIDE)
+            gate = is_open(batch_norm(x_tile, mean, scale, beta))
+        dx_tile = tl.where(dx_mask & gate, dx_tile, 0.0)
+    tl.store(dx_ptr + p0 * DX_STRIDE + dx_offs, dx_tile, mask=dx_mask)
+    if GATED:
+        mask_ci = offs_ci < STORED_IN
+        sums = tl.sum(dx_tile.to(tl.float32), axis=0)
+        if norm_ptr is None:
+            tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, sums, mask=mask_ci)
+        else:
+            row_ptr = partial_ptr + pid_p * (2 * DX_STRIDE) + offs_ci
+            tl.store(row_ptr, sums, mask=mask_ci)
+            inverse = load_norm(norm_ptr, 1, offs_ci, mask_ci, NORM_STRIDE)
+            normal = (x_tile.to(tl.float32) - mean[None, :]) * inverse[None, :]
+            sums = tl.sum(dx_tile.to(tl.float32) * normal, axis=0)
+            tl.store(row_ptr + DX_STRIDE, sums, mask=mask_ci)
+
+
+@triton.jit
 def dgrad_tile(
     # tensors
     dz_ptr,  # [P, DZ_STRIDE] first channel of the branch's slot
@@ -47,16 +101,9 @@ def dgrad_tile(
     norm_ptr=None,  # [4, NORM_STRIDE] fp32, of x
     NORM_STRIDE: tl.constexpr = 0,
 ):
-    """dx[p, i] = sum over taps and o of dz[p - tap, o] * w[o, tap, i], where x was not <= 0 with
-    GATED.
-
-    With a norm the ReLU was that of batch norm(x), and each row of partial sums is two: of dx, and
-    of dx times the normalised x.
-    """
-    local_p = tl.arange(0, BLOCK_P)
-    offs_p = pid_p * BLOCK_P + local_p
-    offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
-    mask_p = offs_p < n_pixels
+    """dx[p, i] = sum over taps and o of dz[p - tap, o] * w[o, tap, i], stored by
+    `store_gradient`."""
+    offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
     p0 = (pid_p * BLOCK_P).to(tl.int64)
     # with the taps backwards it is a convolution of dz
     acc = convolve(
@@ -64,35 +111,11 @@ def dgrad_tile(
         pid_ci, width, DZ_STRIDE, K, C_OUT, C_IN, PRECISION,
         BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip
-    dx_offs = (local_p * DX_STRIDE)[:, None] + offs_ci[None, :]
-    dx_mask = mask_p[:, None] & (offs_ci < STORED_IN)[None, :]
     # rounded before it is masked: 128 x 256 accumulators beside a tile of x would spill
-    dx_tile = acc.to(dx_ptr.dtype.element_ty)
-    if GATED:
-        # closes the padding channels too: there x is 0
-        x_tile = tl.load(x_ptr + p0 * DX_STRIDE + dx_offs, mask=dx_mask, other=0.0)
-        if norm_ptr is None:
-            gate = is_open(x_tile)
-        else:
-            mask_ci = offs_ci < STORED_IN
-            mean = load_norm(norm_ptr, 0, offs_ci, mask_ci, NORM_STRIDE)
-            scale = load_norm(norm_ptr, 2, offs_ci, mask_ci, NORM_STRIDE)
-            beta = load_norm(norm_ptr, 3, offs_ci, mask_ci, NORM_STRIDE)
-            gate = is_open(batch_norm(x_tile, mean, scale, beta))
-        dx_tile = tl.where(dx_mask & gate, dx_tile, 0.0)
-    tl.store(dx_ptr + p0 * DX_STRIDE + dx_offs, dx_tile, mask=dx_mask)
-    if GATED:
-        mask_ci = offs_ci < STORED_IN
-        sums = tl.sum(dx_tile.to(tl.float32), axis=0)
-        if norm_ptr is None:
-            tl.store(partial_ptr + pid_p * DX_STRIDE + offs_ci, sums, mask=mask_ci)
-        else:
-            row_ptr = partial_ptr + pid_p * (2 * DX_STRIDE) + offs_ci
-            tl.store(row_ptr, sums, mask=mask_ci)
-            inverse = load_norm(norm_ptr, 1, offs_ci, mask_ci, NORM_STRIDE)
-            normal = (x_tile.to(tl.float32) - mean[None, :]) * inverse[None, :]
-            sums = tl.sum(dx_tile.to(tl.float32) * normal, axis=0)
-            tl.store(row_ptr + DX_STRIDE, sums, mask=mask_ci)
+    store_gradient(
+        acc.to(dx_ptr.dtype.element_ty), x_ptr, dx_ptr, partial_ptr, pid_p, pid_ci * BLOCK_CI,
+        n_pixels, DX_STRIDE, GATED, STORED_IN, BLOCK_P, BLOCK_CI, norm_ptr, NORM_STRIDE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_pixels", "height", "width", "programs3", "programs5"])
@@ -189,6 +212,7 @@ def launch_dgrad(
     pooled: bool,
     precision: str,
     norm: torch.Tensor | None = None,
+    dr: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the reduced maps and of the pooled map from the masked gradient `dz`.
 
@@ -196,15 +220,16 @@ def launch_dgrad(
     sums of dr over each tile of pixels, [tiles, reduced_channels]. With `norm`, [4, channels of the
     module], `r` is raw, dr is the gradient behind the ReLU of its BatchNorm, and the partials are
     [tiles, 2, reduced_channels], of dr and of dr times the normalised r. What is not asked for is
-    not computed: its part of dr is zero, dp is empty.
+    not computed: its part of dr is zero, dp is empty. With a `dr` that part is the caller's.
     """
     n, _, height, width = r.shape
     n_pixels = n * height * width
     s_in = align_up(dims.in_channels)
     c3, c5, cp = config.conv3, config.conv5, config.pool
     s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
-    # the weight gradient reads both halves together: one that is not computed is zero
-    dr = torch.empty_like(r) if reduce3 and reduce5 else torch.zeros_like(r)
+    if dr is None:
+        # the weight gradient reads both halves together: one that is not computed is zero
+        dr = torch.empty_like(r) if reduce3 and reduce5 else torch.zeros_like(r)
     dp = torch.empty_strided(
         (n if pooled else 0, s_in, height, width),
         (height * width * s_in, 1, width * s_in, s_in),

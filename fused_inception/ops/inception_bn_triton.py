@@ -8,18 +8,17 @@ from torch import Tensor
 from fused_inception.geometry import align_up
 from fused_inception.kernels.batch_norm import Moments, NormParameters, launch_batch_statistics
 from fused_inception.kernels.batch_norm_grad import launch_norm_grad, launch_reduce_norm_grad
-from fused_inception.kernels.conv import launch_branches
-from fused_inception.kernels.dgrad import launch_dgrad
 from fused_inception.kernels.launch import cdiv
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.normalise import Finish, launch_normalise
 from fused_inception.kernels.pack import launch_pack
 from fused_inception.kernels.pointwise import launch_pointwise
+from fused_inception.ops import library_triton
 from fused_inception.ops.inception_triton import filter_gradients, input_gradient
 from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
-from fused_inception.tuning import chosen
+from fused_inception.tuning import chosen, dispatch
 from fused_inception.tuning.chosen import norm_config
 from fused_inception.tuning.norm_heuristic import statistics_config
 
@@ -71,7 +70,8 @@ def forward(
     )  # fmt: skip
     three = moments(b_config.conv3.block_m, dims.ch3x3)
     five = moments(b_config.conv5.block_m, dims.ch5x5)
-    launch_branches(
+    library_triton.branches(
+        dispatch.module_plan(dims, pixels, ops, target, norm=True),
         dims, activated, w, b, z, z, b_config,
         save=False, precision=ops.precision, moments=(three.partial, five.partial),
     )  # fmt: skip
@@ -151,12 +151,16 @@ def backward(
         [dgammas[i] for i in branches], [dbetas[i] for i in branches],
         norm_config(dims.slot_channels, pixels, target),
     )  # fmt: skip
+    gradient = library_triton.MaskedGradient(
+        dispatch.module_plan(dims, pixels, ops, target, norm=True), dims, dz
+    )
     dr, dp, activated, w = r, index, r, None
     partial3 = partial5 = norm.new_empty((0, 2, dims.reduced_channels))
     if reduce3 or reduce5:
         w, _ = launch_pack(dims, filters, None, x.dtype)
-        dr, dp, partial3, partial5 = launch_dgrad(
-            dims, dz, w, r, chosen.dgrad_config(dims, pixels, ops, target, norm=True),
+        dr, dp, partial3, partial5 = library_triton.dgrad(
+            dims, gradient, w, r,
+            chosen.dgrad_config(dims, pixels, ops, target, norm=True),
             reduce3=reduce3, reduce5=reduce5, pooled=need_x, precision=ops.precision, norm=norm,
         )  # fmt: skip
     elif need_w[2] or need_w[4]:
@@ -174,7 +178,7 @@ def backward(
     # behind a BatchNorm there is no bias
     none = norm[:0]
     filter_grads = filter_gradients(
-        dims, x, index, activated, dz, dr, (none, none, none), filters, need_w,
+        dims, x, index, activated, gradient, dr, (none, none, none), filters, need_w,
         [x.new_empty(0)] * len(filters),
     )  # fmt: skip
     empty = norm.new_empty(0)

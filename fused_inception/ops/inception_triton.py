@@ -6,15 +6,13 @@ from collections.abc import Sequence
 import torch
 
 from fused_inception.geometry import InceptionDims, align_up
-from fused_inception.kernels.conv import launch_branches
-from fused_inception.kernels.dgrad import launch_dgrad
 from fused_inception.kernels.finish import launch_finish
 from fused_inception.kernels.input_grad import launch_input_grad
 from fused_inception.kernels.pack import launch_pack
 from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.kernels.wgrad import launch_wgrad
-from fused_inception.ops import filter_cache
+from fused_inception.ops import filter_cache, library_triton
 from fused_inception.ops.layout import (
     dims_of,
     empty_channels_last,
@@ -22,7 +20,7 @@ from fused_inception.ops.layout import (
     for_kernels,
 )
 from fused_inception.ops.problem import problem_of
-from fused_inception.tuning import chosen, heuristic
+from fused_inception.tuning import chosen, dispatch, heuristic
 
 
 def forward(
@@ -52,8 +50,8 @@ def forward(
         chosen.pointwise_config(dims, pixels, ops, target, save),
         save=save, precision=ops.precision,
     )  # fmt: skip
-    launch_branches(
-        dims, r, w, b, y, mask,
+    library_triton.branches(
+        dispatch.module_plan(dims, pixels, ops, target), dims, r, w, b, y, mask,
         chosen.branches_config(dims, pixels, ops, target),
         save=save, precision=ops.precision,
     )  # fmt: skip
@@ -94,12 +92,16 @@ def backward(
     dz, partial_m = launch_relu_mask(
         dims.branch_widths, dy, mask, chosen.mask_config(dims.slot_channels, pixels, target)
     )
+    gradient = library_triton.MaskedGradient(
+        dispatch.module_plan(dims, pixels, ops, target), dims, dz
+    )
     dr, dp, partial3, partial5 = r, index, partial_m, partial_m
     w = None
     if reduce3 or reduce5:
         w, _ = launch_pack(dims, filters, None, x.dtype)
-        dr, dp, partial3, partial5 = launch_dgrad(
-            dims, dz, w, r, chosen.dgrad_config(dims, pixels, ops, target),
+        dr, dp, partial3, partial5 = library_triton.dgrad(
+            dims, gradient, w, r,
+            chosen.dgrad_config(dims, pixels, ops, target),
             reduce3=reduce3, reduce5=reduce5, pooled=need_x, precision=ops.precision,
         )  # fmt: skip
     dx = x.new_empty(0)
@@ -111,8 +113,9 @@ def backward(
         for f, need, dtype in zip(filters, need_b, biases_dtype, strict=True)
     ]
     filter_grads = filter_gradients(
-        dims, x, index, r, dz, dr, (partial_m, partial3, partial5), filters, need_w, bias_grads
-    )
+        dims, x, index, r, gradient, dr, (partial_m, partial3, partial5), filters, need_w,
+        bias_grads,
+    )  # fmt: skip
     return [dx, *filter_grads, *bias_grads]
 
 
@@ -140,7 +143,7 @@ def filter_gradients(
     x: torch.Tensor,
     index: torch.Tensor,
     r: torch.Tensor,
-    dz: torch.Tensor,
+    gradient: library_triton.MaskedGradient,
     dr: torch.Tensor,
     column_sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     filters: list[torch.Tensor],
@@ -155,21 +158,22 @@ def filter_gradients(
     grads = empty_filter_grads(filters, needs)
     if any(needs) or any(b.numel() for b in bias_grads):
         ops, target, pixels = problem_of(x)
-        need1, need3r, need3, need5r, need5, need_pool = needs
+        need1, need3r, _, need5r, _, need_pool = needs
+        ours = library_triton.filter_gradients(gradient, r, grads)
         groups = {
             "branch1": need1,
             "reduces": need3r or need5r,
-            "conv3": need3,
-            "conv5": need5,
+            "conv3": ours[2].numel() > 0,
+            "conv5": ours[4].numel() > 0,
             "projection": need_pool,
         }
         partial_filters = launch_wgrad(
-            dims, for_kernels(x), index, r, dz, dr,
+            dims, for_kernels(x), index, r, gradient.dz, dr,
             chosen.wgrad_config(dims, pixels, ops, target),
             groups=frozenset(name for name, need in groups.items() if need),
             precision=ops.precision,
         )  # fmt: skip
         launch_finish(
-            dims, partial_filters, *column_sums, grads, bias_grads, heuristic.finish_config()
+            dims, partial_filters, *column_sums, ours, bias_grads, heuristic.finish_config()
         )
     return grads

@@ -205,6 +205,15 @@ class ConvConfig:
 
 
 @dataclass(frozen=True)
+class EpilogueConfig:
+    """A pass behind a library's convolution: pixels and channels of a program."""
+
+    block_p: int
+    block_c: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class StemWgradConfig:
     """All filter gradients of the stem in one launch, and the column sums for a bias."""
 

@@ -9,6 +9,7 @@ from fused_inception.geometry import align_up
 from fused_inception.tuning.configs import (
     AvgPoolProjectConfig,
     ConvConfig,
+    EpilogueConfig,
     ImageConvConfig,
     StemWgradConfig,
     Tile,
@@ -125,3 +126,10 @@ def avg_pool_project_config(
         forward_warps=4,
         num_warps=8,
     )
+
+
+def epilogue_config(channels: int, block_p: int = 64) -> EpilogueConfig:
+    """A pass behind a library's convolution, bound by memory: 128 bytes of a pixel in 16 bits where
+    there are as many, half of that beside 256 pixels, whose moments need registers."""
+    block_c = min(64 if block_p <= 128 else 32, max(16, 1 << (channels - 1).bit_length()))
+    return EpilogueConfig(block_p, block_c, 8 if block_p * block_c > 64 * 64 else 4)

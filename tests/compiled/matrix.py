@@ -13,6 +13,7 @@ from tests.compiled.problems import (
     Auxiliary,
     Convolution,
     GlobalPool,
+    Library,
     Module,
     NormConvolution,
     NormModule,
@@ -60,6 +61,9 @@ LAYERS: dict[str, Callable[[int], Problem]] = {
     "conv1-bn": lambda n: NormConvolution(n, 3, 64, kernel=7, stride=2, side=IMAGE),
     "conv2-bn": lambda n: NormConvolution(n, 64, 64, kernel=1, stride=1, side=SIZES.maxpool1),
     "conv3-bn": lambda n: NormConvolution(n, 64, 192, kernel=3, stride=1, side=SIZES.maxpool1),
+    # what stands behind convolutions of the library
+    "4c-library": lambda n: Library(_module("4c", n)),
+    "4c-bn-library": lambda n: Library(_norm_module("4c", n)),
     # not in the network: 3a without its reductions
     "naive": lambda n: Module(NaiveDims(192, 64, 128, 32), n, SIZES.maxpool2),
     "aux1": functools.partial(_auxiliary, "4a"),
@@ -98,7 +102,7 @@ STEM = ("stem", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
 FAMILIES = (
     *("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "aux1"),
-    *("pool5", "4c-bn"),
+    *("pool5", "4c-bn", "4c-library", "4c-bn-library"),
 )
 EVERY_RUN = {
     "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, SOME_BATCHES),
@@ -107,6 +111,7 @@ EVERY_RUN = {
     "sm_90-bf16-norms": Group(
         "sm_90", "bf16", ("3a-bn", "4b-bn", "conv1-bn", "conv3-bn"), (256,), False
     ),
+    "sm_90-bf16-library": Group("sm_90", "bf16", ("4c-library", "4c-bn-library"), (256,), False),
     "sm_90-bf16-others": Group("sm_90", "bf16", OTHERS, SOME_BATCHES),
     **{
         f"{target}-{precision}": Group(target, precision, FAMILIES, (32,), inference=False)

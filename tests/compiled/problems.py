@@ -29,6 +29,7 @@ from fused_inception.ops import (
 )
 from fused_inception.ops.running import Running
 from fused_inception.ops.stem import Stem as StemOptions
+from fused_inception.tuning import dispatch
 from tests.compiled.collect import Specialisation, collect
 
 # what a matrix names its rows by: the type of the maps and of the products
@@ -80,6 +81,18 @@ class Module:
             dtypes = [b.dtype for b in biases]
             needs = [True] * (1 + 2 * len(filters))
             script.backward(_like(y), x, saved, filters, dtypes, needs)
+
+
+@dataclass(frozen=True)
+class Library:
+    """Another problem with the library's convolutions wherever there is a choice."""
+
+    problem: Problem
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """What is left of the script of its operator, and the epilogues."""
+        with dispatch.forced(dispatch.PARTS):
+            self.problem.launch(dtype, training=training)
 
 
 @dataclass(frozen=True)
