@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from torch import Tensor
 
+import fused_inception as fi
+from fused_inception import functional
 from fused_inception.launches import record_launches
 from fused_inception.tuning import dispatch
-from fused_inception.tuning.dispatch import MODULE_PARTS
+from fused_inception.tuning.dispatch import CONV_PARTS, MODULE_PARTS
 from tests import test_batch_norm_kernels as norms
+from tests import test_conv2d as convolutions
 from tests import test_inception_kernels as modules
 from tests.cases import INCEPTION_CASES, InceptionCase
 
@@ -39,4 +43,57 @@ def test_each_part_of_a_module_alone(part: str, device: torch.device) -> None:
 def test_module_with_norms(case: InceptionCase, dtype: torch.dtype, device: torch.device) -> None:
     p = norms.module(device, dtype, case)
     with dispatch.forced(MODULE_PARTS):
+        norms.check(p, norms.run(p))
+
+
+def rounded_first(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """PyTorch's convolution as it is on a GPU: rounded before the bias is added."""
+    return (torch.conv2d(x, weight, None, stride, padding) + bias[:, None, None]).relu()
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", convolutions.CASES)
+def test_convolution(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, dy = convolutions.data(name, dtype, device)
+    options = convolutions.CASES[name][3:5]
+    with dispatch.forced(CONV_PARTS), fi.backend("triton"):
+        got = convolutions.results(functional.conv2d_relu, inputs, dy, *options)
+    convolutions.check(inputs, dy, got, *options, yardstick=rounded_first)
+    for ours in got[:2]:
+        _, c, h, w = ours.shape
+        assert ours.stride() == (h * w * c, 1, w * c, c)
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.parametrize("part", CONV_PARTS)
+@pytest.mark.parametrize("name", ["first-layer", "3x3"])
+def test_each_part_of_a_convolution_alone(name: str, part: str, device: torch.device) -> None:
+    inputs, dy = convolutions.data(name, torch.float32, device)
+    options = convolutions.CASES[name][3:5]
+    with dispatch.forced([part]), fi.backend("triton"), record_launches() as launches:
+        got = convolutions.results(functional.conv2d_relu, inputs, dy, *options)
+    convolutions.check(inputs, dy, got, *options)
+    kernels = " ".join(launch.kernel for launch in launches)
+    for kind, name_of_part in (("fwd", "forward"), ("dgrad", "dgrad"), ("wgrad", "wgrad")):
+        assert (f"_{kind}_kernel" in kernels) == (part != f"conv.{name_of_part}")
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "c_out", "kernel", "stride"),
+    [((2, 24, 5, 6), 24, 3, 1), ((2, 13, 4, 5), 11, 1, 1), ((2, 3, 11, 8), 20, 7, 2)],
+    ids=["3x3", "odd-widths", "image"],
+)
+def test_convolution_with_norm(
+    shape: tuple[int, ...],
+    c_out: int,
+    kernel: int,
+    stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    p = norms.convolution(device, dtype, shape, c_out, kernel, stride)
+    with dispatch.forced(CONV_PARTS):
         norms.check(p, norms.run(p))

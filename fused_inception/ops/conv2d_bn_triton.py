@@ -15,6 +15,7 @@ from fused_inception.kernels.conv2d import (
     launch_conv2d_wgrad,
     launch_pack_filter,
 )
+from fused_inception.kernels.epilogue import launch_epilogue
 from fused_inception.kernels.image_conv import (
     launch_image_conv_dgrad,
     launch_image_conv_fwd,
@@ -22,12 +23,15 @@ from fused_inception.kernels.image_conv import (
 )
 from fused_inception.kernels.launch import cdiv
 from fused_inception.kernels.normalise import launch_normalise
+from fused_inception.ops import library_triton
 from fused_inception.ops.conv2d_triton import image_of, map_shape
 from fused_inception.ops.inception_bn_triton import norm_parameters
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
+from fused_inception.tuning import dispatch
 from fused_inception.tuning.chosen import conv_config, image_conv_config, norm_config
+from fused_inception.tuning.conv_heuristic import epilogue_config
 from fused_inception.tuning.heuristic import finish_config
 from fused_inception.tuning.norm_heuristic import statistics_config
 
@@ -60,7 +64,16 @@ def forward(
         )
         return Moments(partial, tile)
 
-    if image is not None:
+    plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target, norm=True)
+    if plan.library("conv.forward"):
+        raw = library_triton.convolve(x, weight.to(x.dtype), stride, padding)
+        config = epilogue_config(z.shape[1])
+        found = moments(config.block_p)
+        # where z has slots of padding they are filled, else the raw result is z
+        dense = raw.shape == z.shape
+        z = raw if dense else z
+        launch_epilogue(raw, None, None if dense else z, None, config, moments=found.partial)
+    elif image is not None:
         image_config = image_conv_config(image.positions, c_out, pixels, ops, target)
         found = moments(image_config.forward.block_m)
         launch_image_conv_fwd(
@@ -68,11 +81,11 @@ def forward(
             save=False, precision=ops.precision, moments=found.partial,
         )  # fmt: skip
     else:
-        config = conv_config(c_in, c_out, k, pixels, ops, target, norm=True)
-        found = moments(config.forward.block_m)
+        conv = conv_config(c_in, c_out, k, pixels, ops, target, norm=True)
+        found = moments(conv.forward.block_m)
         w, b = launch_pack_filter(weight, weight.new_empty(0), x.dtype)
         launch_conv2d_fwd(
-            for_kernels(x), w, b, z, None, config,
+            for_kernels(x), w, b, z, None, conv,
             kernel=k, save=False, precision=ops.precision, moments=found.partial,
         )  # fmt: skip
     layers = norm_parameters(filters, gammas, betas, running)
@@ -119,6 +132,12 @@ def backward(
     dz = launch_norm_grad(
         (c_out,), dy, z, norm, 0, [dgamma], [dbeta], norm_config(z.shape[1], pixels, target)
     )
+    plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target, norm=True)
+    their_dx, their_dw = library_triton.gradients(
+        dz, x, weight, stride, padding,
+        need_x=need_x and plan.library("conv.dgrad"), need_w=need_w and plan.library("conv.wgrad"),
+    )  # fmt: skip
+    need_x, need_w = need_x and their_dx is None, need_w and their_dw is None
     dx, dw = x.new_empty(0), weight.new_empty(0)
     if need_x:
         dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
@@ -148,4 +167,5 @@ def backward(
             taps=1 if image is not None else k * k,
         )  # fmt: skip
     empty = norm.new_empty(0)
+    dx, dw = dx if their_dx is None else their_dx, dw if their_dw is None else their_dw
     return [dx, dw, empty if dgamma is None else dgamma, empty if dbeta is None else dbeta]

@@ -11,6 +11,7 @@ from fused_inception.kernels.conv2d import (
     launch_conv2d_wgrad,
     launch_pack_filter,
 )
+from fused_inception.kernels.epilogue import launch_epilogue
 from fused_inception.kernels.image_conv import (
     ImageConv,
     launch_image_conv_dgrad,
@@ -18,10 +19,12 @@ from fused_inception.kernels.image_conv import (
     launch_image_conv_wgrad,
 )
 from fused_inception.kernels.relu_mask import launch_relu_mask
-from fused_inception.ops import filter_cache
+from fused_inception.ops import filter_cache, library_triton
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
+from fused_inception.tuning import dispatch
 from fused_inception.tuning.chosen import conv_config, image_conv_config, mask_config
+from fused_inception.tuning.conv_heuristic import epilogue_config
 from fused_inception.tuning.heuristic import finish_config
 
 
@@ -38,21 +41,30 @@ def forward(
         mask = mask.new_empty(0)
     ops, target, pixels = problem_of(y)
     shape = image_of(weight, stride, padding)
-    if shape is not None:
+    c_out, c_in, k, _ = weight.shape
+    w, b = weight, bias
+    if shape is None:
+        w, b = filter_cache.packed(
+            [weight], [bias], x.dtype, lambda: launch_pack_filter(weight, bias, x.dtype), save=save
+        )
+    plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target)
+    if plan.library("conv.forward"):
+        if shape is None:
+            raw = library_triton.convolve_packed(for_kernels(x), w, k)
+        else:
+            raw = library_triton.convolve(x, weight.to(x.dtype), stride, padding)
+        launch_epilogue(raw, b, y, mask if save else None, epilogue_config(c_out))
+    elif shape is not None:
         launch_image_conv_fwd(
             shape, x, weight.contiguous(), bias, y, mask,
             image_conv_config(shape.positions, shape.c_out, pixels, ops, target),
             save=save, precision=ops.precision,
         )  # fmt: skip
-        return y, [mask] if save else []
-    c_out, c_in, k, _ = weight.shape
-    w, b = filter_cache.packed(
-        [weight], [bias], x.dtype, lambda: launch_pack_filter(weight, bias, x.dtype), save=save
-    )
-    launch_conv2d_fwd(
-        for_kernels(x), w, b, y, mask, conv_config(c_in, c_out, k, pixels, ops, target),
-        kernel=k, save=save, precision=ops.precision,
-    )  # fmt: skip
+    else:
+        launch_conv2d_fwd(
+            for_kernels(x), w, b, y, mask, conv_config(c_in, c_out, k, pixels, ops, target),
+            kernel=k, save=save, precision=ops.precision,
+        )  # fmt: skip
     return y, [mask] if save else []
 
 
@@ -80,6 +92,12 @@ def backward(
     dz, partial_bias = launch_relu_mask(
         (c_out,), dy, mask, mask_config(align_up(c_out), pixels, target)
     )
+    plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target)
+    their_dx, their_dw = library_triton.gradients(
+        dz, x, weight, stride, padding,
+        need_x=need_x and plan.library("conv.dgrad"), need_w=need_w and plan.library("conv.wgrad"),
+    )  # fmt: skip
+    need_x, need_w = need_x and their_dx is None, need_w and their_dw is None
     dx, dw, db = x.new_empty(0), weight.new_empty(0), bias.new_empty(0)
     if need_x:
         dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
@@ -115,7 +133,7 @@ def backward(
             partial = partial_bias[:0, None]
     if need_w or need_b:
         launch_conv2d_finish(partial, partial_bias, dw, db, finish_config(), taps=taps)
-    return [dx, dw, db]
+    return [dx if their_dx is None else their_dx, dw if their_dw is None else their_dw, db]
 
 
 def image_of(weight: Tensor, stride: int, padding: int) -> ImageConv | None:

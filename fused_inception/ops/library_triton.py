@@ -26,7 +26,16 @@ from fused_inception.tuning.dispatch import Plan
 aten = torch.ops.aten
 
 
-def convolve(x: Tensor, packed: Tensor, kernel: int) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """The raw convolution, [N, C_OUT, H_out, W_out] exactly channels last; weight in the dtype of
+    x."""
+    window = [stride] * 2, [padding] * 2, [1, 1]
+    return channels_last(
+        aten.convolution(channels_last(x), weight, None, *window, False, [0, 0], 1)
+    )
+
+
+def convolve_packed(x: Tensor, packed: Tensor, kernel: int) -> Tensor:
     """The raw "same" convolution of stride 1, [N, slots of C_OUT, H, W] exactly channels last.
 
     x: [N, slots of C_IN, H, W]. packed: the elements of one packed filter [slots of C_OUT, K * K,
@@ -34,31 +43,33 @@ def convolve(x: Tensor, packed: Tensor, kernel: int) -> Tensor:
     the data gradient, taps backwards, and dz in the place of x give that gradient.
     """
     filters = packed.view(-1, kernel, kernel, x.shape[1]).permute(0, 3, 1, 2)
-    window = [1, 1], [kernel // 2] * 2, [1, 1]
-    return channels_last(
-        aten.convolution(channels_last(x), filters, None, *window, False, [0, 0], 1)
-    )
+    return convolve(x, filters, 1, kernel // 2)
 
 
-def filter_gradient(
-    x: Tensor, dz: Tensor, out: Tensor, *, stride: int = 1, padding: int | None = None
-) -> None:
-    """Fill `out`, [C_OUT, C_IN, K, K] of any dtype and strides, from x and dz of as many channels
-    or more; "same" padding if none is given.
+def gradients(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    *,
+    need_x: bool,
+    need_w: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x, exactly channels last, and of the filter, in the dtype of x; None where not
+    needed. Of `dz` the first channels are read, as many as there are filters.
 
-    The library rounds the gradient to the type of the maps, and may add up in another order in
+    The library rounds the filter's to the type of the maps, and may add up in another order in
     every run, unless torch is told to be deterministic.
     """
-    c_out, c_in, k, _ = out.shape
-    padding = k // 2 if padding is None else padding
-    # of the filter sizes and strides alone are read
-    like = empty_channels_last(dz.shape[1], x.shape[1], k, k, dtype=x.dtype, device=x.device)
+    if not need_x and not need_w:
+        return None, None
     window = [stride] * 2, [padding] * 2, [1, 1]
-    _, dw, _ = aten.convolution_backward(
-        channels_last(dz), channels_last(x), like, None, *window,
-        False, [0, 0], 1, [False, True, False],
+    dx, dw, _ = aten.convolution_backward(
+        channels_last(dz[:, : weight.shape[0]]), channels_last(x), weight.to(x.dtype), None,
+        *window, False, [0, 0], 1, [need_x, need_w, False],
     )  # fmt: skip
-    out.copy_(dw[:c_out, :c_in])
+    return channels_last(dx) if need_x else None, dw if need_w else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ def branches(
         conv3="conv3" not in names, conv5="conv5" not in names,
     )  # fmt: skip
     for branch in theirs:
-        raw = convolve(r[:, branch.reduced], packed_w[branch.filters], branch.kernel)
+        raw = convolve_packed(r[:, branch.reduced], packed_w[branch.filters], branch.kernel)
         if moments is None:
             bits = mask[:, branch.slots.start // 8 : branch.slots.stop // 8] if save else None
             launch_epilogue(
@@ -180,7 +191,7 @@ def dgrad(
     if norm is not None:
         norm = norm[:, PackedLayout(dims).r3 :]
     for branch in theirs:
-        raw = convolve(gradient.dense(branch), packed_w[branch.filters], branch.kernel)
+        raw = convolve_packed(gradient.dense(branch), packed_w[branch.filters], branch.kernel)
         epilogue = epilogue_config(raw.shape[1])
         n, channels, height, width = r.shape
         row = (channels,) if norm is None else (2, channels)
@@ -208,6 +219,13 @@ def filter_gradients(
     for branch in gradient.branches:
         out = filter_grads[branch.position]
         if out.numel() and gradient.plan.library(f"{branch.name}.wgrad"):
-            filter_gradient(reduced[:, branch.reduced], gradient.dense(branch), out)
+            x, dz, k = reduced[:, branch.reduced], gradient.dense(branch), branch.kernel
+            # sizes and strides alone are read of a filter
+            filters = empty_channels_last(
+                dz.shape[1], x.shape[1], k, k, dtype=x.dtype, device=x.device
+            )
+            _, dw = gradients(dz, x, filters, 1, k // 2, need_x=False, need_w=True)
+            assert dw is not None  # for the type checker
+            out.copy_(dw[: out.shape[0], : out.shape[1]])
             ours[branch.position] = out.new_empty(0)
     return ours

@@ -64,6 +64,8 @@ LAYERS: dict[str, Callable[[int], Problem]] = {
     # what stands behind convolutions of the library
     "4c-library": lambda n: Library(_module("4c", n)),
     "4c-bn-library": lambda n: Library(_norm_module("4c", n)),
+    "conv1-library": lambda n: Library(LAYERS["conv1"](n)),
+    "conv3-bn-library": lambda n: Library(LAYERS["conv3-bn"](n)),
     # not in the network: 3a without its reductions
     "naive": lambda n: Module(NaiveDims(192, 64, 128, 32), n, SIZES.maxpool2),
     "aux1": functools.partial(_auxiliary, "4a"),
@@ -100,9 +102,10 @@ class Group:
 # the other types there and for bf16 on the other targets
 STEM = ("stem", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
+LIBRARY = ("4c-library", "4c-bn-library", "conv1-library", "conv3-bn-library")
 FAMILIES = (
     *("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "aux1"),
-    *("pool5", "4c-bn", "4c-library", "4c-bn-library"),
+    *("pool5", "4c-bn", *LIBRARY),
 )
 EVERY_RUN = {
     "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, SOME_BATCHES),
@@ -111,7 +114,7 @@ EVERY_RUN = {
     "sm_90-bf16-norms": Group(
         "sm_90", "bf16", ("3a-bn", "4b-bn", "conv1-bn", "conv3-bn"), (256,), False
     ),
-    "sm_90-bf16-library": Group("sm_90", "bf16", ("4c-library", "4c-bn-library"), (256,), False),
+    "sm_90-bf16-library": Group("sm_90", "bf16", LIBRARY, (256,), False),
     "sm_90-bf16-others": Group("sm_90", "bf16", OTHERS, SOME_BATCHES),
     **{
         f"{target}-{precision}": Group(target, precision, FAMILIES, (32,), inference=False)
