@@ -13,18 +13,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import fused_inception as fi
-from benchmarks.conftest import NOTES, batches, dtype
+from benchmarks.conftest import NOTES, batches, dtypes, seconds
 from benchmarks.environment import environment
-from benchmarks.harness import (
-    DTYPES,
-    IMAGE_SIZE,
-    Work,
-    best_device,
-    calls_per_round,
-    in_turn,
-    timed,
-)
+from benchmarks.harness import best_device, settings
+from benchmarks.problems import DTYPES, IMAGE_SIZE
 from benchmarks.replay import replay, replayed_seconds
+from fused_inception.tools.timing import Work, calls_per_round, in_turn, timed
 from tests.torchvision_import import import_torchvision
 
 # third-party warnings of compilers are no failures here
@@ -68,24 +62,26 @@ class Pair:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Providers of a group stand side by side."""
     cases = [
-        pytest.param(batch, direction, provider, id=f"{direction}-{batch}-{provider}")
+        pytest.param(batch, dtype, direction, name, id=f"{direction}-{batch}-{dtype}-{name}")
+        for dtype in dtypes(metafunc.config)
         for batch in batches(metafunc.config)
         for direction in DIRECTIONS
-        for provider in PROVIDERS
+        for name in PROVIDERS
     ]
-    metafunc.parametrize(("batch", "direction", "provider"), cases)
+    metafunc.parametrize(("batch", "dtype", "direction", "provider"), cases)
 
 
 @pytest.fixture(scope="module")
-def pair_of(pytestconfig: pytest.Config) -> Callable[[int], Pair]:
-    """The pair for a batch; one is kept."""
-    held: dict[int, Pair] = {}
+def pair_of() -> Callable[[int, str], Pair]:
+    """The pair for a batch and a dtype; one is kept."""
+    held: dict[tuple[int, str], Pair] = {}
 
-    def of(batch: int) -> Pair:
-        if batch not in held:
+    def of(batch: int, dtype: str) -> Pair:
+        if (batch, dtype) not in held:
             held.clear()
-            held[batch] = pair(batch, dtype(pytestconfig))
-        return held[batch]
+            with settings(dtype):
+                held[batch, dtype] = pair(batch, dtype)
+        return held[batch, dtype]
 
     return of
 
@@ -117,38 +113,36 @@ def pair(batch: int, name: str) -> Pair:
 def test_googlenet(
     benchmark: BenchmarkFixture,
     request: pytest.FixtureRequest,
-    pair_of: Callable[[int], Pair],
-    samples_of: dict[tuple[int, str], dict[str, list[float]]],
+    pair_of: Callable[[int, str], Pair],
+    samples_of: dict[tuple[int, str, str], dict[str, list[float]]],
     batch: int,
+    dtype: str,
     direction: str,
     provider: str,
 ) -> None:
     """The results carry `speedup`; the last lines of the run name it."""
-    contenders = pair_of(batch)
-    benchmark.group = f"torchvision GoogLeNet, {direction}, batch {batch}"
-    if not benchmark.enabled:
-        benchmark(timed, contenders.work(direction, provider), 1, contenders.x.device)
-        return
-    key = batch, direction
-    if key not in samples_of:
-        pieces = {name: contenders.work(direction, name) for name in PROVIDERS}
-        calls = {
-            name: calls_per_round(piece, contenders.x.device) for name, piece in pieces.items()
-        }
-        seconds = float(request.config.getoption("benchmark_max_time"))
-        rounds = request.config.getoption("benchmark_min_rounds")
-        samples_of[key] = in_turn(pieces, calls, contenders.x.device, seconds, rounds)
-        NOTES.append(f"{benchmark.group}: eager / fused {speedup(samples_of[key]):.2f}")
-    samples = samples_of[key]
-    benchmark.extra_info.update(
-        speedup=speedup(samples), environment=environment(contenders.x.device)
-    )
-    replay(benchmark, samples[provider], contenders.work(direction, provider), contenders.x.device)
+    pair = pair_of(batch, dtype)
+    device, work = pair.x.device, pair.work(direction, provider)
+    benchmark.group = f"torchvision GoogLeNet, {direction}, batch {batch}, {dtype}"
+    with settings(dtype):
+        if not benchmark.enabled:
+            benchmark(timed, work, 1, device)
+            return
+        key = batch, dtype, direction
+        if key not in samples_of:
+            pieces = {name: pair.work(direction, name) for name in PROVIDERS}
+            calls = {name: calls_per_round(piece, device) for name, piece in pieces.items()}
+            rounds = request.config.getoption("benchmark_min_rounds")
+            samples_of[key] = in_turn(pieces, calls, device, seconds(request.config), rounds)
+            NOTES.append(f"{benchmark.group}: eager / fused {speedup(samples_of[key]):.2f}")
+        samples = samples_of[key]
+        benchmark.extra_info.update(speedup=speedup(samples), environment=environment(device))
+        replay(benchmark, samples[provider], work, device)
 
 
 @pytest.fixture(scope="module")
-def samples_of() -> dict[tuple[int, str], dict[str, list[float]]]:
-    """What was measured, by batch and direction."""
+def samples_of() -> dict[tuple[int, str, str], dict[str, list[float]]]:
+    """What was measured, by batch, dtype and direction."""
     return {}
 
 

@@ -1,17 +1,18 @@
 """Options of `pytest benchmarks/`, and what of it did not run."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.environment import device_name
-from benchmarks.harness import DTYPES, LineUp, Problem, best_device, settings
-from fused_inception.geometry import GOOGLENET
+from benchmarks.environment import device_name, environment
+from benchmarks.harness import LineUp, best_device
+from benchmarks.problems import CASES, DTYPES, Problem
 
-CPU_BATCHES, CUDA_BATCHES = "2", "32,256"
-# C++ compilers take a minute for one module
-CPU_COMPILED = "3a,5b"
+CPU_BATCHES, CUDA_BATCHES = "2", "1,8,32,128,256"
+# of a provider and direction; pytest-benchmark's own default is meant for one provider
+CPU_SECONDS, CUDA_SECONDS = 0.1, 1.0
 
 # lines that a benchmark wants at the end of the run
 NOTES: list[str] = []
@@ -19,16 +20,18 @@ NOTES: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Defaults depend on the device."""
-    group = parser.getgroup("inception modules")
-    group.addoption("--dtype", choices=list(DTYPES), help="default: bf16 on CUDA, fp32 on a CPU")
+    group = parser.getgroup("fused_inception")
+    group.addoption(
+        "--dtype", help=f"some of {','.join(DTYPES)}; default: bf16 on CUDA, fp32 on a CPU"
+    )
     group.addoption(
         "--batches", help=f"default: {CUDA_BATCHES} on CUDA, {CPU_BATCHES} on a CPU", metavar="N,N"
     )
     group.addoption(
-        "--compile-modules",
+        "--compile-cases",
         metavar="NAMES",
-        help=f"modules that torch.compile runs too: all, none, or names like 3a,5b; default: all "
-        f"on CUDA, {CPU_COMPILED} on a CPU, where compilation takes minutes",
+        help="on a CPU, where compilation takes minutes: cases that torch.compile runs too; all, "
+        "none, or names like 3a,5b; default: none",
     )
 
 
@@ -39,12 +42,19 @@ def pytest_configure(config: pytest.Config) -> None:
             "the benchmarks need pytest-benchmark: pip install pytest-benchmark"
         )
     batches(config)
-    compiled_modules(config)
+    dtypes(config)
+    compiled_cases(config)
 
 
-def dtype(config: pytest.Config) -> str:
-    """Key of DTYPES."""
-    return config.getoption("dtype") or ("bf16" if best_device().type == "cuda" else "fp32")
+def dtypes(config: pytest.Config) -> list[str]:
+    """Keys of DTYPES."""
+    default = "bf16" if best_device().type == "cuda" else "fp32"
+    names = (config.getoption("dtype") or default).split(",")
+    if unknown := set(names) - set(DTYPES):
+        raise pytest.UsageError(
+            f"--dtype takes some of {','.join(DTYPES)}, got {', '.join(unknown)}"
+        )
+    return names
 
 
 def batches(config: pytest.Config) -> list[int]:
@@ -60,23 +70,31 @@ def batches(config: pytest.Config) -> list[int]:
     return sizes
 
 
-def compiled_modules(config: pytest.Config) -> list[str]:
-    """Names of the modules that torch.compile is measured on."""
-    default = "all" if best_device().type == "cuda" else CPU_COMPILED
-    text = config.getoption("compile_modules") or default
-    names = {"all": list(GOOGLENET), "none": []}.get(text, text.split(","))
-    if unknown := set(names) - set(GOOGLENET):
+def compiled_cases(config: pytest.Config) -> list[str]:
+    """Names of the cases that torch.compile is measured on, on a CPU."""
+    every = [case for group in CASES.values() for case in group]
+    text = config.getoption("compile_cases") or "none"
+    names = {"all": every, "none": []}.get(text, text.split(","))
+    if unknown := set(names) - set(every):
         raise pytest.UsageError(
-            f"--compile-modules takes all, none, or names of {', '.join(GOOGLENET)}, "
+            f"--compile-cases takes all, none, or names of {', '.join(every)}, "
             f"got {', '.join(sorted(unknown))}"
         )
     return names
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _settings(pytestconfig: pytest.Config) -> Iterator[None]:
-    with settings(dtype(pytestconfig)):
-        yield
+def seconds(config: pytest.Config) -> float:
+    """Time of a provider and direction: --benchmark-max-time where it is given."""
+    given = any("benchmark-max-time" in str(arg) for arg in config.invocation_params.args)
+    if given:
+        return float(config.getoption("benchmark_max_time"))
+    return CUDA_SECONDS if best_device().type == "cuda" else CPU_SECONDS
+
+
+@pytest.fixture(scope="session")
+def where() -> dict[str, Any]:
+    """The environment, asked once."""
+    return environment(best_device())
 
 
 @pytest.fixture(scope="session")
@@ -102,13 +120,12 @@ def pytest_terminal_summary(
     """Say what was measured on what, and what was left out."""
     device = best_device()
     line = terminalreporter.write_line
-    threads = torch.get_num_threads()
-    line(f"Measured on {device_name(device)} ({device.type}, {threads} threads), {dtype(config)},")
-    line("channels last, the providers of a group in turn in one process.")
-    left_out = [name for name in GOOGLENET if name not in compiled_modules(config)]
-    if left_out:
-        line(f"torch.compile was not run for {', '.join(left_out)} (--compile-modules=all).")
+    kind = f"{device.type}, {torch.get_num_threads()} threads"
+    line(f"Measured on {device_name(device)} ({kind}), {','.join(dtypes(config))},")
+    line("channels last but for eager-nchw, the providers of a group in turn in one process.")
     for note in NOTES:
         line(note)
     if device.type != "cuda":
+        if not compiled_cases(config):
+            line("torch.compile was not run (--compile-cases=3a,5b, or all).")
         line("No CUDA device: nothing here says how fast a GPU is.")

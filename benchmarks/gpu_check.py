@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_check --only parity --budget-s 540 --out results
 
-Every part ends inside its budget and writes what it has, with the environment, to OUT/PART.json.
+Every part ends inside its budget and writes what it has, with the environment, to OUT/PART.json. A
+second run with the same OUT goes on behind what is there, where environment and options agree.
 Exit status: 0 all ran and passed, 1 something failed, 2 it cannot run here, 3 nothing failed but
 the time was not enough for all.
 """
@@ -12,23 +13,24 @@ import json
 import os
 import shlex
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import parity
-from benchmarks.environment import environment, gpu_facts
-from benchmarks.harness import DIRECTIONS, DTYPES, LineUp, Problem, best_device, settings
+from benchmarks.environment import environment
+from benchmarks.gpu.parts import Part
+from benchmarks.gpu.record import MismatchError, Record
+from benchmarks.gpu.supervisor import supervise
+from benchmarks.gpu.table import PARTS
+from benchmarks.gpu.timings import FAMILIES
+from benchmarks.harness import best_device
+from benchmarks.problems import CASES, DTYPES
 from benchmarks.providers import PROVIDERS
-from benchmarks.results import Row, table, write
-from fused_inception.geometry import GOOGLENET
 
-PARTS = ("parity", "modules")
 PASSED, FAILED, CANNOT, CUT = 0, 1, 2, 3
 # from the end of the last measurement to the end of the process
 CLOSING_SECONDS = 10.0
@@ -36,10 +38,9 @@ CLOSING_SECONDS = 10.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts, in order; the worst of their exit statuses."""
+    start = time.time()
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
-    # compiled kernels and the library's own choice are what is asked about
-    for name in ("TRITON_INTERPRET", "FUSED_INCEPTION_BACKEND"):
-        os.environ.pop(name, None)
     device = best_device()
     if device.type != "cuda":
         print(f"gpu_check needs a CUDA GPU; torch {torch.__version__} finds none here, so nothing "
@@ -51,165 +52,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return CANNOT
     if find_spec("pytest_benchmark") is None:
         _say("pytest-benchmark is missing: gpu_check does without, `pytest benchmarks/` needs it")
-    head = {
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.gpu_check", *(arguments or sys.argv[1:])]
-        ),
+    # compiled kernels and the library's own choice are what is asked about
+    for name in ("TRITON_INTERPRET", "FUSED_INCEPTION_BACKEND"):
+        os.environ.pop(name, None)
+    session = {
+        "command": shlex.join(["python", "-m", "benchmarks.gpu_check", *arguments]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "environment": environment(device),
     }
-    print(json.dumps(head["environment"], indent=1), flush=True)
-    # kernels that hang cannot be interrupted, and all that was measured is written by then
-    watchdog = threading.Timer(options.budget_s, _give_up)
-    watchdog.daemon = True
-    watchdog.start()
-    start = time.time()
+    print(json.dumps(session["environment"], indent=1), flush=True)
     statuses = []
-    for i, part in enumerate(options.parts):
+    for i, name in enumerate(options.parts):
         left = start + options.budget_s - CLOSING_SECONDS - time.time()
         end = time.time() + left / (len(options.parts) - i)
-        statuses.append(_run(part, options, device, head, end))
-    watchdog.cancel()
-    return next((s for s in (FAILED, CUT) if s in statuses), PASSED)
+        statuses.append(run(PARTS[name], what(name, options), session, end, options.out))
+    return next((s for s in (FAILED, CANNOT, CUT) if s in statuses), PASSED)
 
 
-def run_parity(
-    head: dict[str, Any], tests: Sequence[str], workers: int, end: float, out: Path
-) -> int:
-    """The tests that take the device, until `end`, a `time.time()`; OUT/parity.json."""
-    start = time.time()
-    _say(f"parity: {' '.join(tests)} in {workers} processes")
-    summary = parity.run(tests, workers, end, _say)
-    seconds = round(time.time() - start, 1)
-    write(out / "parity.json", {"part": "parity", **head, "seconds": seconds, **summary})
-    for failure in [*summary["failures"], *summary["unreadable"]]:
-        _say(f"failed: {failure.get('test', failure.get('file'))}\n{failure['message']}")
-    for process in summary.get("processes", []):
-        _say(f"a process ended with status {process['status']}:\n{process['tail']}")
-    complete = "complete" if summary["complete"] else "incomplete"
-    _say(f"parity: {summary['counts']}, {complete}, {seconds} s")
-    if summary["failures"] or summary["unreadable"] or "processes" in summary:
-        return FAILED
-    return PASSED if summary["complete"] else CUT
-
-
-def run_modules(
-    head: dict[str, Any],
-    problems: Sequence[Problem],
-    providers: Sequence[str],
-    seconds: float,
-    end: float,
-    out: Path,
-) -> int:
-    """Each direction of the problems, `seconds` a provider, until `end`; OUT/modules.json."""
-    start = time.time()
-    rows: list[Row] = []
-    failures: list[dict[str, Any]] = []
-    longest = 0.0
-    complete = False
-    device = problems[0].device
-
-    def save() -> None:
-        facts: dict[str, Any] = {"complete": complete, "seconds": round(time.time() - start, 1)}
-        if device.type == "cuda":
-            # warm, unlike those of the environment
-            facts["gpu_after"] = gpu_facts(device)
-        path = out / "modules.json"
-        write(path, {"part": "modules", **head, **facts, "failures": failures}, rows)
-
-    for problem in problems:
-        began = time.time()
-        if began + longest > end:
-            _say(f"modules: the time is spent before {problem.module}, batch {problem.batch}")
-            break
-        measured, failed = _module(problem, providers, seconds)
-        rows += measured
-        failures += failed
-        longest = max(longest, time.time() - began)
-        save()
-        if measured:
-            _say(table(measured))
-        for failure in failed:
-            _say(f"failed: {failure}")
-        if failed and not _usable(device):
-            _say("modules: the device does not answer after that failure")
-            break
-    else:
-        complete = True
-    save()
-    _say(f"modules: {len(rows)} rows, {'complete' if complete else 'incomplete'}")
-    if failures:
-        return FAILED
-    return PASSED if complete else CUT
-
-
-def _module(
-    problem: Problem, providers: Sequence[str], seconds: float
-) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows of one problem, and what failed in it."""
-    rows: list[Row] = []
-    failures: list[dict[str, Any]] = []
-    place = {"module": problem.module, "batch": problem.batch}
-    what = "the reference"
+def run(
+    part: Part, options: Mapping[str, Any], session: Mapping[str, Any], end: float, out: Path,
+    device: str = "cuda", **command: Sequence[str],
+) -> int:  # fmt: skip
+    """One part until `end`, a `time.time()`; OUT/PART.json. `device` and the `command` of the
+    worker are others in tests."""
     try:
-        line_up = LineUp(problem)
-        for name in providers:
-            what = name
-            try:
-                line_up.admit(name)
-            except Exception as error:
-                failures.append({**place, "what": name, "error": _brief(error)})
-        for direction in DIRECTIONS:
-            what = direction
-            timings = line_up.timings(direction, providers, seconds)
-            rows += [row for row, _ in timings.values()]
-    except Exception as error:
-        failures.append({**place, "what": what, "error": _brief(error)})
-    if problem.device.type == "cuda" and not failures:
-        torch.cuda.empty_cache()
-    return rows, failures
+        record = Record.begin(out / f"{part.name}.json", part.name, options, dict(session))
+    except MismatchError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return CANNOT
+    record = supervise(record, end, part.item_seconds, device, _say, **command)
+    left = "complete" if record.complete else "incomplete: the same command goes on"
+    _say(f"{part.name}: {len(record.items)} items, {len(record.failures)} failed, {left}")
+    if record.failures:
+        return FAILED
+    return PASSED if record.complete else CUT
 
 
-def _usable(device: torch.device) -> bool:
-    """Whether the device still answers; a kernel's illegal access ends its context."""
-    try:
-        torch.zeros(1, device=device).item()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _run(
-    part: str, options: argparse.Namespace, device: torch.device, head: dict[str, Any], end: float
-) -> int:
+def what(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide what a part does: a run with others is another run."""
     if part == "parity":
-        tests = options.tests or parity.device_tests()
-        return run_parity(head, tests, options.workers, end, options.out)
-    problems = [
-        Problem(module, batch, options.dtype, device)
-        for batch in options.batches
-        for module in GOOGLENET
-    ]
-    with settings(options.dtype):
-        return run_modules(head, problems, options.providers, options.seconds, end, options.out)
+        return {"tests": options.tests, "workers": options.workers}
+    if part == "tune":
+        tables = str(options.out.resolve() / "tables")
+        return {"tune_arguments": shlex.split(options.tune_arguments), "tables": tables}
+    if part == "profile":
+        return {"providers": options.providers}
+    if part == "sanitize":
+        return {}
+    chosen: dict[str, Any] = {"seconds": options.seconds}
+    if part != "ceilings":
+        chosen |= {"batches": options.batches, "dtypes": options.dtype, "cases": options.cases}
+        chosen |= {"families": options.families}
+        # measured launches that are in force
+        chosen |= {"tables": os.environ.get("FUSED_INCEPTION_CACHE")}
+    return chosen
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parts = "".join(f"  {part.name:<10}{part.text}\n" for part in PARTS.values())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
-        description=__doc__,
+        description=f"{__doc__}\nParts:\n{parts}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     cores = os.cpu_count() or 1
+    cases = [case for group in CASES.values() for case in group]
     add = parser.add_argument
-    add("--only", choices=PARTS, help="one part; default: both, the budget shared")
+    add("--only", choices=list(PARTS), help="one part; default: all, the budget shared")
     add("--budget-s", type=float, default=540.0, help="seconds for all (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder of the JSON files")
     add("--tests", nargs="+", help="parity: test files; default: those with tests of the device")
     add("--workers", type=int, default=max(1, min(8, cores // 2)), help="parity: processes")
-    add("--dtype", choices=list(DTYPES), default="bf16", help="modules (default: %(default)s)")
-    add("--batches", type=_numbers, default=[256, 32], help="modules: default 256,32")
-    add("--providers", type=_providers, default=list(PROVIDERS), help="modules: names with commas")
-    add("--seconds", type=float, default=0.5, help="modules: time of a provider and direction")
+    timing = parser.add_argument_group("kernels, modules, network").add_argument
+    timing("--dtype", type=_some(DTYPES), default=["bf16"], help="default: bf16")
+    timing("--batches", type=_numbers, default=[256, 32, 1, 8, 128], help="default: 256,32,1,8,128")
+    timing("--cases", type=_some(cases), help="names with commas; default: all")
+    timing("--families", type=_some(FAMILIES), default=list(FAMILIES),
+           help="plain: eager and torch.compile; tuned: max-autotune; default: both")  # fmt: skip
+    add("--seconds", type=float, default=0.5, help="of a provider and direction, of a ceiling")
+    add("--providers", type=_some(PROVIDERS), help="profile: names with commas; default: all")
+    add("--tune-arguments", default="--model paper", help="tune: default: %(default)s")
     options = parser.parse_args(arguments)
     options.parts = [options.only] if options.only else list(PARTS)
     return options
@@ -222,24 +144,18 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _providers(text: str) -> list[str]:
-    names = text.split(",")
-    if set(names) - set(PROVIDERS):
-        raise argparse.ArgumentTypeError(f"choose from {', '.join(PROVIDERS)}")
+def _some(known: Any) -> Any:
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        if set(chosen) - set(known):
+            raise argparse.ArgumentTypeError(f"choose from {', '.join(known)}, got {text}")
+        return chosen
+
     return names
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:3000]
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _give_up() -> None:
-    _say("gpu_check: the budget is spent; what was measured is written, the rest is given up")
-    os._exit(CUT)
 
 
 if __name__ == "__main__":

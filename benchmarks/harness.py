@@ -1,84 +1,34 @@
-"""Problems, the gate in front of every timing, and the timing of several providers in turn."""
+"""The gate in front of every timing, and the providers of a problem measured in turn."""
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.providers import build
+import fused_inception as fi
+from benchmarks.problems import Problem, loss_of, tensors
+from benchmarks.providers import (
+    PROVIDERS,
+    Provider,
+    autotuning_seconds,
+    captured,
+    compiler_limits,
+    laid_out,
+    prepared,
+)
 from benchmarks.results import Row
-from fused_inception.geometry import GOOGLENET, InceptionDims, googlenet_sizes
-from tests.cases import InceptionCase, InceptionTensors
-from tests.tolerances import assert_within
-
-# forward: inference. backward: the gradients of the input and of all parameters, of a forward
-# that ran before the clock started. step: forward in training mode and backward, no optimiser
-DIRECTIONS = ("forward", "backward", "step")
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,  # IEEE products
-    "tf32": torch.float32,
-}
-IMAGE_SIZE = 224
-ROUND_SECONDS = 0.02  # a round is about this long: its one synchronisation is below 0.1 % of it
-MOST_CALLS = 1000
-MOST_GRAPHS = 8  # forwards that a round of backwards keeps
-WARM_UP = 3
+from fused_inception import reference
+from fused_inception.tools.timing import Spread, Work, calls_per_round, in_turn, now, peak_bytes
+from tests.tolerances import assert_within, assert_within_l2
 
 
 def best_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A module of GoogLeNet at its true size, behind an image of 224x224."""
-
-    module: str
-    batch: int
-    dtype: str
-    device: torch.device
-
-    @property
-    def dims(self) -> InceptionDims:
-        """The module's widths."""
-        return GOOGLENET[self.module]
-
-    @property
-    def side(self) -> int:
-        """Height and width of the map."""
-        return googlenet_sizes(IMAGE_SIZE).module(self.module)
-
-    def tensors(self) -> InceptionTensors:
-        """Random data, the same at every call: x as behind a ReLU, outputs of deviation 1."""
-        case = InceptionCase(self.module, self.dims, self.batch, self.side, self.side)
-        return case.tensors(DTYPES[self.dtype], self.device)
-
-    def flops(self, direction: str) -> int:
-        """Of the convolutions, 2 for a multiply-add, taps on the padding included."""
-        forward = 2 * self.batch * self.dims.multiply_adds(self.side, self.side)
-        # each convolution has two gradients, and each costs what the convolution does
-        return {"forward": 1, "backward": 2, "step": 3}[direction] * forward
-
-    def bytes(self, direction: str) -> int:
-        """Of the operator's inputs and outputs, each once: the least that memory has to move."""
-        pixels = self.batch * self.side**2
-        x, y = pixels * self.dims.in_channels, pixels * self.dims.out_channels
-        parameters = self.dims.weights + self.dims.biases
-        elements = {
-            "forward": x + parameters + y,
-            "backward": y + x + self.dims.weights + x + parameters,
-            "step": x + parameters + y + y + x + parameters,
-        }
-        return elements[direction] * DTYPES[self.dtype].itemsize
 
 
 @contextmanager
@@ -94,15 +44,98 @@ def settings(dtype: str) -> Iterator[None]:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-def all_results(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Both outputs and every gradient by name; `x` requires a gradient."""
-    with torch.no_grad():
-        inference = module(x)
-    y = module(x)
-    names = ["x", *(name for name, _ in module.named_parameters())]
-    gradients = torch.autograd.grad(y, [x, *module.parameters()], dy)
-    named = {f"gradient of {n}": g for n, g in zip(names, gradients, strict=True)}
-    return {"inference output": inference, "training output": y.detach(), **named}
+class Subject:
+    """A provider's module with its input: what is called, and what a call gives."""
+
+    def __init__(self, problem: Problem, provider: Provider, module: nn.Module) -> None:
+        self.problem = problem
+        self.provider = provider
+        self.module = module
+        x = problem.x()
+        self.x = laid_out(provider, x.detach()).requires_grad_(x.requires_grad)
+        self.labels = problem.labels()
+        self.dys: list[Tensor] = []  # made when the shapes of the outputs are known
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are taken of, by name."""
+        x = {"x": self.x} if self.x.requires_grad else {}
+        return {**x, **dict(self.module.named_parameters())}
+
+    def in_mode(self, direction: str) -> "Subject":
+        """In eval mode for inference, else in training mode."""
+        self.module.train(direction != "forward")
+        return self
+
+    def forward(self) -> list[Tensor]:
+        """Inference."""
+        self._begin()
+        with torch.no_grad():
+            return tensors(self.module(self.x))
+
+    def seeded(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The roots of a backward, and their gradients; a loss has none."""
+        outputs = self.module(self.x)
+        if self.problem.whole:
+            return [loss_of(outputs, self.labels)], None
+        outputs = tensors(outputs)
+        if not self.dys:
+            seeds = self.problem.gradients(outputs)
+            self.dys = [laid_out(self.provider, dy) for dy in seeds]
+        return outputs, self.dys
+
+    def backward(self, seeded: tuple[list[Tensor], list[Tensor] | None]) -> list[Tensor]:
+        """All gradients."""
+        roots, seeds = seeded
+        return [*roots, *torch.autograd.grad(roots, [*self.leaves.values()], seeds)]
+
+    def step(self) -> list[Tensor]:
+        """Forward and backward: the outputs (of a network its loss), and all gradients."""
+        self._begin()
+        return self.backward(self.seeded())
+
+    def _begin(self) -> None:
+        # Inductor's own graphs ask which results are no longer needed
+        if (self.provider.inductor or {}).get("triton.cudagraphs"):
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def named(self, direction: str, results: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Results of `forward` or `step` by name."""
+        word = "inference" if direction == "forward" else "training"
+        names = [f"gradient of {name}" for name in self.leaves] if direction == "step" else []
+        count = len(results) - len(names)
+        outputs = [f"{word} output" + (f" {i}" if count > 1 else "") for i in range(count)]
+        return dict(zip([*outputs, *names], results, strict=True))
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Running statistics."""
+        buffers = self.module.named_buffers()
+        return {name: b.clone() for name, b in buffers if b.is_floating_point()}
+
+    def work(self, direction: str) -> Work:
+        """One direction; it has to be in its mode."""
+        if direction == "backward":
+            return Work(self.seeded, self.backward)
+        if direction == "step":
+            return Work(None, lambda _: self.step())
+        return Work(None, lambda _: self.forward())
+
+    def everything(self) -> dict[str, Tensor]:
+        """Outputs of inference, then outputs and gradients of training, and what that leaves in
+        the running statistics."""
+        results = self.in_mode("forward").named("forward", _copies(self.forward()))
+        results |= self.in_mode("step").named("step", _copies(self.step()))
+        return results | self.statistics()
+
+
+def _copies(results: Sequence[Tensor]) -> list[Tensor]:
+    # Inductor's own graphs write the next call's results over them
+    return [t.detach().clone() for t in results]
+
+
+def _plain(problem: Problem) -> Subject:
+    eager = PROVIDERS["eager"]
+    return Subject(problem, eager, prepared(eager, problem.module(reference)))
 
 
 class Yardstick:
@@ -110,118 +143,58 @@ class Yardstick:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.data = problem.tensors()
-        self.x = self.data.x.requires_grad_()
-        self.baseline = all_results(self._eager(self.data), self.x, self.data.dy)
-        exact = self.data.to(torch.float64)
-        self.want = all_results(self._eager(exact), exact.x.detach().requires_grad_(), exact.dy)
+        self.state = problem.module(reference).state_dict()
+        plain = _plain(problem)
+        exact = copy.deepcopy(plain)
+        exact.module.double()
+        exact.x = plain.x.detach().double().requires_grad_(plain.x.requires_grad)
+        self.baseline = plain.everything()
+        exact.dys = [dy.double() for dy in plain.dys]
+        self.want = exact.everything()
 
-    def _eager(self, data: InceptionTensors) -> nn.Module:
-        return build("eager", self.problem.dims, data.filters, data.biases)
-
-    def check(self, name: str, module: nn.Module) -> float:
-        """The gate: twice PyTorch's own error for outputs, three times for gradients.
-
-        Returns:
-            Seconds of these first calls, in which kernels are compiled.
+    def check(self, name: str, got: Mapping[str, Tensor]) -> None:
+        """The gate: twice PyTorch's own error for outputs and statistics, three times for
+        gradients; in the maximum, of networks in L2 and their gradients together.
 
         Raises:
             AssertionError: something is further from the exact result than that.
         """
-        start = now(self.problem.device)
-        got = all_results(module, self.x, self.data.dy)
-        seconds = now(self.problem.device) - start
-        for key, want in self.want.items():
+        assert_near = assert_within_l2 if self.problem.whole else assert_within
+        joined = [key for key in got if self.problem.whole and key.startswith("gradient")]
+        for key in got:
+            if key in joined:
+                continue
             slack = 3.0 if key.startswith("gradient") else 2.0
-            assert_within(f"{name}, {key}", got[key], want, self.baseline[key], slack=slack)
-        return seconds
+            want, baseline = self.want[key], self.baseline[key]
+            assert_near(f"{name}, {key}", got[key], want, baseline, slack=slack)
+        if joined:
+            three = (
+                torch.cat([r[k].reshape(-1) for k in joined])
+                for r in (got, self.want, self.baseline)
+            )
+            assert_near(f"{name}, gradients", *three, slack=3.0)
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is timed: `run` with what `prepare` returned before the clock started."""
+class Startup:
+    """What the first calls take beyond later ones.
 
-    prepare: Callable[[], Any] | None
-    run: Callable[[Any], Any]
-
-
-def work(direction: str, module: nn.Module, x: Tensor, dy: Tensor) -> Work:
-    """One direction of a module; `x` requires a gradient."""
-    leaves = [x, *module.parameters()]
-    if direction == "backward":
-        return Work(lambda: module(x), lambda y: torch.autograd.grad(y, leaves, dy))
-    if direction == "step":
-        return Work(None, lambda _: torch.autograd.grad(module(x), leaves, dy))
-
-    def inference(_: None) -> None:
-        with torch.no_grad():
-            module(x)
-
-    return Work(None, inference)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once all work on the device has ended."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def timed(piece: Work, calls: int, device: torch.device) -> float:
-    """Seconds of a call: wall clock over `calls` of them and one synchronisation."""
-    states = [piece.prepare() if piece.prepare else None for _ in range(calls)]
-    start = now(device)
-    while states:
-        # a graph is freed when its backward has run, as in training
-        piece.run(states.pop())
-    return (now(device) - start) / calls
-
-
-def peak_bytes(piece: Work, device: torch.device) -> int | None:
-    """Most device memory that one call needs beyond what was allocated; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    timed(piece, 1, device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def calls_per_round(piece: Work, device: torch.device) -> int:
-    """As many as fill ROUND_SECONDS, as far as memory allows."""
-    seconds = min(timed(piece, 1, device) for _ in range(WARM_UP))
-    calls = min(MOST_CALLS, math.ceil(ROUND_SECONDS / seconds))
-    if piece.prepare:
-        calls = min(calls, MOST_GRAPHS)
-        if peak := peak_bytes(piece, device):
-            free, _ = torch.cuda.mem_get_info(device)
-            calls = min(calls, max(1, free // (2 * peak)))
-    return calls
-
-
-def in_turn(
-    pieces: dict[str, Work],
-    calls: dict[str, int],
-    device: torch.device,
-    seconds: float,
-    min_rounds: int,
-) -> dict[str, list[float]]:
-    """Seconds of a call, round by round.
-
-    In every round each piece has its turn, the last first in every other one, until each has run
-    for `seconds` and `min_rounds`: what disturbs the machine disturbs all alike.
+    Attributes:
+        compile_s: compilation; of eager PyTorch, which compiles nothing, 0.
+        tuning_s: trying alternatives: Inductor's templates, by its own count; of eager PyTorch
+            cuDNN's search.
     """
-    samples: dict[str, list[float]] = {name: [] for name in pieces}
-    spent = dict.fromkeys(pieces, 0.0)
-    order = list(pieces)
-    while pieces and (min(spent.values()) < seconds or len(samples[order[0]]) < min_rounds):
-        for name in order:
-            sample = timed(pieces[name], calls[name], device)
-            samples[name].append(sample)
-            spent[name] += sample * calls[name]
-        order.reverse()
-    return samples
+
+    compile_s: float
+    tuning_s: float
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A provider that has passed the gate."""
+
+    subject: Subject
+    startup: Startup
 
 
 class LineUp:
@@ -232,77 +205,121 @@ class LineUp:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.yardstick = Yardstick(problem)
-        self._admitted: dict[str, tuple[nn.Module, float] | Exception] = {}
-        self._timings: dict[tuple[str, tuple[str, ...]], dict[str, tuple[Row, list[float]]]] = {}
+        with settings(problem.dtype):
+            self.yardstick = Yardstick(problem)
+        self._admitted: dict[str, Admitted | Exception] = {}
+        self._works: dict[tuple[str, str], Work | Exception] = {}
+        self._timings: dict[tuple[str, tuple[str, ...]], dict[str, Row]] = {}
+        torch.compiler.reset()
 
-    def admit(self, name: str) -> tuple[nn.Module, float]:
-        """The provider's module, behind the gate, and the seconds of its first calls.
+    def admit(self, name: str) -> Admitted:
+        """The provider behind the gate; a graph's provider stands for what it holds.
 
         Raises:
             Exception: what building it, running it or the gate raised, at every call.
         """
-        if name not in self._admitted:
-            data = self.yardstick.data
-            if name == "compile":
-                # it keeps few graphs of one function, and the modules share theirs
-                torch.compiler.reset()
+        provider = PROVIDERS[PROVIDERS[name].plain]
+        if provider.name not in self._admitted:
             try:
-                module = build(name, self.problem.dims, data.filters, data.biases)
-                self._admitted[name] = module, self.yardstick.check(name, module)
+                self._admitted[provider.name] = self._gate(provider)
             except Exception as error:
-                self._admitted[name] = error
-        admitted = self._admitted[name]
+                self._admitted[provider.name] = error
+        admitted = self._admitted[provider.name]
         if isinstance(admitted, Exception):
             raise admitted
         return admitted
 
+    def _gate(self, provider: Provider) -> Admitted:
+        device = self.problem.device
+        library: ModuleType = fi if provider.fused else reference
+        module = self.problem.module(library)
+        module.load_state_dict(self.yardstick.state)
+        subject = Subject(self.problem, provider, prepared(provider, module))
+        with settings(self.problem.dtype), compiler_limits():
+            tuned, start = autotuning_seconds(), now(device)
+            got = subject.everything()
+            middle = now(device)
+            tuned = autotuning_seconds() - tuned
+            self.yardstick.check(provider.name, got)
+            again = now(device)
+            subject.everything()
+            beyond = max(0.0, (middle - start) - (now(device) - again))
+        if not provider.fused and not provider.compiled:
+            return Admitted(subject, Startup(0.0, beyond))
+        tuned = min(tuned, beyond) if provider.compiled else 0.0
+        return Admitted(subject, Startup(beyond - tuned, tuned))
+
     def work(self, direction: str, name: str) -> Work:
-        """One direction of an admitted provider."""
-        module, _ = self.admit(name)
-        return work(direction, module, self.yardstick.x, self.yardstick.data.dy)
+        """One direction of an admitted provider; all its works are in the mode of that direction.
+
+        Raises:
+            Exception: what admitting it or capturing its graph raised, at every call.
+        """
+        subject = self.admit(name).subject.in_mode(direction)
+        if not PROVIDERS[name].graph:
+            return subject.work(direction)
+        key = direction, name
+        if key not in self._works:
+            try:
+                self._works[key] = self._graph(subject, direction, name)
+            except Exception as error:
+                self._works[key] = error
+        work = self._works[key]
+        if isinstance(work, Exception):
+            raise work
+        return work
+
+    def _graph(self, subject: Subject, direction: str, name: str) -> Work:
+        with settings(self.problem.dtype), compiler_limits():
+            work, results = captured(subject.work(direction))
+        self.yardstick.check(name, subject.named(direction, results))
+        return work
 
     def timings(
         self, direction: str, names: Sequence[str], seconds: float = 1.0, min_rounds: int = 5
-    ) -> dict[str, tuple[Row, list[float]]]:
-        """Row and samples of those of `names` that pass the gate, measured in turn, once."""
+    ) -> dict[str, Row]:
+        """Rows of those of `names` that pass the gate, measured in turn, once."""
         key = direction, tuple(names)
         if key not in self._timings:
-            pieces = {n: self.work(direction, n) for n in names if self._passes(n)}
-            self._timings[key] = self._measure(direction, pieces, seconds, min_rounds)
+            pieces = {n: self.work(direction, n) for n in names if self._passes(direction, n)}
+            with settings(self.problem.dtype), compiler_limits():
+                self._timings[key] = self._measure(direction, pieces, seconds, min_rounds)
         return self._timings[key]
 
-    def _passes(self, name: str) -> bool:
+    def _passes(self, direction: str, name: str) -> bool:
         try:
-            self.admit(name)
+            self.work(direction, name)
         except Exception:
             return False
         return True
 
     def _measure(
         self, direction: str, pieces: dict[str, Work], seconds: float, min_rounds: int
-    ) -> dict[str, tuple[Row, list[float]]]:
+    ) -> dict[str, Row]:
         p = self.problem
         calls = {name: calls_per_round(piece, p.device) for name, piece in pieces.items()}
-        timings = {}
+        rows = {}
         for name, samples in in_turn(pieces, calls, p.device, seconds, min_rounds).items():
-            p20, *_, p80 = statistics.quantiles(samples, n=5)
-            row = Row(
-                module=p.module,
+            spread = Spread.of(samples)
+            startup = self.admit(name).startup
+            rows[name] = Row(
+                group=p.group,
+                case=p.case,
                 batch=p.batch,
                 direction=direction,
                 provider=name,
                 dtype=p.dtype,
-                layout="channels_last",
-                median_s=statistics.median(samples),
-                p20_s=p20,
-                p80_s=p80,
-                rounds=len(samples),
+                layout=PROVIDERS[name].layout,
+                median_s=spread.median,
+                p20_s=spread.p20,
+                p80_s=spread.p80,
                 calls_per_round=calls[name],
                 flops=p.flops(direction),
                 bytes=p.bytes(direction),
                 peak_bytes=peak_bytes(pieces[name], p.device),
-                first_calls_s=self.admit(name)[1],
+                compile_s=startup.compile_s,
+                tuning_s=startup.tuning_s,
+                samples_s=samples,
+                beside=[*pieces],
             )
-            timings[name] = row, samples
-        return timings
+        return rows

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from benchmarks.environment import ROOT
 # what a test that has begun before the end may still take
 GRACE_SECONDS = 20.0
 REPORT_SECONDS = 15.0
+# a test that has run for so long when the time ends is not tried again
+HANG_SECONDS = 120.0
 
 
 def device_tests() -> list[str]:
@@ -25,20 +27,29 @@ def device_tests() -> list[str]:
 
 
 def run(
-    tests: Sequence[str], workers: int, end: float, say: Callable[[str], None]
+    tests: Sequence[str],
+    workers: int,
+    end: float,
+    before: Mapping[str, dict[str, Any]],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run those of `tests` that take the device until `end`, a `time.time()`.
 
+    `before` are the "outcomes" of an earlier run: those tests are not run again.
+
     Returns:
-        "complete", "counts" by outcome, "failures" with messages, "unfinished" tests, the
-        "slowest", and what the processes printed where one of them did not end as it should.
+        "complete", "outcomes" by test, "counts" of them, "failures" with messages, "unfinished"
+        tests, the "slowest", and what the processes printed where one of them did not end as it
+        should.
     """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{i}.jsonl" for i in range(workers)]
         outputs = [Path(folder) / f"{i}.txt" for i in range(workers)]
+        done = Path(folder) / "done.json"
+        done.write_text(json.dumps([*before]))
+        last = end - GRACE_SECONDS
         processes = [
-            _start(tests, f"{i}/{workers}", logs[i], outputs[i], end - GRACE_SECONDS)
-            for i in range(workers)
+            _start(tests, f"{i}/{workers}", done, logs[i], outputs[i], last) for i in range(workers)
         ]
         try:
             _wait(processes, logs, end, say)
@@ -47,40 +58,69 @@ def run(
             for process in late:
                 process.kill()
                 process.wait()
-        statuses = [process.returncode for process in processes]
-        summary = summarise([_events(log) for log in logs])
         # 2: the time was spent; 5: no test in this share
         ended = [p in late or p.returncode in (0, 1, 2, 5) for p in processes]
-        if not all(ended) or not sum(summary["counts"].values()):
-            tails = {i: outputs[i].read_text(errors="replace")[-3000:] for i in range(workers)}
-            summary["processes"] = [{"status": statuses[i], "tail": tails[i]} for i in tails]
+        shares = [_events(log) for log in logs]
+        # what a process that died was at would kill the next one, too
+        died = [
+            test
+            for process, good, share in zip(processes, ended, shares, strict=True)
+            for test, at in _unfinished(share).items()
+            if not good or (process in late and time.time() - at > HANG_SECONDS)
+        ]
+        summary = summarise(shares, before, died)
+        nothing = not sum(summary["counts"].values()) and not before
+        if not all(ended) or nothing:
+            summary["processes"] = [
+                {"status": p.returncode, "tail": o.read_text(errors="replace")[-3000:]}
+                for p, o in zip(processes, outputs, strict=True)
+            ]
     return summary
 
 
-def summarise(shares: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def summarise(
+    shares: list[list[dict[str, Any]]],
+    before: Mapping[str, dict[str, Any]],
+    died: Sequence[str] = (),
+) -> dict[str, Any]:
     """Counts, failures and gaps of the events that the processes wrote."""
     events = [event for share in shares for event in share]
     sizes = [e["tests"] for e in events if e["event"] == "collected"]
-    collected = sum(sizes)
     unreadable = [e for e in events if e["event"] == "unreadable"]
-    outcomes: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {test: {"outcome": "died", "seconds": 0.0} for test in died}
     for e in events:
         if e["event"] in ("passed", "failed", "skipped"):
             # a failure in teardown comes behind the test's own outcome, and counts
-            outcomes[e["test"]] = e
-    started = [e["test"] for e in events if e["event"] == "started"]
-    failures = [e for e in outcomes.values() if e["event"] == "failed"]
-    counts = Counter(e["event"] for e in outcomes.values())
-    slowest = sorted(outcomes.values(), key=lambda e: -e["seconds"])[:10]
+            found[e["test"]] = {"outcome": e["event"], "seconds": e["seconds"]}
+            if e["message"] is not None:
+                found[e["test"]]["message"] = e["message"]
+    outcomes = {**before, **found}
+    counts = Counter(o["outcome"] for o in outcomes.values())
+    slowest = sorted(outcomes, key=lambda test: -outcomes[test]["seconds"])[:10]
+    failed = {test: o for test, o in outcomes.items() if o["outcome"] in ("failed", "died")}
     return {
         # a process that never came to know its share counts for one that did not run it
-        "complete": 0 < collected == len(outcomes) and len(sizes) == len(shares) and not unreadable,
-        "counts": {**counts, "not run": collected - len(outcomes)},
-        "failures": [{"test": e["test"], "message": e["message"]} for e in failures],
+        "complete": sum(sizes) + len(before) > 0
+        and sum(sizes) == len(found)
+        and len(sizes) == len(shares)
+        and not unreadable,
+        "counts": {**counts, "not run": sum(sizes) - len(found)},
+        "failures": [
+            {"test": test, "message": o.get("message", "its process died")}
+            for test, o in failed.items()
+        ],
         "unreadable": [{"file": e["test"], "message": e["message"]} for e in _once(unreadable)],
-        "unfinished": [test for test in started if test not in outcomes],
-        "slowest": [{"test": e["test"], "seconds": e["seconds"]} for e in slowest],
+        "unfinished": [t for share in shares for t in _unfinished(share) if t not in died],
+        "slowest": [{"test": test, "seconds": outcomes[test]["seconds"]} for test in slowest],
+        "outcomes": outcomes,
     }
+
+
+def _unfinished(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Tests that began and have no outcome, and when they began."""
+    ended = {e["test"] for e in events if e["event"] in ("passed", "failed", "skipped")}
+    begun = {e["test"]: e["at"] for e in events if e["event"] == "started"}
+    return {test: at for test, at in begun.items() if test not in ended}
 
 
 def _once(unreadable: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,9 +129,10 @@ def _once(unreadable: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _start(
-    tests: Sequence[str], share: str, log: Path, output: Path, end: float
+    tests: Sequence[str], share: str, done: Path, log: Path, output: Path, end: float
 ) -> subprocess.Popen[bytes]:
     own = [f"--parity-log={log}", f"--parity-share={share}", f"--parity-end={end}"]
+    own.append(f"--parity-done={done}")
     plain = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.parity_plugin", *plain, *own]
     with output.open("wb") as file:
@@ -116,7 +157,7 @@ def _wait(
         time.sleep(0.2)
         if time.time() - reported > REPORT_SECONDS:
             reported = time.time()
-            say(str(summarise([_events(log) for log in logs])["counts"]))
+            say(str(summarise([_events(log) for log in logs], {})["counts"]))
 
 
 def _events(log: Path) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """All three are given by `benchmarks.parity`."""
+    """All are given by `benchmarks.parity`."""
     group = parser.getgroup("parity")
     group.addoption("--parity-log", type=Path, required=True, help="a line of JSON per event")
     group.addoption("--parity-share", default="0/1", help="i/n: every n-th test from the i-th on")
+    group.addoption("--parity-done", type=Path, required=True, help="JSON: tests to leave out")
     group.addoption("--parity-end", type=float, required=True, help="time to start no more test")
 
 
@@ -25,6 +26,7 @@ class _Log:
     def __init__(self, config: pytest.Config) -> None:
         self._file = config.getoption("parity_log").open("w")
         self._first, self._step = map(int, config.getoption("parity_share").split("/"))
+        self._done = frozenset(json.loads(config.getoption("parity_done").read_text()))
         self._end = config.getoption("parity_end")
 
     def _write(self, **event: Any) -> None:
@@ -35,6 +37,7 @@ class _Log:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         on_device = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+        on_device = [item for item in on_device if item.nodeid not in self._done]
         share = on_device[self._first :: self._step]
         config.hook.pytest_deselected(items=[item for item in items if item not in share])
         items[:] = share
@@ -47,7 +50,7 @@ class _Log:
             )
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._write(event="started", test=nodeid)
+        self._write(event="started", test=nodeid, at=time.time())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:

@@ -1,48 +1,152 @@
-"""Who is compared: one Inception module each, made from the same widths."""
+"""Who is compared: the fused model and plain PyTorch, run in every way that PyTorch has."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-import fused_inception as fi
-from fused_inception import reference
-from fused_inception.geometry import InceptionDims
+from fused_inception.tools.timing import WARM_UP, Work
 
-
-def _fused(dims: InceptionDims) -> nn.Module:
-    return fi.Inception(*dims.widths, kernel_5x5=dims.kernel_5x5)
-
-
-def _eager(dims: InceptionDims) -> nn.Module:
-    return reference.Inception(*dims.widths, kernel_5x5=dims.kernel_5x5)
-
-
-# by the name that tests and results carry; the harness brings filters and inputs to channels last
-PROVIDERS: dict[str, Callable[[InceptionDims], nn.Module]] = {
-    "fused": _fused,
-    "eager": _eager,
-    "compile": _eager,
-}
+# torch.compile's modes, as Inductor spells them; without its own CUDA graphs, which keep one call
+# alive, where the graphs of this file serve every provider alike
+_MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
+# from torch 2.13 on Inductor lays out the backward of convolutions itself, and takes NCHW for a
+# graph without a forward convolution, such as that of every backward: pytorch issue 189239.
+# Forcing channels last is the way around it
+_LAYOUT = {"force_layout_optimization": True}
+# a graph saves launches, which cost most where batches are small
+GRAPH_BATCHES = (1, 8)
 
 
-def build(
-    name: str,
-    dims: InceptionDims,
-    filters: list[torch.Tensor],
-    biases: list[torch.Tensor],
-) -> nn.Module:
-    """The provider's module with these parameters, in their dtype and on their device.
+@dataclass(frozen=True)
+class Provider:
+    """One contender.
 
-    Filters are channels last. "compile" compiles whole graphs: what torch cannot compile is an
-    error, never a silent return to eager.
+    Attributes:
+        name: in tests and results.
+        fused: our modules; otherwise those of `fused_inception.reference`.
+        channels_last: layout of filters, inputs and gradients of outputs.
+        inductor: options of torch.compile; None: not compiled.
+        graph: one CUDA graph of the whole call is replayed.
     """
-    module = PROVIDERS[name](dims)
-    module.to(filters[0].device, filters[0].dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    values = [t for pair in zip(filters, biases, strict=True) for t in pair]
-    with torch.no_grad():
-        for parameter, value in zip(module.parameters(), values, strict=True):
-            parameter.copy_(value)
-    if name == "compile":
-        module.compile(fullgraph=True, dynamic=False)
+
+    name: str
+    fused: bool = False
+    channels_last: bool = True
+    inductor: dict[str, Any] | None = None
+    graph: bool = False
+
+    @property
+    def plain(self) -> str:
+        """The provider whose call the graph holds; without a graph itself."""
+        return self.name.removesuffix("-graph") if self.graph else self.name
+
+    @property
+    def compiled(self) -> bool:
+        """By torch.compile."""
+        return self.inductor is not None
+
+    @property
+    def layout(self) -> str:
+        """In words."""
+        return "channels_last" if self.channels_last else "contiguous"
+
+
+def _table() -> dict[str, Provider]:
+    plain = [
+        Provider("fused", fused=True),
+        Provider("eager"),
+        Provider("eager-nchw", channels_last=False),
+        Provider("compile", inductor={}),
+        Provider("max-autotune", inductor=_MAX_AUTOTUNE),
+        Provider("max-autotune-layout", inductor={**_MAX_AUTOTUNE, **_LAYOUT}),
+    ]
+    graphs = [
+        Provider(f"{p.name}-graph", p.fused, p.channels_last, p.inductor, graph=True) for p in plain
+    ]
+    # the mode "max-autotune" to the letter: one call at a time, so for whole networks alone
+    own = Provider("max-autotune-cudagraphs", inductor={**_MAX_AUTOTUNE, "triton.cudagraphs": True})
+    return {p.name: p for p in (*plain, own, *graphs)}
+
+
+PROVIDERS = _table()
+
+
+def contenders(group: str, batch: int, direction: str, device: torch.device) -> list[str]:
+    """Names of the providers that a problem of `group` is given to.
+
+    Graphs hold whole calls of small batches, not a backward alone, whose forward lies outside.
+    """
+    if device.type != "cuda":
+        return ["fused", "eager", "compile"]
+    return [
+        p.name
+        for p in PROVIDERS.values()
+        if not (p.graph and (batch not in GRAPH_BATCHES or direction == "backward"))
+        and (group == "network" or p.name != "max-autotune-cudagraphs")
+    ]
+
+
+def prepared(provider: Provider, module: nn.Module) -> nn.Module:
+    """`module` in the provider's layout, compiled where it is a compiled one.
+
+    Whole graphs are compiled: what torch cannot compile is an error, never a silent return to
+    eager.
+    """
+    if provider.channels_last:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if provider.inductor is not None:
+        module.compile(fullgraph=True, dynamic=False, options=dict(provider.inductor))
     return module
+
+
+def laid_out(provider: Provider, tensor: Tensor) -> Tensor:
+    """`tensor` in the provider's layout."""
+    if tensor.ndim != 4:
+        return tensor
+    last = provider.channels_last
+    layout = torch.channels_last if last else torch.contiguous_format
+    return tensor.contiguous(memory_format=layout)
+
+
+@contextmanager
+def compiler_limits() -> Iterator[None]:
+    """The providers share their modules' code, of which torch.compile else keeps few graphs."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
+        yield
+
+
+def captured(piece: Work) -> tuple[Work, Any]:
+    """The whole call as one CUDA graph, and the tensors that every replay writes."""
+    assert piece.prepare is None, "the graph of a call holds all of it"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            piece.run(None)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = piece.run(None)
+    graph.replay()
+    return Work(None, lambda _: graph.replay(), allocates=False), outputs
+
+
+def autotuning_seconds() -> float:
+    """Seconds that Inductor has spent on trying alternatives so far, as Dynamo counts them."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    return sum(
+        (
+            sum(times)
+            for name, times in compilation_time_metrics.items()
+            if name.endswith(("_template_precompiling", "_template_autotuning"))
+            or "benchmark" in name.lower()
+        ),
+        start=0.0,
+    )

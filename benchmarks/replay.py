@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import Work, timed
+from fused_inception.tools.timing import Work, timed
 
 
 class ReplayedClock:

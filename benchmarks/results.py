@@ -3,8 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from typing import Any
 class Row:
     """One provider, one direction of one problem; seconds are those of one call."""
 
-    module: str
+    group: str
+    case: str
     batch: int
     direction: str
     provider: str
@@ -22,71 +23,108 @@ class Row:
     median_s: float
     p20_s: float
     p80_s: float
-    rounds: int
     calls_per_round: int
     flops: int
     bytes: int
-    peak_bytes: int | None  # on a CPU nothing counts it
-    first_calls_s: float  # of the gate: compilation, algorithm search
+    peak_bytes: int | None  # beyond what the call began with; on a CPU nothing counts it
+    compile_s: float  # of the first calls
+    tuning_s: float
+    samples_s: list[float] = field(default_factory=list)  # a round each
+    beside: list[str] = field(default_factory=list)  # who took turns with it
+
+    @property
+    def problem(self) -> tuple[str, str, int, str, str]:
+        """What was to be done."""
+        return self.group, self.case, self.batch, self.direction, self.dtype
 
 
-def write(path: Path, head: dict[str, Any], rows: Iterable[Row] | None = None) -> None:
-    """A JSON object with `head` and "rows", a line each; the file is never half-written."""
-    lines = [f"{json.dumps(key)}: {json.dumps(value, indent=1)}" for key, value in head.items()]
-    if rows is not None:
-        shortened = [json.dumps(_shortened(asdict(row))) for row in rows]
-        lines.append('"rows": [\n' + ",\n".join(shortened) + "\n]")
+def json_of(row: Row) -> dict[str, Any]:
+    """Four digits of what was measured: the next ones are noise."""
+    return {key: _shortened(value) for key, value in asdict(row).items()}
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_shortened(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def row_of(facts: Mapping[str, Any]) -> Row:
+    """What `json_of` gave; other keys are passed over.
+
+    Raises:
+        KeyError: a field is missing.
+    """
+    return Row(**{f.name: facts[f.name] for f in fields(Row)})
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object; of its dictionaries and lists each entry has a line. Never half-written."""
+    lines = []
+    for key, value in content.items():
+        entries: list[str] = []
+        if isinstance(value, dict):
+            entries = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
+        elif isinstance(value, list):
+            entries = [json.dumps(v) for v in value]
+        if entries:
+            ends = "{}" if isinstance(value, dict) else "[]"
+            lines.append(f'"{key}": {ends[0]}\n' + ",\n".join(entries) + f"\n{ends[1]}")
+        else:
+            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     partial.replace(path)
 
 
-def _shortened(row: dict[str, Any]) -> dict[str, Any]:
-    """Four digits of what was measured: the next ones are noise."""
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-
-
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Head and rows of a file that `write` or `pytest --benchmark-json` wrote.
+    """Head and rows of a file that `pytest --benchmark-json`, `gpu_check` or `main` wrote.
 
-    Rows are of modules; benchmarks of whole networks are passed over.
+    Rows are those of `bench_{kernels,modules,stem,networks}.py`; others are passed over.
 
     Raises:
-        ValueError: the file is neither, or holds no row.
+        ValueError: the file is none of these.
     """
     content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no results")
     if "benchmarks" in content:
         infos = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
         head = {"environment": infos[0]["environment"]} if infos else {}
-    else:
-        infos = content.get("rows", [])
+    elif "items" in content:
+        infos = [row for item in content["items"].values() for row in item.get("rows", [])]
+        head = {key: value for key, value in content.items() if key != "items"}
+    elif "rows" in content:
+        infos = content["rows"]
         head = {key: value for key, value in content.items() if key != "rows"}
-    names = [field.name for field in fields(Row)]
-    infos = [info for info in infos if "module" in info]
-    if not infos:
-        raise ValueError(f"{path} holds no measured row")
-    return head, [Row(**{name: info[name] for name in names}) for info in infos]
+    else:
+        raise ValueError(f"{path} holds no results")
+    return head, [row_of(info) for info in infos if "provider" in info and "beside" in info]
+
+
+def groups_of(rows: Iterable[Row]) -> list[dict[str, Row]]:
+    """Rows that were measured in turn, by provider."""
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((*row.problem, *row.beside), {})[row.provider] = row
+    return [*groups.values()]
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Medians in milliseconds, and how many times as long as the fused module each takes."""
-    groups: dict[tuple[str, int, str], dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault((row.module, row.batch, row.direction), {})[row.provider] = row
-    providers = list(dict.fromkeys(name for group in groups.values() for name in group))
-    lines = ["module batch direction" + "".join(f"{name:>18}" for name in providers)]
-    for (module, batch, direction), group in groups.items():
-        fused = group.get("fused")
-        cells = []
-        for name in providers:
-            if name not in group:
-                cells.append(f"{'-':>18}")
-                continue
-            milliseconds = group[name].median_s * 1e3
-            ratio = f" {group[name].median_s / fused.median_s:6.2f}x" if fused else ""
-            cells.append(f"{f'{milliseconds:.3f}{ratio}':>18}")
-        lines.append(f"{module:<7}{batch:<6}{direction:<9}" + "".join(cells))
+    """Medians in milliseconds, and how many times as long as the fused one each takes."""
+    lines = []
+    for group in groups_of(rows):
+        first = next(iter(group.values()))
+        lines.append(
+            f"{first.group} {first.case}, {first.direction}, batch {first.batch}, {first.dtype}"
+        )
+        for name, row in group.items():
+            ours = group.get("fused-graph" if name.endswith("-graph") else "fused")
+            ratio = f"{row.median_s / ours.median_s:7.2f}x" if ours else ""
+            peak = f"{row.peak_bytes / 1e6:10.1f} MB" if row.peak_bytes is not None else ""
+            startup = f"{row.compile_s:8.1f} s compile {row.tuning_s:8.1f} s tuning"
+            lines.append(f"  {name:<27}{row.median_s * 1e3:10.3f} ms{ratio}{peak}{startup}")
     return "\n".join(lines)
 
 
@@ -101,10 +139,12 @@ def main(arguments: list[str] | None = None) -> int:
         head, rows = read(options.source)
     except (OSError, ValueError, KeyError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if not rows:
+        parser.exit(2, f"{parser.prog}: error: {options.source} holds no measured row\n")
     if options.note:
         head = {"note": options.note, **head}
     if options.out:
-        write(options.out, head, rows)
+        write(options.out, {**head, "rows": [json_of(row) for row in rows]})
     print(table(rows))
     return 0
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +13,163 @@ import torch
 from torch import Tensor, nn
 
 import fused_inception as fi
-from benchmarks import gpu_check, parity, results
-from benchmarks.harness import DIRECTIONS, LineUp, Problem, Work, Yardstick, in_turn, timed
-from benchmarks.providers import PROVIDERS, build
-from fused_inception import reference
-from fused_inception.geometry import InceptionDims
+from benchmarks import problems, results
+from benchmarks.harness import LineUp
+from benchmarks.problems import CASES, Problem
+from benchmarks.providers import PROVIDERS, contenders
+from fused_inception.tools.timing import Work, in_turn, peak_bytes, timed
 from tests.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-PROBLEM = Problem("5b", 1, "fp32", CPU)
-HEAD = {"command": "a test"}
+PROBLEM = Problem("modules", "5b", 1, "fp32", CPU)
+NORM = Problem("modules", "5b-bn", 2, "fp32", CPU)
 
 
-class Wrong(reference.Inception):
-    """An Inception module that is wrong by a thousandth, in training, inference or one gradient."""
+class Wrong(nn.Module):
+    """A module that is wrong by a thousandth, in training, inference, a gradient or a statistic."""
 
-    def __init__(self, dims: InceptionDims, where: str) -> None:
-        super().__init__(*dims.widths)
+    def __init__(self, module: nn.Module, where: str) -> None:
+        super().__init__()
+        self.module = module
         self.where = where
         if where == "gradient":
-            self.branch3[1].conv.bias.register_hook(lambda g: g * 1.001)
+            module.get_parameter("branch3.1.conv.bias").register_hook(lambda g: g * 1.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = self.module(x)
         now = "training" if torch.is_grad_enabled() else "inference"
+        if self.where == "statistic" and now == "training":
+            self.module.get_buffer("branch1.bn.running_var").mul_(1.001)
         return y * 1.001 if self.where == now else y
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.named_parameters(*args, **kwargs)
 
-def broken(where: str) -> Callable[[InceptionDims], nn.Module]:
-    return lambda dims: Wrong(dims, where)
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.named_buffers(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.load_state_dict(*args, **kwargs)
 
 
-@pytest.fixture(scope="module")
-def yardstick() -> Yardstick:
-    return Yardstick(PROBLEM)
+def break_fused(where: str, case: str | None = None) -> None:
+    """From now on the providers' fused modules are wrong, those of `case` or all."""
+    right = Problem.module
+
+    def module(self: Problem, library: Any) -> nn.Module:
+        made = right(self, library)
+        return Wrong(made, where) if library is fi and case in (None, self.case) else made
+
+    Problem.module = module
 
 
-@pytest.mark.parametrize("name", ["fused", "eager"])
-def test_gate_admits_what_is_right(name: str, yardstick: Yardstick) -> None:
-    module = build(name, PROBLEM.dims, yardstick.data.filters, yardstick.data.biases)
-    assert yardstick.check(name, module) > 0
+@pytest.fixture
+def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Problem, "module", Problem.module)
+    break_fused(request.param)
+
+
+@pytest.mark.parametrize("name", ["fused", "eager", "eager-nchw"])
+@pytest.mark.parametrize("problem", [PROBLEM, NORM], ids=lambda p: p.case)
+def test_gate_admits_what_is_right(name: str, problem: Problem) -> None:
+    admitted = LineUp(problem).admit(name)
+    assert admitted.startup.compile_s >= 0
+    assert admitted.subject.provider.name == name
 
 
 @pytest.mark.parametrize(
-    ("where", "message"),
+    ("broken", "problem", "message"),
     [
-        ("training", "broken, training output: max error"),
-        ("inference", "broken, inference output: max error"),
-        ("gradient", r"broken, gradient of branch3\.1\.conv\.bias: max error"),
+        ("training", PROBLEM, "fused, training output: max error"),
+        ("inference", PROBLEM, "fused, inference output: max error"),
+        ("gradient", PROBLEM, r"fused, gradient of branch3\.1\.conv\.bias: max error"),
+        ("statistic", NORM, r"fused, branch1\.bn\.running_var: max error"),
     ],
+    indirect=["broken"],
 )
-def test_gate_rejects_what_is_wrong(
-    where: str, message: str, yardstick: Yardstick, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(PROVIDERS, "broken", broken(where))
-    module = build("broken", PROBLEM.dims, yardstick.data.filters, yardstick.data.biases)
-    with pytest.raises(AssertionError, match=message):
-        yardstick.check("broken", module)
+@pytest.mark.usefixtures("broken")
+def test_gate_rejects_what_is_wrong(problem: Problem, message: str) -> None:
+    line_up = LineUp(problem)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match=message):
+            line_up.admit("fused")
+    rows = line_up.timings("forward", ["fused", "eager"], 0.0, 2)
+    assert list(rows) == ["eager"]
+
+
+@pytest.mark.parametrize("case", CASES["kernels"])
+def test_every_kernel_case_passes_the_gate(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small map; the counts come from the same tables."""
+    whole = CASES["kernels"][case]
+    c, side = whole.input[0], 16 if whole.image else 8
+    small = problems.Case(whole.make, (c, side, side), whole.image)
+    monkeypatch.setitem(CASES["kernels"], case, small)
+    problem = Problem("kernels", case, 1, "bf16", CPU)
+    for provider in ("fused", "eager"):
+        LineUp(problem).admit(provider)
+    assert problem.bytes("step") > problem.bytes("forward") > 0
+    assert (problem.flops("forward") > 0) == ("conv" in case or "naive" in case)
+
+
+def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are held together: one filter's alone may differ where a maximum flips."""
+    monkeypatch.setattr(problems, "IMAGE_SIZE", 48)
+    monkeypatch.setitem(CASES["network"], "paper", problems._network("paper"))
+    problem = Problem("network", "paper", 2, "fp32", CPU)
+    assert problem.directions == ("forward", "step")
+    line_up = LineUp(problem)
+    line_up.admit("fused")
+    got = dict(line_up.yardstick.baseline)
+    line_up.yardstick.check("itself", got)
+    name = "gradient of inception3a.branch1.conv.weight"
+    got[name] = got[name] * 1.1
+    with pytest.raises(AssertionError, match="broken, gradients: relative L2"):
+        line_up.yardstick.check("broken", got)
+
+
+def test_graphs_hold_whole_calls_of_small_batches() -> None:
+    gpu = torch.device("cuda")
+    every = contenders("network", 8, "step", gpu)
+    assert set(every) == set(PROVIDERS)
+    modules = set(every) - {"max-autotune-cudagraphs"}
+    assert set(contenders("modules", 1, "forward", gpu)) == modules
+    for group, batch, direction in (("modules", 1, "backward"), ("kernels", 32, "step")):
+        names = contenders(group, batch, direction, gpu)
+        assert names
+        assert not any(name.endswith("-graph") for name in names)
+    for name in every:
+        assert PROVIDERS[PROVIDERS[name].plain].graph is False
+
+
+def test_compiled_provider_tells_compilation_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is a stub that takes its time: what is asked of it, what is booked as what."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    asked: list[dict[str, Any]] = []
+    work = [0.1, 0.1]
+
+    def compiling(module: nn.Module, args: Any) -> None:
+        if work:
+            time.sleep(work.pop())
+            compilation_time_metrics.setdefault("stub_template_autotuning", []).append(0.04)
+
+    def compile(self: nn.Module, **options: Any) -> None:
+        asked.append(options)
+        self.register_forward_pre_hook(compiling)
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    problem = Problem("kernels", "global_avg_pool2d", 1, "fp32", CPU)
+    startup = LineUp(problem).admit("max-autotune-layout").startup
+    assert startup.tuning_s == pytest.approx(0.08)
+    assert 0.05 < startup.compile_s < 1
+    assert asked[0]["fullgraph"] is True
+    assert asked[0]["options"]["force_layout_optimization"] is True
+    assert asked[0]["options"]["max_autotune"] is True
+    import torch._inductor.config as inductor
+
+    options = {name for p in PROVIDERS.values() if p.inductor for name in p.inductor}
+    assert all(hasattr(inductor, name.split(".")[0]) for name in options)
 
 
 def test_providers_take_turns() -> None:
@@ -89,7 +187,7 @@ def test_providers_take_turns() -> None:
 
 
 def test_work_and_traffic_from_geometry() -> None:
-    p = Problem("3a", 2, "bf16", CPU)
+    p = Problem("modules", "3a", 2, "bf16", CPU)
     # 28x28: the module's multiply-adds of one image are 128,049,152
     assert p.flops("forward") == 2 * 2 * 128_049_152
     assert p.flops("step") == p.flops("forward") + p.flops("backward")
@@ -102,9 +200,8 @@ def test_work_and_traffic_from_geometry() -> None:
 RUN = """
 import sys
 import pytest
-from benchmarks.providers import PROVIDERS
-from tests.test_benchmarks import broken
-PROVIDERS["broken"] = broken("training")
+from tests.test_benchmarks import break_fused
+break_fused("training", "5a")
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
@@ -112,167 +209,72 @@ sys.exit(pytest.main(sys.argv[1:]))
 def test_pytest_run_leaves_numbers_of_what_is_right(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "run.json"
-    which = ["-k", "5b and forward", "--batches=1", "--dtype=fp32", "--compile-modules=none"]
-    options = ["-q", "--benchmark-max-time=0.01", f"--benchmark-json={out}", *which]
-    done = python("-c", RUN, "benchmarks", *options)
+    which = ["-k", "5b-forward or 5b-gpu or 5a-forward", "--batches=1", "--dtype=fp32"]
+    options = ["-q", "-rs", "--benchmark-max-time=0.01", f"--benchmark-json={out}", *which]
+    done = python("-c", RUN, "benchmarks/bench_modules.py", *options)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
-    assert "AssertionError: broken, training output: max error" in done.stdout
-    assert "(--compile-modules=all)" in done.stdout
-    ran = json.loads(out.read_text())["benchmarks"]
+    assert "1 failed, 3 passed, 1 skipped" in done.stdout
+    assert "AssertionError: fused, training output: max error" in done.stdout
+    assert "needs a CUDA GPU" in done.stdout
+    assert "(--compile-cases=3a,5b, or all)" in done.stdout
+    everything = json.loads(out.read_text())["benchmarks"]
+    assert [b["name"] for b in everything if "5a" in b["name"]] == [
+        "test_modules[5a-forward-1-fp32-eager]"
+    ]
+    ran = [b for b in everything if "5b" in b["name"]]
     assert [b["extra_info"]["provider"] for b in ran] == ["fused", "eager"]
     for b in ran:
         info = b["extra_info"]
-        assert b["group"] == "5b forward, batch 1"
-        assert b["stats"]["median"] == pytest.approx(info["median_s"]) != 0
-        assert b["stats"]["rounds"] == info["rounds"] >= 5
+        assert b["group"] == "modules: 5b forward, batch 1, fp32"
+        assert b["stats"]["median"] == pytest.approx(info["median_s"], rel=1e-3) != 0
+        assert b["stats"]["rounds"] >= 5
         assert info["flops"] == PROBLEM.flops("forward")
         assert info["bytes"] == PROBLEM.bytes("forward")
         assert (info["dtype"], info["layout"], info["batch"]) == ("fp32", "channels_last", 1)
         assert info["environment"]["torch"] == torch.__version__
         assert info["environment"]["threads"] >= 1
-        assert info["environment"]["device"] == info["device"]
     trimmed = tmp_path / "trimmed.json"
     results.main([str(out), "--out", str(trimmed), "--note", "a test"])
     head, rows = results.read(trimmed)
     assert head["note"] == "a test"
     assert head["environment"]["torch"] == torch.__version__
-    assert [row.provider for row in rows] == ["fused", "eager"]
-    assert rows[0].median_s == pytest.approx(ran[0]["stats"]["median"], rel=1e-3)
+    assert [row.provider for row in rows] == ["eager", "fused", "eager"]
+    assert rows[1].median_s == pytest.approx(ran[0]["stats"]["median"], rel=1e-3)
+    assert rows[1].beside == ["fused", "eager"]
 
 
-def test_table_compares_with_the_fused_module() -> None:
+def row(**given: Any) -> results.Row:
     facts: dict[str, Any] = dict.fromkeys(results.Row.__dataclass_fields__, 0)
-    facts |= {"module": "3a", "batch": 2, "direction": "step"}
+    facts |= {"group": "modules", "case": "3a", "batch": 2, "direction": "step", "dtype": "bf16"}
+    return results.Row(**facts | {"beside": ["fused", "eager"], "peak_bytes": None} | given)
+
+
+def test_table_compares_with_the_fused_one() -> None:
     rows = [
-        results.Row(**facts | {"provider": "fused", "median_s": 0.002}),
-        results.Row(**facts | {"provider": "eager", "median_s": 0.005}),
-        results.Row(**facts | {"provider": "eager", "median_s": 0.004, "direction": "forward"}),
+        row(provider="fused", median_s=0.002),
+        row(provider="eager", median_s=0.005, peak_bytes=3_000_000, compile_s=1.5),
+        row(provider="eager", median_s=0.004, direction="forward"),
     ]
-    head, step, forward = (line.split() for line in results.table(rows).splitlines())
-    assert head[-2:] == ["fused", "eager"]
-    assert step == ["3a", "2", "step", "2.000", "1.00x", "5.000", "2.50x"]
-    assert forward == ["3a", "2", "forward", "-", "4.000"]
+    step, fused, eager, forward, alone = (line.split() for line in results.table(rows).splitlines())
+    assert " ".join(step) == "modules 3a, step, batch 2, bf16"
+    assert fused[:4] == ["fused", "2.000", "ms", "1.00x"]
+    assert eager[:6] == ["eager", "5.000", "ms", "2.50x", "3.0", "MB"]
+    assert eager[6:9] == ["1.5", "s", "compile"]
+    assert forward[2] == "forward,"
+    assert alone[:3] == ["eager", "4.000", "ms"]
+    assert "x" not in " ".join(alone[3:4])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("part", gpu_check.PARTS)
-def test_gpu_check_without_a_gpu(part: str, tmp_path: Path) -> None:
-    done = python("-m", "benchmarks.gpu_check", "--only", part, "--out", str(tmp_path / "out"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("gpu_check needs a CUDA GPU")
-    assert not (tmp_path / "out").exists()
-
-
-PARITY_TESTS = """
-import os
-import pytest
-
-@pytest.fixture
-def device(): ...
-
-def test_right(device): ...
-
-def test_wrong(device):
-    assert 1 == 2
-
-def test_without_device():
-    assert 1 == 3
-
-def test_dies(device):
-    os._exit(7)
-"""
-
-
-def test_parity_summary(tmp_path: Path) -> None:
-    """Failures with their messages, and what the process that died was at."""
-    tests = tmp_path / "test_some.py"
-    tests.write_text(PARITY_TESTS)
-    status = gpu_check.run_parity(HEAD, [str(tests)], 1, time.time() + 60, tmp_path)
-    assert status == gpu_check.FAILED
-    summary = json.loads((tmp_path / "parity.json").read_text())
-    assert summary["counts"] == {"passed": 1, "failed": 1, "not run": 1}
-    assert not summary["complete"]
-    (failure,) = summary["failures"]
-    assert failure["test"].endswith("test_wrong")
-    assert "assert 1 == 2" in failure["message"]
-    assert [test.partition("::")[2] for test in summary["unfinished"]] == ["test_dies"]
-    assert summary["processes"][0]["status"] == 7
-
-
-def test_parity_ends_with_its_time(tmp_path: Path) -> None:
-    """After the test that runs when the time is spent; without a failure the status says so."""
-    tests = tmp_path / "test_some.py"
-    tests.write_text(PARITY_TESTS)
-    end = time.time() + parity.GRACE_SECONDS
-    assert gpu_check.run_parity(HEAD, [str(tests)], 1, end, tmp_path) == gpu_check.CUT
-    summary = json.loads((tmp_path / "parity.json").read_text())
-    assert summary["counts"] == {"passed": 1, "not run": 2}
-
-
-@pytest.mark.parametrize(
-    ("events", "complete"),
-    [
-        ([{"event": "collected", "tests": 0}], True),
-        ([{"event": "collected", "tests": 1}], False),
-        ([{"event": "unreadable", "test": "t.py", "message": "no such module"}], False),
-        ([], False),
-    ],
-)
-def test_parity_is_complete_where_every_process_ran_its_share(
-    events: list[dict[str, Any]], complete: bool
-) -> None:
-    share = [
-        {"event": "collected", "tests": 1},
-        {"event": "started", "test": "t"},
-        {"event": "passed", "test": "t", "seconds": 1.0, "message": None},
-    ]
-    assert parity.summarise([share, events])["complete"] is complete
-
-
-def test_parity_finds_the_tests_of_the_device() -> None:
-    found = parity.device_tests()
-    assert "tests/test_inception_kernels.py" in found
-    assert "tests/test_geometry.py" not in found
-
-
-def test_modules_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of all directions; a provider that is wrong fails and has none."""
-    providers = ["fused", "eager"]
-
-    def run(end: float) -> tuple[int, dict[str, Any], list[results.Row]]:
-        status = gpu_check.run_modules(HEAD, [PROBLEM], providers, 0.01, end, tmp_path)
-        return status, *results.read(tmp_path / "modules.json")
-
-    status, head, rows = run(time.time() + 60)
-    assert (status, head["complete"], head["failures"]) == (gpu_check.PASSED, True, [])
-    assert [(r.direction, r.provider) for r in rows] == [
-        (direction, provider) for direction in DIRECTIONS for provider in providers
-    ]
-    assert all(0 < r.p20_s <= r.median_s <= r.p80_s for r in rows)
-
-    monkeypatch.setitem(PROVIDERS, "fused", broken("gradient"))
-    status, head, rows = run(time.time() + 60)
-    assert status == gpu_check.FAILED
-    assert [failure["what"] for failure in head["failures"]] == ["fused"]
-    assert {r.provider for r in rows} == {"eager"}
-
-
-def test_modules_part_ends_with_its_time(tmp_path: Path) -> None:
-    status = gpu_check.run_modules(HEAD, [PROBLEM], ["eager"], 0.01, time.time() - 1, tmp_path)
-    assert status == gpu_check.CUT
-    written = json.loads((tmp_path / "modules.json").read_text())
-    assert (written["complete"], written["rows"]) == (False, [])
-
-
-def test_line_up_times_no_provider_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PROVIDERS, "broken", broken("inference"))
-    line_up = LineUp(PROBLEM)
-    for _ in range(2):
-        with pytest.raises(AssertionError, match="inference output"):
-            line_up.admit("broken")
-    timings = line_up.timings("forward", ["broken", "eager"], 0.0, 2)
-    assert list(timings) == ["eager"]
+def test_rows_survive_their_file(tmp_path: Path) -> None:
+    rows = [row(provider="fused", median_s=0.002, samples_s=[0.00123456, 2.0])]
+    path = tmp_path / "deep" / "rows.json"
+    results.write(path, {"note": "a test", "rows": [results.json_of(r) for r in rows]})
+    head, back = results.read(path)
+    assert head == {"note": "a test"}
+    assert back[0].samples_s == [0.001235, 2.0]
+    path.write_text('{"else": 1}')
+    with pytest.raises(ValueError, match="holds no results"):
+        results.read(path)
 
 
 def test_torchvision_pair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +286,7 @@ def test_torchvision_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_torchvision, "IMAGE_SIZE", 40)
     pair = bench_torchvision.pair(2, "fp32")
     pieces = {name: pair.work("inference", name) for name in bench_torchvision.PROVIDERS}
+    assert peak_bytes(pieces["fused"], CPU) is None
     samples = in_turn(pieces, dict.fromkeys(pieces, 1), CPU, 0.0, 2)
     assert bench_torchvision.speedup(samples) > 0
     for name in bench_torchvision.PROVIDERS:

@@ -1,7 +1,5 @@
 """The cost model's account of this library against what the library launches and keeps."""
 
-import importlib
-import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 
@@ -15,7 +13,7 @@ from fused_inception.cost.fused import BUILT, Fused, kind_of
 from fused_inception.cost.layers import Conv
 from fused_inception.functional import conv2d_relu, inception
 from fused_inception.geometry import GOOGLENET, InceptionDims
-from fused_inception.launches import Launch, record, record_launches
+from fused_inception.launches import Launch, record_launches
 from fused_inception.tuning.heuristic import Operands, pointwise_config, wgrad_config
 from fused_inception.tuning.targets import TARGETS
 from tests.cases import InceptionCase
@@ -36,22 +34,6 @@ def kernels(total: cost.Cost) -> list[str]:
 
 def names(launches: list[Launch]) -> list[str]:
     return [launch.kernel for launch in launches]
-
-
-@pytest.fixture
-def launches_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches are recorded, not run: which there are never depends on values."""
-    package = importlib.import_module("fused_inception.kernels")
-
-    def note(kernel, grid, args, constants, *, num_warps):
-        if 0 not in grid:
-            record(getattr(kernel, "fn", kernel).__name__, grid, constants)
-
-    infos = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-    # all are imported before one is patched: a later import would take the stub for good
-    for module in [importlib.import_module(info.name) for info in infos]:
-        if hasattr(module, "run"):
-            monkeypatch.setattr(module, "run", note)
 
 
 def parameters(data, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -1,0 +1,167 @@
+"""What the device can do at most: the figures that every share of a roofline is a share of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu.parts import Item
+from benchmarks.harness import LineUp, settings
+from benchmarks.problems import Problem
+from benchmarks.providers import captured
+from fused_inception.tools.timing import Spread, Work, calls_per_round, in_turn
+
+GEMM_TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8)
+GRAPH_LAUNCHES = 1000
+MIN_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the measurements; a test takes small ones."""
+
+    copied: int = 2**30  # bytes
+    gemm: int = 8192
+    streamed: int = 2**24  # bytes, a third of a large L2 cache
+    stream_block: int = 4096  # int32
+    programs: int = 1056  # 8 for each of 132 processors
+    tile: dict[str, int] | None = None
+    conv_batch: int = 256
+
+
+def items(options: dict[str, Any], device: torch.device) -> list[Item]:
+    """One for each figure."""
+    return [
+        Item(name, lambda turn, run=run: run(device, options["seconds"]))
+        for name, run in CEILINGS.items()
+    ]
+
+
+def copy(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
+    """Bytes read and written by a copy inside the device."""
+    source = torch.randn(sizes.copied // 4, device=device)
+    target = torch.empty_like(source)
+    piece = Work(None, lambda _: target.copy_(source))
+    return _measured(piece, device, seconds, 2 * sizes.copied, "bytes/s")
+
+
+def library_gemm(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
+    """A square product of bf16 matrices by PyTorch's library."""
+    a, b = _matrices(device, sizes.gemm)
+    c = torch.empty_like(a)
+    piece = Work(None, lambda _: torch.mm(a, b, out=c))
+    return _measured(piece, device, seconds, 2 * sizes.gemm**3, "FLOP/s")
+
+
+def triton_gemm(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
+    """The same in Triton, in tiles of 128 x 256."""
+    from benchmarks.gpu.ceiling_kernels import _gemm_kernel
+
+    a, b = _matrices(device, sizes.gemm)
+    c, n, tile = torch.empty_like(a), sizes.gemm, sizes.tile or GEMM_TILE
+    grid = (n // tile["BLOCK_M"] * (n // tile["BLOCK_N"]),)
+
+    def run(_: None) -> None:
+        _gemm_kernel[grid](a, b, c, n, N=n, K=n, **tile, num_warps=8)
+
+    run(None)
+    _close(c, a.float() @ b.float())
+    return _measured(Work(None, run), device, seconds, 2 * n**3, "FLOP/s")
+
+
+def stream(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
+    """Bytes that all processors together read of what lies in the L2 cache."""
+    from benchmarks.gpu.ceiling_kernels import _stream_kernel
+
+    x = torch.arange(sizes.streamed // 4, dtype=torch.int32, device=device)
+    y = torch.zeros(sizes.programs, dtype=torch.int32, device=device)
+    blocks = x.numel() // sizes.stream_block
+
+    def run(_: None) -> None:
+        _stream_kernel[(sizes.programs,)](x, y, blocks, BLOCK=sizes.stream_block, num_warps=8)
+
+    run(None)
+    assert (y == x.max()).all(), "a program has not read everything"
+    amount = sizes.programs * sizes.streamed
+    return _measured(Work(None, run), device, seconds, amount, "bytes/s")
+
+
+def launch(device: torch.device, seconds: float) -> dict[str, Any]:
+    """Seconds of a kernel that does next to nothing, among many in a CUDA graph."""
+    from benchmarks.gpu.ceiling_kernels import _one_kernel
+
+    y = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def run(_: None) -> Tensor:
+        for _i in range(GRAPH_LAUNCHES):
+            _one_kernel[(1,)](y, num_warps=1)
+        return y
+
+    piece, _ = captured(Work(None, run))
+    facts = _measured(piece, device, seconds, 1.0, "1/s")
+    return facts | {"value": 1 / facts["value"] / GRAPH_LAUNCHES, "unit": "s"}
+
+
+def our_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
+    """Our 3x3 convolution with bias and ReLU of 200704 pixels, 128 channels to 192."""
+    problem = _conv_problem(device, sizes)
+    subject = LineUp(problem).admit("fused").subject.in_mode("forward")
+    flops = problem.flops("forward")
+    return _measured(subject.work("forward"), device, seconds, flops, "FLOP/s")
+
+
+def library_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
+    """The library's convolution of the same size, without bias and ReLU."""
+    problem = _conv_problem(device, sizes)
+    with settings(problem.dtype):
+        subject = LineUp(problem).admit("eager").subject
+        x, weight = subject.x.detach(), subject.module.get_parameter("p0").detach()
+        piece = Work(None, lambda _: F.conv2d(x, weight, padding=1))
+        return _measured(piece, device, seconds, problem.flops("forward"), "FLOP/s")
+
+
+CEILINGS: dict[str, Callable[[torch.device, float], dict[str, Any]]] = {
+    "copy": copy,
+    "bf16 GEMM, library": library_gemm,
+    "bf16 GEMM, Triton 128x256": triton_gemm,
+    "L2 stream": stream,
+    "launch in a graph": launch,
+    "3x3 convolution, ours": our_conv,
+    "3x3 convolution, library": library_conv,
+}
+
+
+def _conv_problem(device: torch.device, sizes: Sizes) -> Problem:
+    return Problem("kernels", "conv2d_relu_3x3", sizes.conv_batch, "bf16", device)
+
+
+def _matrices(device: torch.device, n: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(n, n, generator=draw, device=device) for _ in range(2))
+    return a.bfloat16(), b.bfloat16()
+
+
+def _close(got: Tensor, want: Tensor) -> None:
+    error = ((got.float() - want).norm() / want.norm()).item()
+    assert error < 0.01, f"relative error {error:.3g}"
+
+
+def _measured(
+    piece: Work, device: torch.device, seconds: float, amount: float, unit: str
+) -> dict[str, Any]:
+    """`amount` by the median time of a call."""
+    calls = {"it": calls_per_round(piece, device)}
+    samples = in_turn({"it": piece}, calls, device, seconds, MIN_ROUNDS)["it"]
+    spread = Spread.of(samples)
+    value, low, high = (amount / s for s in (spread.median, spread.p80, spread.p20))
+    return {
+        "value": float(f"{value:.4g}"),
+        "p20": float(f"{low:.4g}"),
+        "p80": float(f"{high:.4g}"),
+        "unit": unit,
+        "calls_per_round": calls["it"],
+        "samples_s": [float(f"{s:.4g}") for s in samples],
+    }

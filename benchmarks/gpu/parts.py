@@ -1,0 +1,49 @@
+"""What a part is: items that are run one after another, each of which may fail alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# an item that takes longer hangs; torch.compile of a whole network takes minutes
+ITEM_SECONDS = 420.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an item is given.
+
+    Attributes:
+        end: a `time.time()` to be ready at.
+        previous: facts of an earlier run that was cut; empty at first.
+        keep: writes what is known so far, in case that the time ends.
+    """
+
+    end: float
+    keep: Callable[[dict[str, Any]], None]
+    previous: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Item:
+    """`run` gives facts; "failures" among them, if any, and `"complete": False` where a later run
+    has to go on."""
+
+    key: str
+    run: Callable[[Turn], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """`items` of the command's options and the device."""
+
+    name: str
+    text: str
+    items: Callable[[dict[str, Any], torch.device], list[Item]]
+    item_seconds: float = ITEM_SECONDS
+
+
+def brief(error: BaseException) -> str:
+    """Kind and message, not endless."""
+    return f"{type(error).__name__}: {error}"[:3000]

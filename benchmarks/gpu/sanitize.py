@@ -1,0 +1,76 @@
+"""compute-sanitizer over small shapes of every kernel."""
+
+import glob
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.environment import ROOT
+from benchmarks.gpu.parts import Item, Turn
+
+# memory out of bounds, races in shared memory, wrong barriers. What reads unwritten memory is found
+# by tests, which fill it with NaN
+TOOLS = ("memcheck", "racecheck", "synccheck")
+GROUPS = ("kernels", "modules", "stem")
+FOUND_SOMETHING = 99
+PLACES = ("/usr/local/cuda*/bin/compute-sanitizer", "/opt/cuda*/bin/compute-sanitizer")
+
+
+def items(options: dict[str, Any], device: torch.device) -> list[Item]:
+    """A tool and a group each; one that says so where there is no compute-sanitizer."""
+    program = find()
+    if program is None:
+        return [Item("compute-sanitizer", lambda turn: {"found": False, "note": _missing()})]
+    return [
+        Item(
+            f"{tool} {group}", lambda turn, tool=tool, group=group: _run(program, tool, group, turn)
+        )
+        for tool in TOOLS
+        for group in GROUPS
+    ]
+
+
+def find() -> str | None:
+    """The program, on the path or where CUDA is usually installed."""
+    home = os.environ.get("CUDA_HOME", "")
+    places = [os.path.join(home, "bin/compute-sanitizer")] if home else []
+    places += [place for pattern in PLACES for place in sorted(glob.glob(pattern))]
+    on_path = shutil.which("compute-sanitizer")
+    return on_path or next((place for place in places if os.access(place, os.X_OK)), None)
+
+
+def _missing() -> str:
+    text = "compute-sanitizer is not on this machine: nothing was checked by it"
+    print(text, flush=True)
+    return text
+
+
+def _run(program: str, tool: str, group: str, turn: Turn) -> dict[str, Any]:
+    command = [
+        program, f"--tool={tool}", f"--error-exitcode={FOUND_SOMETHING}",
+        sys.executable, "-m", "benchmarks.gpu.small_shapes", group,
+    ]  # fmt: skip
+    # each tensor is an allocation of its own: a read behind one is then out of bounds
+    return watched(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, turn.end)
+
+
+def watched(command: Sequence[str], variables: dict[str, str], end: float) -> dict[str, Any]:
+    """Run a command until `end`; a failure is told with the last that it printed."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **variables}, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+            timeout=max(1.0, end - time.time()),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"complete": False}
+    facts: dict[str, Any] = {"exit_status": done.returncode, "tail": done.stdout[-3000:]}
+    if done.returncode:
+        facts["failures"] = [f"exit status {done.returncode}:\n{facts.pop('tail')}"]
+    return facts

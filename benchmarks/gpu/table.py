@@ -1,0 +1,21 @@
+"""The parts by name, in the order in which they are run."""
+
+from benchmarks.gpu import ceilings, correctness, profiles, sanitize, search
+from benchmarks.gpu.parts import Part
+from benchmarks.gpu.timings import items_of
+
+# parts that are one long item go on where they were, and never hang on their own account
+_UNBOUNDED = float("inf")
+PARTS = {
+    part.name: part
+    for part in (
+        Part("parity", "the kernels' tests, compiled", correctness.items, _UNBOUNDED),
+        Part("ceilings", "what the device can do at most", ceilings.items, 120.0),
+        Part("modules", "the nine modules, bias and BatchNorm", items_of("modules")),
+        Part("network", "whole networks", items_of("network")),
+        Part("kernels", "single operators, and the stem", items_of("kernels", "stem")),
+        Part("tune", "search launches for the network's shapes", search.items, _UNBOUNDED),
+        Part("profile", "kernels of a step of each provider", profiles.items),
+        Part("sanitize", "compute-sanitizer on small shapes", sanitize.items, _UNBOUNDED),
+    )
+}

@@ -1,0 +1,93 @@
+"""A process that runs the items of one part; `supervisor` starts it, and ends it if it hangs."""
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import gpu_facts
+from benchmarks.gpu.parts import Part, Turn, brief
+from benchmarks.gpu.record import CUT, FAILED, PASSED, Record
+
+COMPLETE, TIME_SPENT, UNUSABLE = 0, 3, 4
+
+
+def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
+    """Run what is left of a part's items.
+
+    Returns:
+        COMPLETE, TIME_SPENT, or UNUSABLE: the device no longer answers in this process.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--end", type=float, required=True)
+    parser.add_argument("--device", required=True)
+    options = parser.parse_args(arguments)
+    record, device = Record.read(options.path), torch.device(options.device)
+    session = record.sessions[-1]
+    began = time.time()
+    longest = 0.0
+    status = COMPLETE
+    for item in parts[options.part].items(record.options, device):
+        if record.done(item.key):
+            continue
+        start = time.time()
+        if start + longest > options.end:
+            _say(f"{record.part}: the time is spent before {item.key}")
+            status = TIME_SPENT
+            break
+        record.at = item.key
+        record.save()
+        previous = record.items.get(item.key, {})
+
+        def keep(facts: dict[str, Any], key: str = item.key) -> None:
+            record.put(key, CUT, **facts)
+
+        try:
+            facts = item.run(Turn(options.end, keep, previous))
+        except Exception as error:
+            facts = {"failures": [brief(error)]}
+        longest = max(longest, time.time() - start)
+        facts["seconds"] = round(time.time() - start + previous.get("seconds", 0.0), 1)
+        state = FAILED if facts.get("failures") else PASSED
+        if not facts.get("complete", True):
+            state, status = CUT, TIME_SPENT
+        record.at = None
+        record.put(item.key, state, **facts)
+        _say(f"{record.part}: {item.key} {state}, {facts['seconds']} s")
+        for failure in facts.get("failures", []):
+            _say(f"  {failure}")
+        if state == FAILED and not _usable(device):
+            status = UNUSABLE
+            break
+    session["seconds"] = round(session.get("seconds", 0.0) + time.time() - began, 1)
+    if device.type == "cuda" and status != UNUSABLE:
+        # warm, unlike those of the environment
+        session["gpu_after"] = gpu_facts(device)
+    record.complete = status == COMPLETE
+    record.save()
+    return status
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the device still answers; a kernel's illegal access ends its context."""
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    from benchmarks.gpu.table import PARTS
+
+    sys.exit(main(PARTS, sys.argv[1:]))

@@ -1,0 +1,342 @@
+"""`gpu_check`: every part ends with its time, says what failed, and goes on where it was."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, parity, results
+from benchmarks.gpu import (
+    correctness,
+    profiles,
+    sanitize,
+    search,
+    small_shapes,
+    supervisor,
+    timings,
+)
+from benchmarks.gpu.parts import Part, Turn
+from benchmarks.gpu.record import MismatchError, Record
+from benchmarks.gpu.table import PARTS
+from benchmarks.problems import CASES, Problem
+from fused_inception import backend, record_launches
+from tests.conftest import HAS_TRITON
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+ENVIRONMENT = {"device": "none", "torch": "2", "commit": "abc", "gpu": {"driver_version": "1"}}
+SESSION = {"command": "a test", "environment": ENVIRONMENT}
+
+# a part whose items do what their names say
+WORKER = """
+import os, sys, time
+from benchmarks.gpu import worker
+from benchmarks.gpu.parts import Item, Part
+
+def run(name, turn):
+    if name == "wrong":
+        raise ValueError("it is wrong")
+    if name == "dies":
+        os._exit(7)
+    if name == "hangs":
+        turn.keep({"rows": [1]})
+        time.sleep(60)
+    if name == "long":
+        time.sleep(2.5)
+    if name == "stepwise":
+        steps = turn.previous.get("steps", 0) + 1
+        return {"steps": steps, "complete": steps == 2}
+    return {"value": turn.previous.get("value", 0) + 1}
+
+def items(options, device):
+    return [Item(name, lambda turn, name=name: run(name, turn)) for name in options["names"]]
+
+sys.exit(worker.main({"fake": Part("fake", "", items)}, sys.argv[1:]))
+"""
+
+
+def check(
+    out: Path, *names: str, seconds: float = 60.0, item_seconds: float = 30.0, **session: Any
+) -> tuple[int, dict[str, Any]]:
+    """Exit status and content of a fake part's run."""
+    part = Part("fake", "", lambda options, device: [], item_seconds)
+    command = (sys.executable, "-c", WORKER)
+    end = time.time() + seconds
+    options = {"names": list(names)}
+    status = gpu_check.run(
+        part, options, {**SESSION, **session}, end, out, device="cpu", command=command
+    )
+    assert time.time() < end + 3
+    return status, json.loads((out / "fake.json").read_text())
+
+
+def states(content: dict[str, Any]) -> dict[str, str]:
+    return {key: item["status"] for key, item in content["items"].items()}
+
+
+def test_failures_and_deaths_leave_the_others_alone(tmp_path: Path) -> None:
+    status, content = check(tmp_path, "wrong", "dies", "good")
+    assert status == gpu_check.FAILED
+    assert states(content) == {"wrong": "failed", "dies": "died", "good": "passed"}
+    assert content["items"]["wrong"]["failures"] == ["ValueError: it is wrong"]
+    assert content["items"]["dies"]["failures"] == ["ended it: 7"]
+    assert (content["complete"], content["at"]) == (True, None)
+    assert content["sessions"] == [SESSION | {"seconds": content["sessions"][0]["seconds"]}]
+
+
+def test_an_item_that_hangs_is_ended(tmp_path: Path) -> None:
+    """What it had found is kept; the items behind it run."""
+    status, content = check(tmp_path, "hangs", "good", item_seconds=1.0)
+    assert status == gpu_check.FAILED
+    assert states(content) == {"hangs": "hung", "good": "passed"}
+    assert content["items"]["hangs"]["rows"] == [1]
+    assert content["items"]["hangs"]["failures"] == ["took too long"]
+
+
+def test_the_time_ends_a_part_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # most of the time is for a busy machine to start the process
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.5)
+    status, content = check(tmp_path, "good", "hangs", "other", seconds=14.0)
+    assert status == gpu_check.CUT
+    assert states(content) == {"good": "passed", "hangs": "cut"}
+    assert not content["complete"]
+    status, content = check(tmp_path, "good", "hangs", "other", item_seconds=1.0)
+    assert states(content) == {"good": "passed", "hangs": "hung", "other": "passed"}
+    assert content["items"]["good"]["value"] == 1
+    assert content["complete"]
+    assert len(content["sessions"]) == 2
+
+
+def test_no_item_is_started_that_would_not_end(tmp_path: Path) -> None:
+    """As far as the longest before it tells; an item may also say itself that it is not ready."""
+    end = time.time() + 60
+    record = Record.begin(tmp_path / "fake.json", "fake", {"names": ["long", "good"]}, SESSION)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = ["fake", str(record.path), f"--end={time.time() + 2}", "--device=cpu"]
+    # the process takes longer than two seconds to start: "long" starts, nothing behind it
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, *arguments], env=environment, check=False, timeout=end
+    )
+    assert done.returncode == 3
+    assert "good" not in Record.read(record.path).items
+
+
+def test_an_item_that_is_not_ready_goes_on(tmp_path: Path) -> None:
+    status, content = check(tmp_path, "stepwise")
+    assert (status, states(content)) == (gpu_check.CUT, {"stepwise": "cut"})
+    status, content = check(tmp_path, "stepwise")
+    assert (status, states(content)) == (gpu_check.PASSED, {"stepwise": "passed"})
+
+
+def test_results_of_another_run_are_not_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(tmp_path, "good")
+    before = (tmp_path / "fake.json").read_text()
+    for change in ({"commit": "def"}, {"gpu": {"driver_version": "2"}}):
+        status, _ = check(tmp_path, "good", environment=ENVIRONMENT | change)
+        assert status == gpu_check.CANNOT
+    assert "commit abc, now def" in capsys.readouterr().err
+    status, _ = check(tmp_path, "other")
+    assert status == gpu_check.CANNOT
+    assert "options" in capsys.readouterr().err
+    assert (tmp_path / "fake.json").read_text() == before
+    (tmp_path / "fake.json").write_text("[]")
+    with pytest.raises(MismatchError, match="holds no results of gpu_check"):
+        Record.read(tmp_path / "fake.json")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in PARTS:
+        assert gpu_check.main(["--only", part, "--out", str(tmp_path / "out")]) == gpu_check.CANNOT
+        assert capsys.readouterr().err.startswith("gpu_check needs a CUDA GPU")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_part_has_its_options() -> None:
+    """Results hold what decides them, as JSON; eight files at the most."""
+    names = ["parity", "sanitize", "ceilings", "kernels", "modules", "network", "tune", "profile"]
+    assert sorted(PARTS) == sorted(names)
+    options = gpu_check._parse(["--out", "x", "--dtype", "bf16,tf32", "--batches", "1,8"])
+    for name in PARTS:
+        json.dumps(gpu_check.what(name, options))
+    for name in ("kernels", "modules", "network"):
+        items = PARTS[name].items(gpu_check.what(name, options), torch.device("cuda"))
+        keys = [item.key for item in items]
+        assert len(set(keys)) == len(keys)
+        cases = sum(len(CASES[group]) for group in CASES if name in (group, "kernels")) - (
+            len(CASES["modules"]) + len(CASES["network"]) if name == "kernels" else 0
+        )
+        assert len(keys) == cases * 2 * 2 * 2
+
+
+PARITY_TESTS = """
+import os
+import pytest
+
+@pytest.fixture
+def device(): ...
+
+def test_right(device): ...
+
+def test_wrong(device):
+    assert 1 == 2
+
+def test_without_device():
+    assert 1 == 3
+
+def test_dies(device):
+    os._exit(7)
+
+def test_behind_it(device): ...
+"""
+
+
+def some_tests(folder: Path) -> list[str]:
+    path = folder / "test_some.py"
+    path.write_text(PARITY_TESTS)
+    return [str(path)]
+
+
+def turn(seconds: float, **previous: Any) -> Turn:
+    return Turn(time.time() + seconds, lambda facts: None, previous)
+
+
+def test_parity_goes_on_behind_what_kills_it(tmp_path: Path) -> None:
+    """Failures with their messages; no outcome is measured twice."""
+    facts = correctness.run(some_tests(tmp_path), 1, turn(90))
+    assert facts["counts"] == {"passed": 2, "failed": 1, "died": 1, "not run": 0}
+    assert facts["complete"]
+    died, wrong = facts["failures"]
+    assert "test_wrong" in wrong
+    assert "assert 1 == 2" in wrong
+    assert died.endswith("test_dies: its process died")
+    outcomes = facts["outcomes"]
+    assert {name.partition("::")[2] for name in outcomes} == {
+        "test_right", "test_wrong", "test_dies", "test_behind_it",
+    }  # fmt: skip
+    again = correctness.run(some_tests(tmp_path), 1, turn(60, outcomes=outcomes))
+    assert (again["outcomes"], again["complete"]) == (outcomes, True)
+
+
+def test_parity_ends_with_its_time(tmp_path: Path) -> None:
+    """After the test that runs when the time is spent."""
+    facts = correctness.run(some_tests(tmp_path), 1, turn(parity.GRACE_SECONDS))
+    assert facts["counts"] == {"passed": 1, "not run": 3}
+    assert (facts["complete"], facts["failures"]) == (False, [])
+
+
+@pytest.mark.parametrize(
+    ("events", "complete"),
+    [
+        ([{"event": "collected", "tests": 0}], True),
+        ([{"event": "collected", "tests": 1}], False),
+        ([{"event": "unreadable", "test": "t.py", "message": "no such module"}], False),
+        ([], False),
+    ],
+)
+def test_parity_is_complete_where_every_process_ran_its_share(
+    events: list[dict[str, Any]], complete: bool
+) -> None:
+    share = [
+        {"event": "collected", "tests": 1},
+        {"event": "started", "test": "t", "at": 0.0},
+        {"event": "passed", "test": "t", "seconds": 1.0, "message": None},
+    ]
+    assert parity.summarise([share, events], {})["complete"] is complete
+
+
+def test_parity_finds_the_tests_of_the_device() -> None:
+    found = parity.device_tests()
+    assert "tests/test_inception_kernels.py" in found
+    assert "tests/test_geometry.py" not in found
+
+
+def test_timed_rows_of_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider that fails is told, and has no row."""
+    options = {"families": ["plain"], "dtypes": ["fp32"], "batches": [1], "cases": ["5b"]}
+    (item,) = timings.items_of("modules")(options | {"seconds": 0.01}, CPU)
+    assert item.key == "5b fp32 batch 1 plain"
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: 1 / 0)
+    kept: list[Any] = []
+    facts = item.run(Turn(time.time() + 60, lambda facts: kept.append(len(facts["rows"]))))
+    rows = [results.row_of(row) for row in facts["rows"]]
+    assert kept == [2, 4, 6]
+    assert [(r.direction, r.provider) for r in rows] == [
+        (direction, provider)
+        for direction in ("forward", "backward", "step")
+        for provider in ("fused", "eager")
+    ]
+    assert all(0 < r.p20_s <= r.median_s <= r.p80_s for r in rows)
+    assert [f.partition(":")[0] for f in facts["failures"]] == [
+        f"compile, {direction}" for direction in ("forward", "backward", "step")
+    ]
+    assert "ZeroDivisionError" in facts["failures"][0]
+
+
+def test_profile_lists_what_runs() -> None:
+    facts = profiles.run(Problem("kernels", "global_avg_pool2d", 1, "fp32", CPU), "step", "eager")
+    kernels = {row["kernel"]: row for row in facts["kernels"]}
+    assert kernels["aten::mean"]["count"] == 1
+    times = [row["us"] for row in facts["kernels"]]
+    assert times == sorted(times, reverse=True)
+    assert facts["device_us"] == pytest.approx(sum(times), rel=0.01)
+
+
+def test_sanitizer_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(sanitize, "PLACES", ())
+    (item,) = sanitize.items({}, CPU)
+    facts = item.run(turn(1))
+    assert facts["found"] is False
+    assert "nothing was checked" in facts["note"]
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\n[ $1 = --tool=memcheck ] || { echo raced; exit 99; }\n")
+    program.chmod(0o755)
+    memory, *_ = items = sanitize.items({}, CPU)
+    assert len(items) == len(sanitize.TOOLS) * len(sanitize.GROUPS)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert memory.run(turn(30))["exit_status"] == 0
+    race = next(item for item in items if item.key == "racecheck kernels")
+    assert race.run(turn(30))["failures"] == ["exit status 99:\nraced\n"]
+    facts = sanitize.watched([sys.executable, "-c", "import time; time.sleep(30)"], {}, 0.0)
+    assert facts == {"complete": False}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.usefixtures("launches_do_nothing")
+def test_small_shapes_launch_every_kernel() -> None:
+    with backend("triton"), record_launches() as launches:
+        for group in sanitize.GROUPS:
+            for case in small_shapes.cases(group).values():
+                small_shapes.exercise(case, torch.bfloat16, CPU)
+    kernels = {
+        node.name
+        for path in (ROOT / "fused_inception/kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert kernels - {launch.kernel for launch in launches} == set()
+
+
+def test_tune_needs_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(search, "COMMANDS", {})
+    (item,) = search.items({"tune_arguments": [], "tables": str(tmp_path)}, CPU)
+    assert item.run(turn(30))["failures"] == ["this checkout has no tune command"]
+    monkeypatch.setattr(search, "COMMANDS", {"tune": None})
+    monkeypatch.setattr(sys, "executable", "echo")
+    (tmp_path / "sm_90.json").write_text("{}")
+    facts = item.run(turn(30))
+    assert facts["tail"] == "-m fused_inception tune\n"
+    assert facts["tables"] == ["sm_90.json"]
