@@ -20,6 +20,7 @@ from fused_inception.ops.filter_cache import clear as clear_cache
 from fused_inception.reference import GoogLeNetOutputs
 from fused_inception.tools.checkpoint import load_checkpoint
 from fused_inception.tools.explain import ExplainReport, explain
+from fused_inception.tools.precompile import PrecompileReport, precompile
 from fused_inception.tools.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "LocalResponseNorm",
     "MaxPool2d",
     "MaxPoolLRN2d",
+    "PrecompileReport",
     "VerifyReport",
     "__version__",
     "backend",
@@ -51,6 +53,7 @@ __all__ = [
     "fused",
     "googlenet",
     "load_checkpoint",
+    "precompile",
     "record_launches",
     "reference",
     "torchvision_blocks",

@@ -25,7 +25,8 @@ def run(
     stream.
 
     `args` are the run-time arguments in the order of the signature, `constants` the `tl.constexpr`
-    ones by name. An empty grid launches nothing.
+    ones by name. An empty grid launches nothing; tensors without data, of the device "meta", have
+    the kernel compiled and no more.
     """
     if 0 in grid:
         return
@@ -33,7 +34,9 @@ def run(
         name = getattr(kernel, "fn", kernel).__name__
         launches.record(name, grid, {**constants, "num_warps": num_warps})
     device = args[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type == "meta":
+        kernel.warmup(*args, grid=grid, **constants, num_warps=num_warps)
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants, num_warps=num_warps)
     else:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "fused_inception"
+# operator -> what it runs
+IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 # registrations live as long as this object
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -23,7 +25,9 @@ def register(
     torch.library.define(qualified, schema, lib=_library, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "default", implementation, lib=_library)
     torch.library.register_fake(qualified, fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    IMPLEMENTATIONS[op] = implementation
+    return op
 
 
 def register_autograd(

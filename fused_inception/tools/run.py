@@ -15,9 +15,17 @@ from fused_inception.tools.checkpoint import CHECKPOINT, KIND, network_of, write
 from fused_inception.tools.curves import draw_curves
 from fused_inception.tools.data import Data, held_out_batches, to_input, train_batches
 from fused_inception.tools.errors import UserError
-from fused_inception.tools.loop import evaluate, learning_rate, new_optimizer, placed, train_epoch
+from fused_inception.tools.loop import (
+    autocast,
+    evaluate,
+    learning_rate,
+    new_optimizer,
+    placed,
+    train_epoch,
+)
 from fused_inception.tools.options import Options, loading, network_arguments
 from fused_inception.tools.parity import compare, modes, training_speed
+from fused_inception.tools.precompile import precompile
 
 PARITY_IMAGES = 16
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -76,6 +84,8 @@ class Run:
         print(f"{len(self.data.train)} training and {len(self.data.test)} test images", flush=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch
+            if self.device.type == "cuda" and len(self.history) < epochs:
+                self._precompile()
             while len(self.history) < epochs:
                 self._epoch(len(self.history) + 1)
             return self._report()
@@ -91,6 +101,16 @@ class Run:
         finally:
             if is_new and self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
+
+    def _precompile(self) -> None:
+        """Kernels of the first training step and of testing, in parallel."""
+        options = self.options
+        pixels = torch.zeros((options.batch_size, 3, *[options.image_size] * 2), dtype=torch.uint8)
+        x = to_input(pixels, self.device)
+        for training in (True, False):
+            self.model.train(training)
+            with torch.set_grad_enabled(training), autocast(self.device, options.amp):
+                print(precompile(self.model, x), flush=True)
 
     def _epoch(self, number: int) -> None:
         options = self.options

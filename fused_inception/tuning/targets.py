@@ -1,7 +1,10 @@
 """What the heuristic must know of a GPU: limits that a configuration has to respect, speeds that
 rank them."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +58,22 @@ def _target_of_cuda(index: int) -> Target:
     return TARGETS["sm_89"]
 
 
+# the one tuned for stands for devices that are no GPU: the interpreter's, and tensors without data
+_elsewhere = ContextVar("_elsewhere", default=TARGETS["sm_90"])
+
+
+@contextlib.contextmanager
+def standing_for(target: Target) -> Iterator[None]:
+    """Inside the block, devices that are no GPU count as `target`."""
+    token = _elsewhere.set(target)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
 def target_of(device: torch.device) -> Target:
-    """The target of a CUDA device; on any other device (the interpreter) sm_90, the one tuned
-    for."""
+    """The target of a CUDA device; of any other, sm_90 outside of `standing_for`."""
     if device.type != "cuda":
-        return TARGETS["sm_90"]
+        return _elsewhere.get()
     return _target_of_cuda(torch.cuda.current_device() if device.index is None else device.index)

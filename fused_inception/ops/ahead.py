@@ -1,0 +1,143 @@
+"""Which of our operators a model calls, and their implementations, on tensors without data."""
+
+import copy
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_inception.ops.registration import IMPLEMENTATIONS
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor without its data."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int  # in its storage, elements
+    dtype: torch.dtype
+
+    def empty(self) -> Tensor:
+        """One like it on the device "meta", where addresses start at 0 and so show alignment."""
+        extent = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + 1
+        memory = torch.empty(self.offset + extent, dtype=self.dtype, device="meta")
+        return memory.as_strided(self.shape, self.strides, self.offset)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator."""
+
+    op: torch._ops.OpOverload
+    args: tuple[Any, ...]  # tensors as `Layout`, lists as tuples
+
+    def run(self) -> None:
+        """Run the implementation on tensors without data; its results are of no use."""
+        with _Implementing():
+            self.op(*(_thawed(arg) for arg in self.args))
+
+    @property
+    def launches(self) -> bool:
+        """Whether that is a script of launches."""
+        return not any(isinstance(arg, str) and arg == "torch" for arg in self.args)
+
+
+def calls_of(model: nn.Module, x: Tensor, *, training: bool) -> list[Call]:
+    """The calls of our operators in one pass of `model` over `x`, forward and, in training, back;
+    each once.
+
+    A copy of `model` runs, whose parameters and buffers have no data: nothing is computed or
+    allocated, no random number is drawn, and `model` stays as it is.
+
+    Raises:
+        RuntimeError: the model cannot run without data, as its values decide what it does.
+    """
+    # here, as torch loads it lazily
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
+
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(t): fakes.from_tensor(t) for t in tensors}
+    fake_model = copy.deepcopy(model, memo)
+    fake_x = fakes.from_tensor(x)
+    listening = _Listening()
+    with warnings.catch_warnings():
+        # addresses of such tensors are asked for, and are 0
+        warnings.filterwarnings("ignore", "Accessing the data pointer", UserWarning)
+        try:
+            with torch.set_grad_enabled(training), fakes, listening:
+                outputs = fake_model(fake_x)
+                roots = [y for y in _tensors(outputs) if y.requires_grad] if training else []
+                if roots:
+                    torch.autograd.backward(roots, [torch.ones_like(y) for y in roots])
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            what = type(model).__name__
+            raise RuntimeError(f"{what} does not run without data: {error}") from error
+    return list(listening.calls)
+
+
+class _Listening(TorchDispatchMode):
+    """Keeps the calls of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Call, None] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in IMPLEMENTATIONS:
+            self.calls[Call(func, tuple(_frozen(arg) for arg in args))] = None
+        return func(*args, **(kwargs or {}))
+
+
+class _Implementing(TorchDispatchMode):
+    """Runs implementations where tensors without data would only have their shapes computed."""
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func not in IMPLEMENTATIONS:
+            return func(*args, **(kwargs or {}))
+        with self:  # an operator may be built on another
+            return IMPLEMENTATIONS[func](*args)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        strides = value.stride()
+        return Layout(tuple(value.shape), strides, int(value.storage_offset()), value.dtype)
+    return tuple(_frozen(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, Layout):
+        return value.empty()
+    return [_thawed(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, list | tuple):
+        for part in output:
+            yield from _tensors(part)
