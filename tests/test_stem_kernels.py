@@ -13,8 +13,10 @@ from torch import Tensor, nn
 import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.geometry import Window
+from fused_inception.launches import Launch
 from fused_inception.ops import pooling_triton, stem_triton
 from fused_inception.ops import stem as ops
+from fused_inception.tuning import dispatch
 from fused_inception.tuning.configs import MarchConfig, Tile, VectorConfig, WgradJob
 from fused_inception.tuning.targets import Target
 from tests.tolerances import assert_within, assert_within_l2
@@ -114,17 +116,8 @@ def one_by_one(inputs: list[Tensor], **options: Any) -> list[Tensor]:
         return results(functional.googlenet_stem, inputs, **options)
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *((name, torch.float32) for name in CASES),
-        *((name, torch.bfloat16) for name in ("15x15", "paper-widths")),
-        ("15x15", torch.float16),
-    ],
-    ids=str,
-)
-def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def check(name: str, dtype: torch.dtype, device: torch.device) -> list[Launch]:
+    """Compare with fp64; the launches."""
     case = CASES[name]
     inputs = case.tensors(dtype, device)
     with fi.record_launches() as launches:
@@ -139,6 +132,50 @@ def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.devic
     for ours in got[:2]:
         _, c, h, w = ours.shape
         assert ours.stride() == (h * w * c, 1, w * c, c)
+    return list(launches)
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CASES),
+        *((name, torch.bfloat16) for name in ("15x15", "paper-widths")),
+        ("15x15", torch.float16),
+    ],
+    ids=str,
+)
+def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    check(name, dtype, device)
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("15x15", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *((name, torch.float32) for name in ("other-options", "empty-batch")),
+    ],
+    ids=str,
+)
+def test_with_convolutions_of_the_library(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    with dispatch.forced(dispatch.CONV_PARTS):
+        kernels = {launch.kernel for launch in check(name, dtype, device)}
+    if name != "empty-batch":
+        assert {"_epilogue_kernel", "_gate_kernel", "_stem_wgrad_kernel"} <= kernels
+    assert not kernels & {"_image_conv_fwd_kernel", "_conv2d_fwd_kernel", "_conv2d_dgrad_kernel"}
+
+
+@pytest.mark.parametrize("part", dispatch.CONV_PARTS)
+def test_each_part_by_the_library(part: str, device: torch.device) -> None:
+    inputs = SMALL.tensors(torch.float32, device)
+    ours = fused(inputs, **SMALL.options)
+    with dispatch.forced([part]):
+        theirs = fused(inputs, **SMALL.options)
+    for got, want in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # the interpreter computes with NumPy, which warns of infinity times zero

@@ -72,6 +72,17 @@ def gradients(
     return channels_last(dx) if need_x else None, dw if need_w else None
 
 
+def filter_gradient(dz: Tensor, x: Tensor, out: Tensor) -> None:
+    """Fill `out`, the gradient of a "same" filter of stride 1, of any dtype and strides; dz and x
+    may have slots of padding."""
+    c_out, c_in, k, _ = out.shape
+    # sizes and strides alone are read of a filter
+    like = empty_channels_last(dz.shape[1], x.shape[1], k, k, dtype=x.dtype, device=x.device)
+    _, dw = gradients(dz, x, like, 1, k // 2, need_x=False, need_w=True)
+    assert dw is not None  # for the type checker
+    out.copy_(dw[:c_out, :c_in])
+
+
 @dataclass(frozen=True)
 class Branch:
     """Where the 3x3 or the 5x5 branch of a module finds and leaves its tensors."""
@@ -219,13 +230,6 @@ def filter_gradients(
     for branch in gradient.branches:
         out = filter_grads[branch.position]
         if out.numel() and gradient.plan.library(f"{branch.name}.wgrad"):
-            x, dz, k = reduced[:, branch.reduced], gradient.dense(branch), branch.kernel
-            # sizes and strides alone are read of a filter
-            filters = empty_channels_last(
-                dz.shape[1], x.shape[1], k, k, dtype=x.dtype, device=x.device
-            )
-            _, dw = gradients(dz, x, filters, 1, k // 2, need_x=False, need_w=True)
-            assert dw is not None  # for the type checker
-            out.copy_(dw[: out.shape[0], : out.shape[1]])
+            filter_gradient(gradient.dense(branch), reduced[:, branch.reduced], out)
             ours[branch.position] = out.new_empty(0)
     return ours

@@ -1,19 +1,27 @@
 """The script of the stem on the Triton path: five launches forward, at most six backward beside
-packing (one more for the gradient of an image)."""
+packing (one more for the gradient of an image).
+
+Of its convolutions a plan may give the library the forward of conv1 and all of conv2 and conv3; the
+gradients of conv1 come with that of its bias, and stay ours.
+"""
 
 import torch
 from torch import Tensor
 
 from fused_inception.kernels.conv2d import launch_conv2d_dgrad, launch_conv2d_fwd
+from fused_inception.kernels.epilogue import launch_epilogue, launch_gate
 from fused_inception.kernels.image_conv import ImageConv, launch_image_conv_dgrad
+from fused_inception.kernels.launch import cdiv
 from fused_inception.kernels.stem import StemShape, launch_stem_pack
 from fused_inception.kernels.stem_wgrad import StemMaps, launch_stem_finish, launch_stem_wgrad
-from fused_inception.ops import conv2d_triton, filter_cache, pooling_triton
+from fused_inception.ops import conv2d_triton, filter_cache, library_triton, pooling_triton
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.stem import Stem
+from fused_inception.tuning import dispatch
 from fused_inception.tuning.chosen import conv_config, image_conv_config, stem_wgrad_config
 from fused_inception.tuning.configs import ImageConvConfig
+from fused_inception.tuning.conv_heuristic import epilogue_config
 from fused_inception.tuning.heuristic import finish_config
 
 
@@ -112,6 +120,10 @@ def _convolve(x: Tensor, packed: Tensor, bias: Tensor, *, kernel: int) -> Tensor
     c_out = packed.shape[0]
     y = empty_channels_last(n, c_out, height, width, dtype=x.dtype, device=x.device)
     ops, target, pixels = problem_of(y)
+    if _plan(c_in, c_out, kernel, y).library("conv.forward"):
+        raw = library_triton.convolve_packed(x, packed, kernel)
+        launch_epilogue(raw, bias, y, None, epilogue_config(c_out))
+        return y
     launch_conv2d_fwd(
         x, packed, bias, y, x.new_empty(0, dtype=torch.uint8),
         conv_config(c_in, c_out, kernel, pixels, ops, target),
@@ -125,11 +137,34 @@ def _data_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of a convolution's input x, masked by `gate`, and its column sums where there is
     a gate."""
+    if _plan(x.shape[1], dz.shape[1], kernel, x).library("conv.dgrad"):
+        return _their_data_gradient(dz, packed, gate, kernel=kernel)
     dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
     ops, target, pixels = problem_of(x)
     config = conv_config(x.shape[1], dz.shape[1], kernel, pixels, ops, target)
     sums = launch_conv2d_dgrad(dz, packed, dx, gate, config, kernel=kernel, precision=ops.precision)
     return dx, sums
+
+
+def _their_data_gradient(
+    dz: Tensor, packed: Tensor, gate: Tensor | None, *, kernel: int
+) -> tuple[Tensor, Tensor]:
+    raw = library_triton.convolve_packed(dz, packed, kernel)
+    n, c, height, width = raw.shape
+    config = epilogue_config(c)
+    tiles = 0 if gate is None else cdiv(n * height * width, config.block_p)
+    sums = torch.empty((tiles, c), dtype=torch.float32, device=raw.device)
+    if gate is None:
+        return raw, sums
+    dx = torch.empty_like(raw)
+    launch_gate(raw, gate, dx, sums, config)
+    return dx, sums
+
+
+def _plan(c_in: int, c_out: int, kernel: int, like: Tensor) -> dispatch.Plan:
+    """Of conv2 or conv3, whose maps are as large as `like`."""
+    ops, target, pixels = problem_of(like)
+    return dispatch.conv_plan(c_in, c_out, kernel, 1, pixels, ops, target)
 
 
 def _parameter_gradients(
@@ -150,6 +185,13 @@ def _parameter_gradients(
     ]
     needs = (*need_w, *need_b)
     grads = [t if need else t.new_empty(0) for t, need in zip(like, needs, strict=True)]
+    ours = list(grads[:3])
+    for i, x, dz in ((1, maps.z, maps.dz2), (2, maps.r, maps.dz3)):
+        c_out, c_in, kernel, _ = filters[i].shape
+        if need_w[i] and _plan(c_in, c_out, kernel, x).library("conv.wgrad"):
+            assert dz is not None  # for the type checker: a filter's gradient needs it
+            library_triton.filter_gradient(dz, x, ours[i])
+            ours[i] = ours[i].new_empty(0)
     if any(need_w) or any(need_b):
         ops, target, pixels = problem_of(maps.dz3)
         pixels1 = pixels if maps.dz1 is None else problem_of(maps.dz1)[2]
@@ -158,8 +200,8 @@ def _parameter_gradients(
             shape, maps,
             stem_wgrad_config(shape.conv1.positions, widths, pixels1, pixels, ops, target),
             # the gradient of conv1's bias comes with that of its filter
-            filters=(need_w[0] or need_b[0], need_w[1], need_w[2]), bias3=need_b[2],
-            precision=ops.precision,
+            filters=(need_w[0] or need_b[0], ours[1].numel() > 0, ours[2].numel() > 0),
+            bias3=need_b[2], precision=ops.precision,
         )  # fmt: skip
-        launch_stem_finish(shape, partials, sums2, grads[:3], grads[3:], finish_config())
+        launch_stem_finish(shape, partials, sums2, ours, grads[3:], finish_config())
     return grads
