@@ -15,6 +15,8 @@ from fused_inception.geometry import InceptionDims
 from fused_inception.launches import Launch, record_launches
 from fused_inception.ops import conv2d_bn_triton, inception_bn_triton
 from fused_inception.ops.running import Running
+from fused_inception.tuning import chosen
+from fused_inception.tuning.configs import BranchesConfig, DgradConfig, Tile
 from tests.cases import INCEPTION_CASES, InceptionCase
 from tests.tolerances import assert_within
 
@@ -164,6 +166,20 @@ def check(p: Problem, got: list[Tensor]) -> None:
     )
     assert errors.isfinite().all()
     assert errors.norm() <= 3 * yardsticks.norm() + 1e-5
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_a_narrow_tail_behind_wide_tiles_of_the_3x3(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments and sums of wide tiles and of one tail lie side by side."""
+    wide, other = Tile(32, 32, 16), Tile(32, 16, 16)
+    branches = BranchesConfig(wide, 16, other, 4, 2)
+    dgrad = DgradConfig(wide, 16, other, other, 4, 2)
+    monkeypatch.setattr(chosen, "branches_config", lambda *_, **__: branches)
+    monkeypatch.setattr(chosen, "dgrad_config", lambda *_, **__: dgrad)
+    p = module(device, case=InceptionCase("", InceptionDims(16, 8, 48, 72, 8, 8, 8), 1, 5, 7))
+    check(p, run(p))
 
 
 # more than one value a channel, and some: BatchNorm of nothing is PyTorch's error or NaN

@@ -5,9 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from fused_inception.geometry import GOOGLENET, InceptionDims, googlenet_sizes
+from fused_inception.geometry import GOOGLENET, InceptionDims, align_up, googlenet_sizes
 from fused_inception.tuning import conv_heuristic, heuristic
-from fused_inception.tuning.configs import PointwiseConfig, Tile, WgradConfig, WgradJob
+from fused_inception.tuning.configs import (
+    PointwiseConfig,
+    Tile,
+    WgradConfig,
+    WgradJob,
+    split_width,
+)
 from fused_inception.tuning.heuristic import Operands
 from fused_inception.tuning.targets import TARGETS, Target
 
@@ -72,7 +78,7 @@ def test_tiles_cover_the_width_of_launch_a(precision: str) -> None:
                 dims, pixels, OPERANDS[precision], TARGETS["sm_90"], save
             )
             width = dims.ch1x1 + dims.reduced_channels
-            wide, tail = config.split_width(width)
+            wide, tail = split_width(width, config.gemm.block_n, config.tail_n)
             assert wide >= 1
             assert wide * config.gemm.block_n + tail >= width
             assert wide * config.gemm.block_n + tail - width < config.gemm.block_n
@@ -82,8 +88,33 @@ def test_a_narrow_tail_instead_of_padding() -> None:
     """3b has 288 columns: 256 and 32, or 128 twice and 32, never 384."""
     dims, pixels = GOOGLENET["3b"], 2**18
     config = heuristic.pointwise_config(dims, pixels, OPERANDS["16-bit"], TARGETS["sm_90"], True)
-    wide, tail = config.split_width(288)
+    wide, tail = split_width(288, config.gemm.block_n, config.tail_n)
     assert wide * config.gemm.block_n + tail == 288
+
+
+@pytest.mark.parametrize("precision", OPERANDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_and_a_tail_cover_the_3x3(target: str, precision: str) -> None:
+    """Of launch B its outputs, of L1 its inputs; no tile lies beyond them."""
+    ops, gpu = OPERANDS[precision], TARGETS[target]
+    for (dims, pixels), norm in itertools.product(PROBLEMS, (False, True)):
+        b = heuristic.branches_config(dims, pixels, ops, gpu, norm)
+        one = heuristic.dgrad_config(dims, pixels, ops, gpu, norm)
+        for config, width in ((b, dims.ch3x3), (one, align_up(dims.ch3x3red))):
+            block = config.conv3.block_n
+            assert config.tail_n < block
+            wide, tail = split_width(width, block, config.tail_n)
+            assert wide >= 1
+            assert wide * block + tail >= width > wide * block - (0 if tail else block)
+
+
+def test_a_tail_where_uniform_tiles_pad_most() -> None:
+    """4d has 288 outputs behind 144 channels: 10 % at the most is padding, not a third."""
+    dims, ops, gpu = GOOGLENET["4d"], OPERANDS["16-bit"], TARGETS["sm_90"]
+    b = heuristic.branches_config(dims, 2**16, ops, gpu)
+    assert (b.conv3.block_n % 128, b.tail_n) == (0, 32)
+    one = heuristic.dgrad_config(dims, 2**16, ops, gpu)
+    assert (one.conv3.block_n, one.tail_n) == (128, 16)
 
 
 @pytest.mark.parametrize(

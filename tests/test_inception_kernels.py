@@ -15,8 +15,8 @@ from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.launches import record_launches
 from fused_inception.ops import inception_triton
 from fused_inception.ops.problem import problem_of
-from fused_inception.tuning import heuristic
-from fused_inception.tuning.configs import BranchesConfig, PointwiseConfig, Tile
+from fused_inception.tuning import chosen, heuristic
+from fused_inception.tuning.configs import BranchesConfig, DgradConfig, PointwiseConfig, Tile
 from tests.cases import INCEPTION_CASES, InceptionCase, InceptionTensors
 from tests.tolerances import assert_within
 
@@ -24,6 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ["y", "x", "w1", "w3r", "w3", "w5r", "w5", "wp", "b1", "b3r", "b3", "b5r", "b5", "bp"]
 DIMS = InceptionDims(24, 16, 24, 32, 8, 16, 8)
 EIGHTS = InceptionDims(8, 8, 8, 8, 8, 8, 8)
+TAILS = InceptionDims(16, 8, 48, 72, 8, 8, 8)
 ALL = [True] * 13
 
 
@@ -210,10 +211,25 @@ def test_pointwise_tilings(config: PointwiseConfig, device: torch.device) -> Non
     y = torch.full((1, 5, 7, dims.out_channels), math.nan, device=device).permute(0, 3, 1, 2)
     r, index, mask = inception_triton.saved_like(p.x, dims)
     launch_pointwise(dims, p.x, w, b, y, r, index, mask, config, save=True, precision="ieee")
-    tiles = BranchesConfig(Tile(16, 16, 16), Tile(32, 16, 32), 4, 2)
+    tiles = BranchesConfig(Tile(16, 16, 16), 0, Tile(32, 16, 32), 4, 2)
     launch_branches(dims, r, w, b, y, mask, tiles, save=True, precision="ieee")
     want, baseline = plain(p.to(torch.float64))[0], plain(p)[0]
     assert_within("y", y, want, baseline)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("dims", [TAILS, replace(TAILS, ch3x3=24, ch3x3red=16)], ids=str)
+def test_a_narrow_tail_behind_wide_tiles_of_the_3x3(
+    dims: InceptionDims, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide tiles and one tail, where the tail is full, cut, and the last channels' own."""
+    wide, other = Tile(32, 32, 16), Tile(32, 16, 16)
+    branches = BranchesConfig(wide, 16, other, 4, 2)
+    dgrad = DgradConfig(wide, 16, other, other, 4, 2)
+    monkeypatch.setattr(chosen, "branches_config", lambda *_: branches)
+    monkeypatch.setattr(chosen, "dgrad_config", lambda *_: dgrad)
+    p = problem(device, torch.float32, dims, 1, 5, 7)
+    check(p, run(p))
 
 
 def special_values(device: torch.device) -> Tensor:

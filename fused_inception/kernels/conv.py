@@ -11,7 +11,7 @@ from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.tiles import finish_tile, tap_validity
-from fused_inception.tuning.configs import BranchesConfig
+from fused_inception.tuning.configs import BranchesConfig, split_width
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def convolve_onto(
     x_ptr,  # [P, x_stride] at the first pixel of the tile, first channel of the slot
     w_ptr,  # [C_OUT, K * K, C_IN]
     valid,  # [BLOCK_P] bits of the taps inside the map
-    pid_co,
+    co0,
     width,
     x_stride,
     K: tl.constexpr,
@@ -35,7 +35,7 @@ def convolve_onto(
     """acc plus the sum over taps and i of x[p + tap, i] * w[o, tap, i]: stride 1, "same"
     padding."""
     offs_ci = tl.arange(0, BLOCK_CI)
-    offs_co = pid_co * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    offs_co = co0 + tl.arange(0, BLOCK_CO)
     mask_co = offs_co < C_OUT
     x_offs = (tl.arange(0, BLOCK_P) * x_stride)[:, None] + offs_ci[None, :]
     w_offs = offs_co[None, :] * (K * K * C_IN) + offs_ci[:, None]
@@ -64,7 +64,7 @@ def convolve(
     x_ptr,
     w_ptr,
     valid,
-    pid_co,
+    co0,
     width,
     x_stride,
     K: tl.constexpr,
@@ -79,7 +79,7 @@ def convolve(
     """`convolve_onto` zero."""
     acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
     return convolve_onto(
-        acc, x_ptr, w_ptr, valid, pid_co, width, x_stride, K, C_IN, C_OUT, PRECISION,
+        acc, x_ptr, w_ptr, valid, co0, width, x_stride, K, C_IN, C_OUT, PRECISION,
         BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES,
     )  # fmt: skip
 
@@ -94,7 +94,7 @@ def conv_tile(
     mask_ptr,  # [P, MASK_STRIDE] first byte of the slice
     # sizes
     pid_p,
-    pid_co,
+    co0,
     n_pixels,
     height,
     width,
@@ -121,11 +121,11 @@ def conv_tile(
     p0 = (pid_p * BLOCK_P).to(tl.int64)
     acc = convolve(
         x_ptr + p0 * x_stride, w_ptr, tap_validity(offs_p, n_pixels, height, width, K),
-        pid_co, width, x_stride, K, C_IN, C_OUT, PRECISION,
+        co0, width, x_stride, K, C_IN, C_OUT, PRECISION,
         BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES,
     )  # fmt: skip
     finish_tile(
-        acc, b_ptr, y_ptr, mask_ptr, moments_ptr, pid_p, pid_co * BLOCK_CO, n_pixels,
+        acc, b_ptr, y_ptr, mask_ptr, moments_ptr, pid_p, co0, n_pixels,
         C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, BLOCK_P, BLOCK_CO,
     )  # fmt: skip
 
@@ -169,29 +169,40 @@ def _branches_kernel(
     P3: tl.constexpr,
     CO3: tl.constexpr,
     CI3: tl.constexpr,
+    TILES_3: tl.constexpr,
+    TAIL_3: tl.constexpr,
     P5: tl.constexpr,
     CO5: tl.constexpr,
     CI5: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Program ranges: the tiles of the 3x3 branch (none if programs3 is 0), then (shorter) those of
-    the 5x5 branch."""
+    """Program ranges: of the 3x3 branch (none if programs3 is 0) TILES_3 wide tiles per pixel tile,
+    then one tail of width TAIL_3; then (shorter) the tiles of the 5x5 branch."""
     pid = tl.program_id(0)
-    TILES_3: tl.constexpr = (N3 + CO3 - 1) // CO3
     TILES_5: tl.constexpr = (N5 + CO5 - 1) // CO5
     R_STRIDE: tl.constexpr = S3R + S5R
-    if pid < programs3:
+    EACH_3: tl.constexpr = TILES_3 + (TAIL_3 > 0)
+    wide_end = programs3 // EACH_3 * TILES_3
+    if pid < wide_end:
         conv_tile(
             r_ptr, w_ptr + FILTER_3, b_ptr + BIAS_3, y_ptr + OFFSET_3, mask_ptr + SLOT_3 // 8,
-            pid // TILES_3, pid % TILES_3, n_pixels, height, width, R_STRIDE,
+            pid // TILES_3, pid % TILES_3 * CO3, n_pixels, height, width, R_STRIDE,
             3, S3R, N3, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
             P3, CO3, CI3, NUM_STAGES, moments3_ptr,
         )  # fmt: skip
+    elif pid < programs3:
+        if TAIL_3 > 0:
+            conv_tile(
+                r_ptr, w_ptr + FILTER_3, b_ptr + BIAS_3, y_ptr + OFFSET_3, mask_ptr + SLOT_3 // 8,
+                pid - wide_end, TILES_3 * CO3, n_pixels, height, width, R_STRIDE,
+                3, S3R, N3, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
+                P3, TAIL_3, CI3, NUM_STAGES, moments3_ptr,
+            )  # fmt: skip
     else:
         pid5 = pid - programs3
         conv_tile(
             r_ptr + S3R, w_ptr + FILTER_5, b_ptr + BIAS_5, y_ptr + OFFSET_5, mask_ptr + SLOT_5 // 8,
-            pid5 // TILES_5, pid5 % TILES_5, n_pixels, height, width, R_STRIDE,
+            pid5 // TILES_5, pid5 % TILES_5 * CO5, n_pixels, height, width, R_STRIDE,
             K5, S5R, N5, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
             P5, CO5, CI5, NUM_STAGES, moments5_ptr,
         )  # fmt: skip
@@ -221,7 +232,9 @@ def launch_branches(
     n, _, height, width = r.shape
     n_pixels = n * height * width
     c3, c5 = config.conv3, config.conv5
-    programs3 = cdiv(n_pixels, c3.block_m) * cdiv(dims.ch3x3, c3.block_n) if conv3 else 0
+    constants = _constants(dims, y.shape[1], config, save, precision, moments is not None)
+    each3 = constants["TILES_3"] + (constants["TAIL_3"] > 0)
+    programs3 = cdiv(n_pixels, c3.block_m) * each3 if conv3 else 0
     programs5 = cdiv(n_pixels, c5.block_m) * cdiv(dims.ch5x5, c5.block_n) if conv5 else 0
     run(
         _branches_kernel,
@@ -238,7 +251,7 @@ def launch_branches(
             width,
             programs3,
         ),
-        _constants(dims, y.shape[1], config, save, precision, moments is not None),
+        constants,
         num_warps=config.num_warps,
     )
 
@@ -257,6 +270,7 @@ def _constants(
     n3, n5, starts = dims.ch3x3, dims.ch5x5, dims.offsets
     if norm:
         n3, n5, starts = align_up(n3), align_up(n5), dims.slots
+    tiles3, tail3 = split_width(n3, c3.block_n, config.tail_n)
     return dict(
         N3=n3,
         N5=n5,
@@ -278,6 +292,8 @@ def _constants(
         P3=c3.block_m,
         CO3=c3.block_n,
         CI3=c3.block_k,
+        TILES_3=tiles3,
+        TAIL_3=tail3,
         P5=c5.block_m,
         CO5=c5.block_n,
         CI5=c5.block_k,

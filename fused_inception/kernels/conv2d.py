@@ -80,7 +80,7 @@ def _conv2d_fwd_kernel(
     pid = tl.program_id(0)
     conv_tile(
         x_ptr, w_ptr, b_ptr, y_ptr, mask_ptr,
-        pid // TILES_CO, pid % TILES_CO, n_pixels, height, width, x_stride8 * 8,
+        pid // TILES_CO, pid % TILES_CO * BLOCK_CO, n_pixels, height, width, x_stride8 * 8,
         K, S_IN, C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
         BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES, moments_ptr,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def _conv2d_dgrad_kernel(
     pid = tl.program_id(0)
     dgrad_tile(
         dz_ptr, w_ptr, x_ptr, dx_ptr, partial_ptr,
-        pid // TILES_CI, pid % TILES_CI, n_pixels, height, width,
+        pid // TILES_CI, pid % TILES_CI * BLOCK_CI, n_pixels, height, width,
         K, S_IN, S_OUT, S_OUT, DX_STRIDE, GATED, DX_STRIDE, PRECISION,
         BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from fused_inception.kernels.conv import convolve
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.tiles import batch_norm, is_open, load_norm, tap_validity
-from fused_inception.tuning.configs import DgradConfig
+from fused_inception.tuning.configs import DgradConfig, split_width
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def dgrad_tile(
     partial_ptr,  # [tiles of pixels, DX_STRIDE] fp32, with GATED
     # sizes
     pid_p,
-    pid_ci,
+    ci0,
     n_pixels,
     height,
     width,
@@ -108,12 +108,12 @@ def dgrad_tile(
     # with the taps backwards it is a convolution of dz
     acc = convolve(
         dz_ptr + p0 * DZ_STRIDE, w_ptr, tap_validity(offs_p, n_pixels, height, width, K),
-        pid_ci, width, DZ_STRIDE, K, C_OUT, C_IN, PRECISION,
+        ci0, width, DZ_STRIDE, K, C_OUT, C_IN, PRECISION,
         BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip
     # rounded before it is masked: 128 x 256 accumulators beside a tile of x would spill
     store_gradient(
-        acc.to(dx_ptr.dtype.element_ty), x_ptr, dx_ptr, partial_ptr, pid_p, pid_ci * BLOCK_CI,
+        acc.to(dx_ptr.dtype.element_ty), x_ptr, dx_ptr, partial_ptr, pid_p, ci0,
         n_pixels, DX_STRIDE, GATED, STORED_IN, BLOCK_P, BLOCK_CI, norm_ptr, NORM_STRIDE,
     )  # fmt: skip
 
@@ -158,6 +158,8 @@ def _dgrad_kernel(
     P3: tl.constexpr,
     CI3: tl.constexpr,
     CO3: tl.constexpr,
+    TILES_3: tl.constexpr,
+    TAIL_3: tl.constexpr,
     P5: tl.constexpr,
     CI5: tl.constexpr,
     CO5: tl.constexpr,
@@ -166,27 +168,37 @@ def _dgrad_kernel(
     COP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Program ranges: 3x3 branch (none if programs3 is 0), 5x5 branch (likewise), projection."""
+    """Program ranges: 3x3 branch (none if programs3 is 0), TILES_3 wide tiles per pixel tile and
+    then one tail of width TAIL_3; 5x5 branch (likewise none); projection."""
     pid = tl.program_id(0)
     R_STRIDE: tl.constexpr = S3R + S5R
-    TILES_3: tl.constexpr = (S3R + CI3 - 1) // CI3
+    EACH_3: tl.constexpr = TILES_3 + (TAIL_3 > 0)
     TILES_5: tl.constexpr = (S5R + CI5 - 1) // CI5
     TILES_P: tl.constexpr = (S_IN + CIP - 1) // CIP
     r5_norm_ptr = r_norm_ptr
     if r_norm_ptr is not None:
         r5_norm_ptr = r_norm_ptr + S3R
-    if pid < programs3:
+    wide_end = programs3 // EACH_3 * TILES_3
+    if pid < wide_end:
         dgrad_tile(
             dz_ptr + SLOT_3, w_ptr + FILTER_3, r_ptr, dr_ptr, partial3_ptr,
-            pid // TILES_3, pid % TILES_3, n_pixels, height, width,
+            pid // TILES_3, pid % TILES_3 * CI3, n_pixels, height, width,
             3, S3R, S3, DZ_STRIDE, R_STRIDE, True, S3R, PRECISION,
             P3, CI3, CO3, NUM_STAGES, r_norm_ptr, NORM_STRIDE,
         )  # fmt: skip
+    elif pid < programs3:
+        if TAIL_3 > 0:
+            dgrad_tile(
+                dz_ptr + SLOT_3, w_ptr + FILTER_3, r_ptr, dr_ptr, partial3_ptr,
+                pid - wide_end, TILES_3 * CI3, n_pixels, height, width,
+                3, S3R, S3, DZ_STRIDE, R_STRIDE, True, S3R, PRECISION,
+                P3, TAIL_3, CO3, NUM_STAGES, r_norm_ptr, NORM_STRIDE,
+            )  # fmt: skip
     elif pid < programs3 + programs5:
         pid5 = pid - programs3
         dgrad_tile(
             dz_ptr + SLOT_5, w_ptr + FILTER_5, r_ptr + S3R, dr_ptr + S3R, partial5_ptr + S3R,
-            pid5 // TILES_5, pid5 % TILES_5, n_pixels, height, width,
+            pid5 // TILES_5, pid5 % TILES_5 * CI5, n_pixels, height, width,
             K5, S5R, S5, DZ_STRIDE, R_STRIDE, True, S5R, PRECISION,
             P5, CI5, CO5, NUM_STAGES, r5_norm_ptr, NORM_STRIDE,
         )  # fmt: skip
@@ -194,7 +206,7 @@ def _dgrad_kernel(
         pidp = pid - programs3 - programs5
         dgrad_tile(
             dz_ptr + SLOT_P, w_ptr + FILTER_P, dp_ptr, dp_ptr, partial3_ptr,
-            pidp // TILES_P, pidp % TILES_P, n_pixels, height, width,
+            pidp // TILES_P, pidp % TILES_P * CIP, n_pixels, height, width,
             1, S_IN, SP, DZ_STRIDE, S_IN, False, S_IN, PRECISION,
             PP, CIP, COP, NUM_STAGES,
         )  # fmt: skip
@@ -241,7 +253,8 @@ def launch_dgrad(
     row = (s3r + s5r,) if norm is None else (2, s3r + s5r)
     partial3 = torch.empty((tiles3, *row), dtype=torch.float32, device=dz.device)
     partial5 = torch.empty((tiles5, *row), dtype=torch.float32, device=dz.device)
-    programs3 = tiles3 * cdiv(s3r, c3.block_n)
+    constants = _constants(dims, config, precision)
+    programs3 = tiles3 * (constants["TILES_3"] + (constants["TAIL_3"] > 0))
     programs5 = tiles5 * cdiv(s5r, c5.block_n)
     programs_p = cdiv(n_pixels, cp.block_m) * cdiv(s_in, cp.block_n) if pooled else 0
     run(
@@ -262,7 +275,7 @@ def launch_dgrad(
             programs3,
             programs5,
         ),
-        _constants(dims, config, precision),
+        constants,
         num_warps=config.num_warps,
     )
     return dr, dp, partial3, partial5
@@ -272,6 +285,7 @@ def launch_dgrad(
 def _constants(dims: InceptionDims, config: DgradConfig, precision: str) -> dict[str, Any]:
     layout = PackedLayout(dims)
     c3, c5, cp = config.conv3, config.conv5, config.pool
+    tiles3, tail3 = split_width(align_up(dims.ch3x3red), c3.block_n, config.tail_n)
     return dict(
         S_IN=layout.slots_in,
         S3R=align_up(dims.ch3x3red),
@@ -292,6 +306,8 @@ def _constants(dims: InceptionDims, config: DgradConfig, precision: str) -> dict
         P3=c3.block_m,
         CI3=c3.block_n,
         CO3=c3.block_k,
+        TILES_3=tiles3,
+        TAIL_3=tail3,
         P5=c5.block_m,
         CI5=c5.block_n,
         CO5=c5.block_k,

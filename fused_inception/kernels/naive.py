@@ -116,21 +116,23 @@ def _naive_conv_kernel(
         conv_tile(
             x_ptr, w_ptr + FILTER_5, b_ptr + (S1 + S3), y_ptr + (N1 + N3),
             mask_ptr + (S1 + S3) // 8,
-            pid // TILES_5, pid % TILES_5, n_pixels, height, width, x_stride,
+            pid // TILES_5, pid % TILES_5 * CO5, n_pixels, height, width, x_stride,
             5, S_IN, N5, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
             P5, CO5, CI5, NUM_STAGES,
         )  # fmt: skip
     elif pid < end3:
         conv_tile(
             x_ptr, w_ptr + FILTER_3, b_ptr + S1, y_ptr + N1, mask_ptr + S1 // 8,
-            (pid - end5) // TILES_3, (pid - end5) % TILES_3, n_pixels, height, width, x_stride,
+            (pid - end5) // TILES_3, (pid - end5) % TILES_3 * CO3, n_pixels, height, width,
+            x_stride,
             3, S_IN, N3, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
             P3, CO3, CI3, NUM_STAGES,
         )  # fmt: skip
     else:
         conv_tile(
             x_ptr, w_ptr, b_ptr, y_ptr, mask_ptr,
-            (pid - end3) // TILES_1, (pid - end3) % TILES_1, n_pixels, height, width, x_stride,
+            (pid - end3) // TILES_1, (pid - end3) % TILES_1 * CO1, n_pixels, height, width,
+            x_stride,
             1, S_IN, N1, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
             P1, CO1, CI1, NUM_STAGES,
         )  # fmt: skip

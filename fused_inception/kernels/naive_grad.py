@@ -66,19 +66,19 @@ def _naive_input_grad_kernel(
     # with the taps backwards each data gradient is a convolution of dz
     acc = convolve_onto(
         acc, dz_tile_ptr, w_ptr, tap_validity(offs_p, n_pixels, height, width, 1),
-        pid_ci, width, SLOTS, 1, S1, S_IN, PRECISION,
+        pid_ci * BLOCK_CI, width, SLOTS, 1, S1, S_IN, PRECISION,
         BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip
     acc = convolve_onto(
         acc, dz_tile_ptr + S1, w_ptr + S1 * S_IN,
         tap_validity(offs_p, n_pixels, height, width, 3),
-        pid_ci, width, SLOTS, 3, S3, S_IN, PRECISION,
+        pid_ci * BLOCK_CI, width, SLOTS, 3, S3, S_IN, PRECISION,
         BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip
     acc = convolve_onto(
         acc, dz_tile_ptr + (S1 + S3), w_ptr + (S1 + 9 * S3) * S_IN,
         tap_validity(offs_p, n_pixels, height, width, 5),
-        pid_ci, width, SLOTS, 5, S5, S_IN, PRECISION,
+        pid_ci * BLOCK_CI, width, SLOTS, 5, S5, S_IN, PRECISION,
         BLOCK_P, BLOCK_CI, BLOCK_CO, NUM_STAGES,
     )  # fmt: skip
     dx_mask = (offs_p < n_pixels)[:, None] & (offs_ci < C_IN)[None, :]

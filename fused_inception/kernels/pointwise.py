@@ -13,7 +13,7 @@ from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.pool_project import pool_project_tile
 from fused_inception.kernels.tiles import relu, store_moments, store_slice
-from fused_inception.tuning.configs import PointwiseConfig
+from fused_inception.tuning.configs import PointwiseConfig, split_width
 
 
 @triton.jit
@@ -150,19 +150,32 @@ def _pointwise_kernel(
     POOL_CO: tl.constexpr,
     POOL_CI: tl.constexpr,
 ):
-    """Program ranges: TILES_CO wide tiles per pixel tile, one tail of width TAIL_CO, the pool
-    branch.
+    """Program ranges: the pool branch, TILES_CO wide tiles per pixel tile, one tail of width
+    TAIL_CO.
+
+    The pool's tiles take several times as long as the others, so they begin first.
 
     The tail lets a width such as 288 = 256 + 32 be covered without padding it to the next wide
     tile.
     """
     BITS: tl.constexpr = SAVE and moments_ptr is None
-    pid = tl.program_id(0)
     x_stride = x_stride8 * 8
+    TILES_POOL: tl.constexpr = (NP + POOL_CO - 1) // POOL_CO
     tiles_p = tl.cdiv(n_pixels, BLOCK_P)
-    wide_end = tiles_p * TILES_CO if GEMM else 0
-    tail_end = wide_end + tiles_p if TAIL_CO > 0 else wide_end
-    if pid < wide_end:
+    pool_end = tl.cdiv(n_pixels, POOL_P) * TILES_POOL if POOL else 0
+    wide_programs = tiles_p * TILES_CO if GEMM else 0
+    pid = tl.program_id(0) - pool_end
+    if pid < 0:
+        if POOL:
+            pool_pid = tl.program_id(0)
+            pool_project_tile(
+                x_ptr, w_ptr + FILTER_P, b_ptr + BIAS_P,
+                y_ptr + OFFSET_P, index_ptr, mask_ptr + SLOT_P // 8,
+                pool_pid // TILES_POOL, pool_pid % TILES_POOL, n_pixels, height, width, x_stride,
+                C_IN, NP, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
+                POOL_P, POOL_CO, POOL_CI, pool_moments_ptr,
+            )  # fmt: skip
+    elif pid < wide_programs:
         if GEMM:
             _pointwise_tile(
                 x_ptr, w_ptr, b_ptr, y_ptr, r_ptr, mask_ptr,
@@ -170,24 +183,13 @@ def _pointwise_kernel(
                 C_IN, N1, R3, R5, S1, S3R, SR, Y_STRIDE, MASK_STRIDE, BITS, PRECISION,
                 BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES, moments_ptr,
             )  # fmt: skip
-    elif pid < tail_end:
+    else:
         if TAIL_CO > 0:
             _pointwise_tile(
                 x_ptr, w_ptr, b_ptr, y_ptr, r_ptr, mask_ptr,
-                pid - wide_end, TILES_CO * BLOCK_CO, n_pixels, c_in, x_stride,
+                pid - wide_programs, TILES_CO * BLOCK_CO, n_pixels, c_in, x_stride,
                 C_IN, N1, R3, R5, S1, S3R, SR, Y_STRIDE, MASK_STRIDE, BITS, PRECISION,
                 BLOCK_P, TAIL_CO, BLOCK_CI, NUM_STAGES, moments_ptr,
-            )  # fmt: skip
-    else:
-        if POOL:
-            TILES_POOL: tl.constexpr = (NP + POOL_CO - 1) // POOL_CO
-            pool_pid = pid - tail_end
-            pool_project_tile(
-                x_ptr, w_ptr + FILTER_P, b_ptr + BIAS_P,
-                y_ptr + OFFSET_P, index_ptr, mask_ptr + SLOT_P // 8,
-                pool_pid // TILES_POOL, pool_pid % TILES_POOL, n_pixels, height, width, x_stride,
-                C_IN, NP, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
-                POOL_P, POOL_CO, POOL_CI, pool_moments_ptr,
             )  # fmt: skip
 
 
@@ -291,7 +293,7 @@ def _constants(
         POOL_CO=pool.block_n,
         POOL_CI=pool.block_k,
     )
-    tiles, tail = config.split_width(s1 + sr)
+    tiles, tail = split_width(s1 + sr, gemm.block_n, config.tail_n)
     both = config.pool_in_launch
     first = problem | dict(GEMM=True, POOL=both, TILES_CO=tiles, TAIL_CO=tail)
     if both:

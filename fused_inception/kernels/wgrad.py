@@ -175,9 +175,14 @@ def _wgrad_kernel(
     PP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Program ranges: 3x3, 1x1 branch, both reduces, 5x5, projection; a group that is not needed
-    has no programs."""
-    pid = tl.program_id(0)
+    """Program ranges: projection, 3x3, 1x1 branch, both reduces, 5x5; a group that is not needed
+    has no programs.
+
+    The gather of the winners takes several times as long as the others, so it begins first.
+    """
+    # its results lie behind the others': ends and starts count it last
+    pid = tl.program_id(0) + end5
+    pid -= tl.where(pid >= tl.num_programs(0), tl.num_programs(0), 0)
     x_stride = x_stride8 * 8
     R_STRIDE: tl.constexpr = S3R + S5R
     if pid < end3:

@@ -16,6 +16,13 @@ class Tile:
     block_k: int
 
 
+def split_width(width: int, block_n: int, tail_n: int) -> tuple[int, int]:
+    """(number of wide tiles, width of the tail tile or 0) that cover `width` channels."""
+    if tail_n == 0:
+        return -(-width // block_n), 0
+    return max(0, -(-(width - tail_n) // block_n)), tail_n
+
+
 @dataclass(frozen=True)
 class PointwiseConfig:
     """Launch A: the 1x1 GEMM and the pool branch."""
@@ -28,19 +35,13 @@ class PointwiseConfig:
     num_stages: int
     pool_warps: int
 
-    def split_width(self, width: int) -> tuple[int, int]:
-        """(number of wide tiles, width of the tail tile or 0) that cover `width` channels."""
-        if self.tail_n == 0:
-            return -(-width // self.gemm.block_n), 0
-        wide = max(0, -(-(width - self.tail_n) // self.gemm.block_n))
-        return wide, self.tail_n
-
 
 @dataclass(frozen=True)
 class BranchesConfig:
     """Launch B: the 3x3 and the 5x5 branch as two ranges of one launch."""
 
     conv3: Tile
+    tail_n: int  # width of the last column tile of conv3, 0 for uniform tiles
     conv5: Tile
     num_warps: int
     num_stages: int
@@ -82,6 +83,7 @@ class DgradConfig:
     """Launch L1: gradients of the reduced maps (3x3, 5x5) and of the pooled map."""
 
     conv3: Tile
+    tail_n: int  # width of the last column tile of conv3, 0 for uniform tiles
     conv5: Tile
     pool: Tile
     num_warps: int

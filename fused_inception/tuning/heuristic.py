@@ -22,6 +22,7 @@ from fused_inception.tuning.configs import (
     Tile,
     WgradConfig,
     WgradJob,
+    split_width,
 )
 from fused_inception.tuning.targets import Target
 
@@ -30,6 +31,8 @@ TILE_SECONDS = 0.4e-6
 # share of the peak that an instruction of this width reaches: below 64 columns the left operand's
 # reads bind
 WIDTH_EFFICIENCY = {16: 0.25, 32: 0.5, 64: 0.92, 128: 0.98, 256: 1.0}
+# what a second width of tiles in one launch must save: it is one more range of programs
+TAIL_GAIN = 0.02
 # a split should run about this long: shorter ones drown in partial sums, longer ones leave
 # processors idle
 SPLIT_SECONDS = 12e-6
@@ -110,6 +113,29 @@ def _best_tile(
     return min(shapes, key=seconds)
 
 
+def _split_seconds(
+    m: int, n: int, k: int, shape: tuple[int, int, int], ops: Operands, target: Target
+) -> tuple[float, float]:
+    """(seconds, seconds of all tiles one after another) of one m x n x k product in tiles of (rows,
+    columns, columns of the tail or 0).
+
+    Wide tiles run in waves; tails fill what is left of the last one, then waves of their own.
+    """
+    bm, bn, tail = shape
+    columns, _ = split_width(n, bn, tail)
+    rows = math.ceil(m / bm)
+    wide = rows * columns
+    each = _tile_seconds(bm, bn, k, ops, target)
+    seconds = math.ceil(wide / target.processors) * each
+    if tail == 0:
+        return seconds, wide * each
+    each_tail = _tile_seconds(bm, tail, k, ops, target)
+    idle = seconds * target.processors - wide * each
+    left = max(0, rows - int(idle / each_tail))
+    seconds += math.ceil(left / target.processors) * each_tail
+    return seconds, wide * each + rows * each_tail
+
+
 def warps(tiles: Iterable[Tile]) -> int:
     # 8 warps halve the accumulators of a thread; a small tile would leave each of them too little
     # work
@@ -135,16 +161,8 @@ def pointwise_config(
     k = align_up(dims.in_channels)
     width = align_up(dims.ch1x1) + dims.reduced_channels
 
-    def seconds(shape: tuple[int, int, int]) -> tuple[float, int]:
-        bm, bn, tail = shape
-        wide = math.ceil(max(0, width - tail) / bn) if tail else math.ceil(width / bn)
-        tiles_p = math.ceil(n_pixels / bm)
-        tiles = tiles_p * (wide + (tail > 0))
-        row = wide * _tile_seconds(bm, bn, k, ops, target)
-        row += _tile_seconds(bm, tail, k, ops, target) if tail else 0
-        # tiles of a row run side by side; what is left of the last wave is lost
-        lost = math.ceil(tiles / target.processors) * target.processors / tiles
-        return tiles_p * row / target.processors * lost, -bn
+    def seconds(shape: tuple[int, int, int]) -> tuple[float, float, int]:
+        return *_split_seconds(n_pixels, width, k, shape, ops, target), -shape[1]
 
     # one launch where launches are what it costs: inference, and less than a few waves of training
     together = not save or norm or n_pixels <= 64 * target.processors
@@ -185,10 +203,11 @@ def branches_config(
     """Launch B; with `norm` ahead of a BatchNorm in training."""
     c3, c5 = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
     tile_of = moments_tile if norm else conv_tile
-    conv3 = tile_of(n_pixels, dims.ch3x3, c3, 9, ops, target)
+    largest = dict(max_width=128, max_elements=target.max_moments_tile) if norm else {}
+    conv3, tail = conv_split(n_pixels, dims.ch3x3, c3, 9, ops, target, **largest)
     conv5 = tile_of(n_pixels, dims.ch5x5, c5, dims.kernel_5x5**2, ops, target)
     tiles = [conv3, conv5]
-    return BranchesConfig(conv3, conv5, warps(tiles), stages(tiles, ops, target))
+    return BranchesConfig(conv3, tail, conv5, warps(tiles), stages(tiles, ops, target))
 
 
 def conv_tile(
@@ -207,6 +226,45 @@ def conv_tile(
     return Tile(*shape, step)
 
 
+def conv_split(
+    m: int,
+    n: int,
+    channels: int,
+    taps: int,
+    ops: Operands,
+    target: Target,
+    max_width: int = 256,
+    max_elements: int | None = None,
+) -> tuple[Tile, int]:
+    """`conv_tile` and 0, or a tile and the width of one narrower tile behind it where that takes
+    no longer and saves TAIL_GAIN of time or work: 288 = 2 * 128 + 32."""
+    uniform = conv_tile(m, n, channels, taps, ops, target, max_width, max_elements)
+    depth = taps * align_up(channels, uniform.block_k)
+    largest = ops.max_elements(target)
+    limit = min(max_elements or largest, largest)
+    without = (uniform.block_m, uniform.block_n, 0)
+    shapes = [
+        (bm, bn, tail)
+        for bm in _heights(ops)
+        for bn in WIDTH_EFFICIENCY
+        if bn <= max_width and bm * bn <= limit
+        for tail in WIDTH_EFFICIENCY
+        if tail < bn and 0 < split_width(n, bn, tail)[0] * bn < n
+    ]
+
+    def seconds(shape: tuple[int, int, int]) -> tuple[float, float]:
+        return _split_seconds(m, n, depth, shape, ops, target)
+
+    bm, bn, tail = min([without, *shapes], key=seconds)
+    gains = (
+        mixed < (1 - TAIL_GAIN) * alone
+        for mixed, alone in zip(seconds((bm, bn, tail)), seconds(without), strict=True)
+    )
+    if not any(gains):
+        return uniform, 0
+    return Tile(bm, bn, uniform.block_k), tail
+
+
 def moments_tile(m: int, n: int, channels: int, taps: int, ops: Operands, target: Target) -> Tile:
     """The tile of a convolution that takes the moments of its results: those of 256 columns would
     spill in fp16."""
@@ -223,7 +281,10 @@ def gated_tile(
     addresses of a long step, or with BatchNorm's second sum.
     """
     largest = 128 * 128 if norm else None
-    tile = conv_tile(m, n, channels, taps, ops, target, max_width=128, max_elements=largest)
+    return _gated(conv_tile(m, n, channels, taps, ops, target, max_width=128, max_elements=largest))
+
+
+def _gated(tile: Tile) -> Tile:
     if tile.block_m * tile.block_n <= 128 * 128:
         return tile
     return replace(tile, block_k=min(tile.block_k, 32))
@@ -245,11 +306,15 @@ def dgrad_config(
     """Launch L1; with `norm` between BatchNorms in training."""
     taps5 = dims.kernel_5x5**2
     s3, s5 = align_up(dims.ch3x3), align_up(dims.ch5x5)
-    conv3 = gated_tile(n_pixels, dims.ch3x3red, s3, 9, ops, target, norm)
+    largest = 128 * 128 if norm else None
+    conv3, tail = conv_split(
+        n_pixels, dims.ch3x3red, s3, 9, ops, target, max_width=128, max_elements=largest
+    )
+    conv3 = _gated(conv3)
     conv5 = gated_tile(n_pixels, dims.ch5x5red, s5, taps5, ops, target, norm)
     pool = conv_tile(n_pixels, dims.in_channels, align_up(dims.pool_proj), 1, ops, target)
     tiles = [conv3, conv5, pool]
-    return DgradConfig(conv3, conv5, pool, warps(tiles), stages(tiles, ops, target))
+    return DgradConfig(conv3, tail, conv5, pool, warps(tiles), stages(tiles, ops, target))
 
 
 @functools.lru_cache(maxsize=4096)

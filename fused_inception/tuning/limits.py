@@ -4,7 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from fused_inception.tuning.configs import MaskConfig, NormConfig, PointwiseConfig, Tile
+from fused_inception.tuning.configs import (
+    BranchesConfig,
+    DgradConfig,
+    MaskConfig,
+    NormConfig,
+    PointwiseConfig,
+    Tile,
+)
 from fused_inception.tuning.targets import Target
 
 MAX_STAGES = 8
@@ -22,8 +29,10 @@ def why_not(config: Any, itemsize: int, target: Target) -> str | None:
             return why
     if isinstance(config, MaskConfig | NormConfig) and config.pixels % config.block_p:
         return f"pixels {config.pixels} is no multiple of block_p {config.block_p}"
-    if isinstance(config, PointwiseConfig) and config.tail_n >= config.gemm.block_n:
-        return f"tail_n {config.tail_n} is not below block_n {config.gemm.block_n}"
+    if isinstance(config, PointwiseConfig | BranchesConfig | DgradConfig):
+        wide = config.gemm if isinstance(config, PointwiseConfig) else config.conv3
+        if config.tail_n >= wide.block_n:
+            return f"tail_n {config.tail_n} is not below block_n {wide.block_n}"
     needed = shared_bytes(config, itemsize)
     if needed > target.shared_bytes:
         return f"needs {needed} bytes of shared memory, {target.name} has {target.shared_bytes}"

@@ -1,0 +1,137 @@
+"""How much of the tensor cores' work is padding: tiles against widths, from geometry alone.
+
+A tile multiplies all of its rows, columns and steps, whether the map, the filters or the channels
+of a tap fill them or not. Nothing is compiled here, and nothing is predicted but the work.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fused_inception.geometry import GOOGLENET, InceptionDims, align_up, googlenet_sizes
+from fused_inception.tuning import heuristic
+from fused_inception.tuning.configs import Tile, WgradJob, split_width
+from fused_inception.tuning.heuristic import Operands
+from fused_inception.tuning.targets import TARGETS
+
+IMAGE_SIZE = 224
+BATCHES = (1, 32, 256)
+OPERANDS = {"bf16": Operands(2, "tf32"), "tf32": Operands(4, "tf32")}
+
+
+@dataclass(frozen=True)
+class Product:
+    """m x n sums over k products for each of `taps`, and what its tiles multiply."""
+
+    m: int
+    n: int
+    k: int
+    taps: int
+    rows: int  # that the tiles cover, of m
+    columns: int  # likewise, of n
+    depth: int  # likewise, of k for each tap
+
+    @property
+    def useful(self) -> int:
+        """Multiply-adds that the result needs."""
+        return self.m * self.n * self.k * self.taps
+
+    @property
+    def issued(self) -> int:
+        """Multiply-adds of the tiles."""
+        return self.rows * self.columns * self.depth * self.taps
+
+
+def _tiled(m: int, n: int, k: int, tile: Tile, taps: int = 1, tail: int = 0) -> Product:
+    wide, tail = split_width(n, tile.block_n, tail)
+    return Product(
+        *(m, n, k, taps),
+        rows=align_up(m, tile.block_m),
+        columns=wide * tile.block_n + tail,
+        depth=align_up(k, tile.block_k),
+    )
+
+
+def _split(m: int, n: int, pixels: int, job: WgradJob) -> Product:
+    chunk, splits = job.chunks(pixels)
+    tile = job.tile
+    rows, columns = align_up(m, tile.block_m), align_up(n, tile.block_n)
+    return Product(m, n, pixels, 1, rows, columns, chunk * splits)
+
+
+def launches(
+    dims: InceptionDims, pixels: int, ops: Operands, target_name: str
+) -> Iterator[tuple[str, list[Product]]]:
+    """The products of a module's launches A, B, L1, L2 and L3 in training."""
+    target = TARGETS[target_name]
+    # as `ops.problem.problem_of` rounds them for the heuristics
+    rounded = 1 << max(0, pixels - 1).bit_length()
+    d, taps5 = dims, dims.kernel_5x5**2
+    c_in = d.in_channels
+    a = heuristic.pointwise_config(d, rounded, ops, target, True)
+    width = align_up(d.ch1x1) + d.reduced_channels
+    gemm = _tiled(pixels, width, c_in, a.gemm, tail=a.tail_n)
+    yield "A", [gemm, _tiled(pixels, d.pool_proj, c_in, a.pool)]
+    b = heuristic.branches_config(d, rounded, ops, target)
+    yield "B 3x3", [_tiled(pixels, d.ch3x3, d.ch3x3red, b.conv3, 9, b.tail_n)]
+    yield "B 5x5", [_tiled(pixels, d.ch5x5, d.ch5x5red, b.conv5, taps5)]
+    one = heuristic.dgrad_config(d, rounded, ops, target)
+    yield "L1 3x3", [_tiled(pixels, d.ch3x3red, d.ch3x3, one.conv3, 9, one.tail_n)]
+    yield "L1 5x5", [_tiled(pixels, d.ch5x5red, d.ch5x5, one.conv5, taps5)]
+    yield "L1 pool", [_tiled(pixels, c_in, d.pool_proj, one.pool)]
+    two = heuristic.input_grad_config(d, rounded, ops, target).gemm
+    yield "L2", [_tiled(pixels, c_in, n, two) for n in (d.ch1x1, d.reduced_channels)]
+    three = heuristic.wgrad_config(d, rounded, ops, target)
+    yield "L3 3x3", [_split(9 * d.ch3x3red, d.ch3x3, pixels, three.conv3)]
+    yield "L3 5x5", [_split(taps5 * d.ch5x5red, d.ch5x5, pixels, three.conv5)]
+    yield "L3 1x1", [_split(c_in, d.ch1x1, pixels, three.branch1)]
+    yield "L3 reduces", [_split(c_in, d.reduced_channels, pixels, three.reduces)]
+    yield "L3 pool", [_split(c_in, d.pool_proj, pixels, three.projection)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product of one module."""
+
+    target: str
+    precision: str
+    module: str
+    batch: int
+    launch: str
+    useful: int  # multiply-adds
+    issued: int
+
+    @property
+    def share(self) -> float:
+        """Of the issued work, what is padding."""
+        return 1 - self.useful / self.issued
+
+
+def rows(target: str = "sm_90", precision: str = "bf16") -> Iterator[Row]:
+    """All modules and batches."""
+    sizes = googlenet_sizes(IMAGE_SIZE)
+    for module, dims in GOOGLENET.items():
+        for batch in BATCHES:
+            pixels = batch * sizes.module(module) ** 2
+            for launch, products in launches(dims, pixels, OPERANDS[precision], target):
+                useful = sum(p.useful for p in products)
+                issued = sum(p.issued for p in products)
+                yield Row(target, precision, module, batch, launch, useful, issued)
+
+
+def table(found: list[Row]) -> str:
+    """Per cent of padding, a line per module and batch; "all" is of the module's whole work."""
+    names = list(dict.fromkeys(row.launch for row in found))
+    lines = ["module batch " + "".join(f"{name:>11}" for name in [*names, "all"])]
+    groups: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in found:
+        groups.setdefault((row.module, row.batch), {})[row.launch] = row
+    for (module, batch), group in groups.items():
+        useful = sum(row.useful for row in group.values())
+        issued = sum(row.issued for row in group.values())
+        shares = [*(group[name].share for name in names), 1 - useful / issued]
+        lines.append(f"{module:<7}{batch:<6}" + "".join(f"{100 * s:>11.1f}" for s in shares))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(list(rows())))
