@@ -70,12 +70,13 @@ class Subject:
     def forward(self) -> list[Tensor]:
         """Inference."""
         self._begin()
-        with torch.no_grad():
+        with torch.no_grad(), self.provider.in_force():
             return tensors(self.module(self.x))
 
     def seeded(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """The roots of a backward, and their gradients; a loss has none."""
-        outputs = self.module(self.x)
+        with self.provider.in_force():
+            outputs = self.module(self.x)
         if self.problem.whole:
             return [loss_of(outputs, self.labels)], None
         outputs = tensors(outputs)
@@ -87,7 +88,8 @@ class Subject:
     def backward(self, seeded: tuple[list[Tensor], list[Tensor] | None]) -> list[Tensor]:
         """All gradients."""
         roots, seeds = seeded
-        return [*roots, *torch.autograd.grad(roots, [*self.leaves.values()], seeds)]
+        with self.provider.in_force():
+            return [*roots, *torch.autograd.grad(roots, [*self.leaves.values()], seeds)]
 
     def step(self) -> list[Tensor]:
         """Forward and backward: the outputs (of a network its loss), and all gradients."""

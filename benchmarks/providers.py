@@ -1,14 +1,15 @@
 """Who is compared: the fused model and plain PyTorch, run in every way that PyTorch has."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_inception.tools.timing import WARM_UP, Work
+from fused_inception.tuning import dispatch
 
 # torch.compile's modes, as Inductor spells them; without its own CUDA graphs, which keep one call
 # alive, where the graphs of this file serve every provider alike
@@ -31,6 +32,8 @@ class Provider:
         channels_last: layout of filters, inputs and gradients of outputs.
         inductor: options of torch.compile; None: not compiled.
         graph: one CUDA graph of the whole call is replayed.
+        library: of our modules, the library's convolutions wherever there is a choice, behind our
+            epilogues; otherwise what the tables and heuristics in force say.
     """
 
     name: str
@@ -38,6 +41,11 @@ class Provider:
     channels_last: bool = True
     inductor: dict[str, Any] | None = None
     graph: bool = False
+    library: bool = False
+
+    def in_force(self) -> AbstractContextManager[None]:
+        """Inside, our modules run as the provider has them."""
+        return dispatch.forced(dispatch.PARTS) if self.library else nullcontext()
 
     @property
     def plain(self) -> str:
@@ -58,15 +66,14 @@ class Provider:
 def _table() -> dict[str, Provider]:
     plain = [
         Provider("fused", fused=True),
+        Provider("fused-library", fused=True, library=True),
         Provider("eager"),
         Provider("eager-nchw", channels_last=False),
         Provider("compile", inductor={}),
         Provider("max-autotune", inductor=_MAX_AUTOTUNE),
         Provider("max-autotune-layout", inductor={**_MAX_AUTOTUNE, **_LAYOUT}),
     ]
-    graphs = [
-        Provider(f"{p.name}-graph", p.fused, p.channels_last, p.inductor, graph=True) for p in plain
-    ]
+    graphs = [replace(p, name=f"{p.name}-graph", graph=True) for p in plain]
     # the mode "max-autotune" to the letter: one call at a time, so for whole networks alone
     own = Provider("max-autotune-cudagraphs", inductor={**_MAX_AUTOTUNE, "triton.cudagraphs": True})
     return {p.name: p for p in (*plain, own, *graphs)}

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 import fused_inception as fi
 from benchmarks import problems, results
-from benchmarks.harness import LineUp
+from benchmarks.harness import LineUp, Subject
 from benchmarks.problems import CASES, Problem
 from benchmarks.providers import PROVIDERS, contenders
 from fused_inception.tools.timing import Work, in_turn, peak_bytes, timed
+from fused_inception.tuning import dispatch
+from fused_inception.tuning.heuristic import Operands
+from fused_inception.tuning.targets import TARGETS
 from tests.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +143,47 @@ def test_graphs_hold_whole_calls_of_small_batches() -> None:
         assert not any(name.endswith("-graph") for name in names)
     for name in every:
         assert PROVIDERS[PROVIDERS[name].plain].graph is False
+
+
+class _Asks(torch.autograd.Function):
+    """Notes in forward and in backward whether the library is to compute."""
+
+    asked: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        _Asks.note()
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        _Asks.note()
+        return dy * 2
+
+    @staticmethod
+    def note() -> None:
+        plan = dispatch.conv_plan(8, 8, 3, 1, 1, Operands(2, "tf32"), TARGETS["sm_90"])
+        _Asks.asked.append(plan.library("conv.forward"))
+
+
+def test_a_provider_of_the_librarys_convolutions_is_in_force_both_ways() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return _Asks.apply(x)
+
+    class Given:
+        whole = False
+        x = staticmethod(lambda: torch.ones(1, 1, 1, 1, requires_grad=True))
+        labels = staticmethod(lambda: None)
+        gradients = staticmethod(lambda outputs: outputs)
+
+    for name, library in (("fused", False), ("fused-library", True)):
+        _Asks.asked.clear()
+        subject = Subject(Given(), PROVIDERS[name], Module())  # type: ignore[arg-type]
+        for direction in ("forward", "step", "backward"):
+            work = subject.work(direction)
+            work.run(work.prepare() if work.prepare else None)
+        assert _Asks.asked == [library] * 5
 
 
 def test_compiled_provider_tells_compilation_from_running(monkeypatch: pytest.MonkeyPatch) -> None:

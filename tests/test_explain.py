@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fused_inception as fi
 from fused_inception.geometry import InceptionDims
 from fused_inception.tools.explain import Launches
+from fused_inception.tuning import dispatch
 from tests.conftest import INTERPRETED
 from tests.test_verify import WIDTHS, biased, images
 from tests.torchvision_import import import_torchvision
@@ -115,9 +116,27 @@ class TestTritonPath:
         assert "4 Triton launches forward, 9 backward, and 2 that pack filters" in str(report)
         assert report.blocks[0].copied is None
 
+    @pytest.mark.usefixtures("own_tables")
+    def test_who_computes_the_convolutions(self) -> None:
+        ours = dispatch.Choice(False, "no measurement")
+        with fi.backend("triton"):
+            report = fi.explain(self.model, self.x)
+        # the images need no gradient
+        assert report.blocks[0].parts == {"conv.forward": ours, "conv.wgrad": ours}
+        assert report.blocks[1].parts == {}
+        assert report.blocks[2].parts == dict.fromkeys(dispatch.MODULE_PARTS, ours)
+        assert "convolutions by triton: no measurement [0, 2]" in str(report)
+        with fi.backend("triton"), dispatch.forced(["conv3.forward", "conv5.wgrad"]):
+            report = fi.explain(self.model, self.x)
+        lines = str(report).splitlines()
+        assert "convolutions by library: forced [2 conv3.forward conv5.wgrad]" in lines
+        rest = "2 conv5.forward conv3.dgrad conv5.dgrad conv3.wgrad"
+        assert f"convolutions by triton: forced [0, {rest}]" in lines
+
     def test_explain_in_eval(self) -> None:
         with fi.backend("triton"):
             report = fi.explain(copy.deepcopy(self.model).eval(), self.x)
+        assert set(report.blocks[2].parts) == {"conv3.forward", "conv5.forward"}
         assert report.launches is not None
         assert (report.launches.forward, report.launches.backward) == (4, 0)
 

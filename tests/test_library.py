@@ -8,8 +8,9 @@ import fused_inception as fi
 from fused_inception import functional
 from fused_inception.launches import record_launches
 from fused_inception.tuning import dispatch
-from fused_inception.tuning.dispatch import CONV_PARTS, MODULE_PARTS
+from fused_inception.tuning.dispatch import CONV_PARTS, MODULE_PARTS, PARTS
 from tests import test_batch_norm_kernels as norms
+from tests import test_batch_norm_ops, test_ops
 from tests import test_conv2d as convolutions
 from tests import test_inception_kernels as modules
 from tests.cases import INCEPTION_CASES, InceptionCase
@@ -97,3 +98,16 @@ def test_convolution_with_norm(
     p = norms.convolution(device, dtype, shape, c_out, kernel, stride)
     with dispatch.forced(CONV_PARTS):
         norms.check(p, norms.run(p))
+
+
+@pytest.mark.parametrize("name", ["inception_bn", "conv2d_bn_relu"])
+def test_opcheck_with_norms(name: str) -> None:
+    with dispatch.forced(PARTS):
+        test_batch_norm_ops.test_opcheck(name, "triton")
+
+
+def test_opcheck(device: torch.device) -> None:
+    with dispatch.forced(PARTS):
+        test_ops.test_opcheck_inception(2, True, "triton", device)
+        test_ops.test_opcheck_inception_backward(1, "triton", device)
+        convolutions.test_operator_passes_opcheck("1x1-odd-widths", "triton", device)

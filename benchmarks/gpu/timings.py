@@ -13,7 +13,7 @@ from benchmarks.results import Row, json_of, table
 
 # who takes turns: those that try alternatives for minutes come last, and beside ours again
 FAMILIES = {
-    "plain": ("fused", "eager", "eager-nchw", "compile"),
+    "plain": ("fused", "fused-library", "eager", "eager-nchw", "compile"),
     "tuned": ("fused", "max-autotune", "max-autotune-layout", "max-autotune-cudagraphs"),
 }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ from fused_inception.tools.blocks import (
 )
 from fused_inception.tools.costs import cost_of
 from fused_inception.tools.text import aligned
+from fused_inception.tuning import dispatch
+from fused_inception.tuning.dispatch import Choice
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class BlockExplanation:
         launches: recorded; None where it launches no Triton kernel.
         fused: its cost as a fused block; predicted; None where the cost model does not know it.
         eager: the same of plain PyTorch.
+        parts: who computes each convolution of which there is a choice, and why.
     """
 
     name: str
@@ -76,6 +80,7 @@ class BlockExplanation:
     launches: Launches | None
     fused: Cost | None
     eager: Cost | None
+    parts: Mapping[str, Choice] = field(default_factory=dict)
 
     @property
     def cost(self) -> Cost | None:
@@ -148,6 +153,10 @@ class ExplainReport:
             reasons.setdefault(f"{block.path.name}: {block.path.reason}", []).append(name)
             if block.copied is not None:
                 reasons.setdefault(f"input copied: {block.copied}", []).append(name)
+            for choice in dict.fromkeys(block.parts.values()):
+                parts = [part for part, other in block.parts.items() if other == choice]
+                some = parts if len(parts) < len(block.parts) else []
+                reasons.setdefault(f"convolutions by {choice}", []).append(" ".join([name, *some]))
         return [f"{reason} [{', '.join(names)}]" for reason, names in sorted(reasons.items())]
 
 
@@ -196,6 +205,8 @@ def explain(model: nn.Module, x: Tensor) -> ExplainReport:
             if name in ready:
                 path = path_of(block, z)
             twin = fused.get_submodule(name)
+            with dispatch.recorded() as parts:
+                launches = _launches(block, z, training) if path.name == TRITON else None
             blocks.append(
                 BlockExplanation(
                     name=name,
@@ -203,9 +214,10 @@ def explain(model: nn.Module, x: Tensor) -> ExplainReport:
                     path=path,
                     input=f"{list(z.shape)} {str(z.dtype).removeprefix('torch.')}",
                     copied=_copied(block, z, path),
-                    launches=_launches(block, z, training) if path.name == TRITON else None,
+                    launches=launches,
                     fused=cost_of(twin, z, y, plan="fused", training=training),
                     eager=cost_of(twin, z, y, plan="eager", training=training),
+                    parts=parts,
                 )
             )
         triton = any(block.path.name == TRITON for block in blocks)

@@ -49,11 +49,28 @@ class Plan:
     choices: Mapping[str, Choice]
 
     def library(self, part: str) -> bool:
-        """Whether the library computes `part`."""
-        return self.choices[part].library
+        """Whether the library computes `part`, which is about to run."""
+        choice = self.choices[part]
+        if _recorded is not None:
+            _recorded[part] = choice
+        return choice.library
 
 
 _forced: frozenset[str] | None = None
+_recorded: dict[str, Choice] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[str, Choice]]:
+    """The choices for the parts that run inside the block, in any thread; of each part the last."""
+    global _recorded
+    before = _recorded
+    found: dict[str, Choice] = {}
+    _recorded = found
+    try:
+        yield found
+    finally:
+        _recorded = before
 
 
 @contextlib.contextmanager
