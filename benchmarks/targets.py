@@ -1,0 +1,134 @@
+"""What is to be reached on an H200 in bf16, and whether it has been."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from benchmarks.measured import Contest, Measured
+from benchmarks.providers import PROVIDERS
+
+# torch.compile in its modes; its searches among them
+COMPILED = tuple(name for name, p in PROVIDERS.items() if p.compiled)
+SEARCHED = tuple(name for name in COMPILED if name.startswith("max-autotune"))
+EAGER = ("eager", "eager-graph")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line: `measure` gives a number, or None where it was not measured.
+
+    `most`: the number is to be at most, not at least, what is wanted.
+    """
+
+    text: str
+    wanted: float
+    aim: float
+    unit: str
+    measure: Callable[[Measured], float | None]
+    most: bool = False
+
+    def line(self, measured: Measured) -> str:
+        """Measured, target, met or not."""
+        value = self.measure(measured)
+        limit = f"{'at most' if self.most else 'at least'} {self._show(self.wanted)}"
+        if value is None:
+            return f"{self.text}: not measured ({limit})"
+        verdict = "met" if self.met(value) else "NOT met"
+        if self.met(value) and (value <= self.aim if self.most else value >= self.aim):
+            verdict = f"met, and the aim of {self._show(self.aim)} too"
+        return f"{self.text}: {self._show(value)} ({limit}): {verdict}"
+
+    def met(self, value: float) -> bool:
+        """The number is as wanted."""
+        return value <= self.wanted if self.most else value >= self.wanted
+
+    def _show(self, value: float) -> str:
+        return f"{value:.3g}{self.unit}"
+
+
+def slowest_speedup(contests: Iterable[Contest], names: Iterable[str]) -> float | None:
+    """Over the fastest of `names`, at the worst; None where none of them was measured."""
+    found = [c.speedup(name) for c in contests for name in names if name in c.rows]
+    return min(found, default=None)
+
+
+def _network(
+    direction: str, batches: tuple[int, ...], names: tuple[str, ...], *, graph: bool = False
+) -> Callable[[Measured], float | None]:
+    def measure(measured: Measured) -> float | None:
+        worst = []
+        for batch in batches:
+            some = measured.select(
+                "network", "paper", direction=direction, batches=[batch], dtype="bf16"
+            )
+            speedup = slowest_speedup((c for c in some if c.graph is graph), names)
+            if speedup is None:
+                return None
+            worst.append(speedup)
+        return min(worst)
+
+    return measure
+
+
+def _conv_rate(case: str) -> Callable[[Measured], float | None]:
+    def measure(measured: Measured) -> float | None:
+        found = measured.select("kernels", case, direction="forward", batches=[256], dtype="bf16")
+        rates = [c.ours.flops / c.ours.median_s / 1e12 for c in found if not c.graph]
+        return min(rates, default=None)
+
+    return measure
+
+
+def _memory(names: tuple[str, ...]) -> Callable[[Measured], float | None]:
+    def measure(measured: Measured) -> float | None:
+        shares = [
+            c.ours.peak_bytes / row.peak_bytes
+            for c in measured.select(
+                "network", "paper", direction="step", batches=[256], dtype="bf16"
+            )
+            for name, row in c.others.items()
+            if name in names and row.peak_bytes and c.ours.peak_bytes is not None
+        ]
+        return max(shares, default=None)
+
+    return measure
+
+
+def module_speedups(measured: Measured) -> dict[tuple[str, int, str, str, bool], float]:
+    """Of each module, batch, direction, dtype, in a graph or not: over the best of all others."""
+    found: dict[tuple[str, int, str, str, bool], float] = {}
+    for contest in measured.select("modules"):
+        row = contest.ours
+        key = row.case, row.batch, row.direction, row.dtype, contest.graph
+        speedups = [contest.speedup(name) for name in contest.others]
+        if speedups:
+            found[key] = min([*speedups, found.get(key, float("inf"))])
+    return found
+
+
+def _slowest_module(measured: Measured) -> float | None:
+    found = [v for key, v in module_speedups(measured).items() if key[3] == "bf16"]
+    return min(found, default=None)
+
+
+TARGETS = (
+    Target("training step, N=256, over torch.compile max-autotune", 2.0, 2.5, "x",
+           _network("step", (256,), SEARCHED)),
+    Target("training step, N=256, over eager channels last", 3.0, 4.0, "x",
+           _network("step", (256,), EAGER)),
+    Target("training step, N=32, over torch.compile", 2.1, 2.5, "x",
+           _network("step", (32,), COMPILED)),
+    Target("training step, N=1 and 8, in CUDA graphs, over torch.compile", 3.0, 4.9, "x",
+           _network("step", (1, 8), COMPILED, graph=True)),
+    Target("inference, N=1, in CUDA graphs, over torch.compile", 3.0, 3.7, "x",
+           _network("forward", (1,), COMPILED, graph=True)),
+    Target("inference, N=32 and 256, over torch.compile", 1.3, 1.5, "x",
+           _network("forward", (32, 256), COMPILED)),
+    Target("3x3 implicit GEMM, N=256", 400.0, 560.0, " TFLOP/s", _conv_rate("conv2d_relu_3x3")),
+    Target("5x5 implicit GEMM, N=256", 400.0, 560.0, " TFLOP/s", _conv_rate("conv2d_relu_5x5")),
+    Target("peak memory of a training step, N=256, of eager's", 0.25, 0.25, "",
+           _memory(EAGER), most=True),
+    Target("peak memory of a training step, N=256, of torch.compile's", 0.5, 0.5, "",
+           _memory(COMPILED), most=True),
+    Target("every module, direction and batch measured, over the best other", 1.0, 1.0, "x",
+           _slowest_module),
+)  # fmt: skip
