@@ -96,10 +96,26 @@ class Subject:
         self._begin()
         return self.backward(self.seeded())
 
+    @property
+    def _own_graphs(self) -> bool:
+        """Inductor replays CUDA graphs."""
+        return bool((self.provider.inductor or {}).get("triton.cudagraphs"))
+
     def _begin(self) -> None:
         # Inductor's own graphs ask which results are no longer needed
-        if (self.provider.inductor or {}).get("triton.cudagraphs"):
+        if self._own_graphs:
             torch.compiler.cudagraph_mark_step_begin()
+
+    def precompile(self) -> None:
+        """Our kernels, in parallel, as training does; without it they are compiled one by one."""
+        if not self.provider.fused or self.x.device.type != "cuda":
+            return
+        try:
+            print(fi.precompile(self.in_mode("step").module, self.x), flush=True)
+            with torch.no_grad():
+                print(fi.precompile(self.in_mode("forward").module, self.x), flush=True)
+        except Exception as error:
+            print(f"precompile failed, kernels are compiled one by one: {error}", flush=True)
 
     def named(self, direction: str, results: Sequence[Tensor]) -> dict[str, Tensor]:
         """Results of `forward` or `step` by name."""
@@ -119,8 +135,8 @@ class Subject:
         if direction == "backward":
             return Work(self.seeded, self.backward)
         if direction == "step":
-            return Work(None, lambda _: self.step())
-        return Work(None, lambda _: self.forward())
+            return Work(None, lambda _: self.step(), allocates=not self._own_graphs)
+        return Work(None, lambda _: self.forward(), allocates=not self._own_graphs)
 
     def everything(self) -> dict[str, Tensor]:
         """Outputs of inference, then outputs and gradients of training, and what that leaves in
@@ -239,6 +255,7 @@ class LineUp:
         subject = Subject(self.problem, provider, prepared(provider, module))
         with settings(self.problem.dtype), compiler_limits():
             tuned, start = autotuning_seconds(), now(device)
+            subject.precompile()
             got = subject.everything()
             middle = now(device)
             tuned = autotuning_seconds() - tuned

@@ -1,4 +1,5 @@
-"""The commands: `python -m fused_inception train`, `predict`, `verify`, `explain`, `info`."""
+"""The commands: `python -m fused_inception train`, `predict`, `verify`, `explain`, `bench`,
+`info`."""
 
 import argparse
 import sys
@@ -8,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from fused_inception.backend import BackendError
-from fused_inception.tools import explain, info, predict, train, verify
+from fused_inception.tools import bench, explain, info, predict, train, verify
 from fused_inception.tools.errors import UserError
 
 COMMANDS = {
@@ -16,6 +17,7 @@ COMMANDS = {
     "predict": (predict, "the most probable classes of image files"),
     "verify": (verify, "compare a fused model with plain PyTorch and float64, block by block"),
     "explain": (explain, "how a fused model runs, block by block, and why"),
+    "bench": (bench, "time a fused model beside plain PyTorch and torch.compile"),
     "info": (info, "versions, devices, and what runs fused on them"),
 }
 INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""A model and a batch for it, by flags: what `verify` and `explain` look at."""
+"""A model and a batch for it, by flags: what `verify`, `explain` and `bench` look at."""
 
 import argparse
 import importlib
@@ -21,7 +21,15 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags."""
+    """The flags of a model and one batch."""
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--batch-size", type=positive, default=2, help="images, random (default: 2)")
+    add("--eval", action="store_true", help="in eval mode (default: training)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a model, in any mode, for batches of any size."""
     add = parser.add_argument
     add(
         "--model",
@@ -30,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"torchvision:googlenet, one of ours ({', '.join(VARIANTS)}), or MODULE:CALLABLE, "
         "called without arguments, for a model of your own",
     )
-    add("--batch-size", type=positive, default=2, help="images, random (default: 2)")
     add("--image-size", type=positive, default=224, help="side in pixels (default: 224)")
-    add("--eval", action="store_true", help="in eval mode (default: training)")
     add("--dtype", choices=DTYPES, default="float32", help="of model and images")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast (default: off)")
     add("--device", default="auto", help="cpu, cuda ... (default: cuda, else cpu)")
@@ -41,8 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def prepared(arguments: argparse.Namespace) -> Iterator[tuple[nn.Module, Tensor]]:
+def prepared(
+    arguments: argparse.Namespace, batch_size: int | None = None
+) -> Iterator[tuple[nn.Module, Tensor]]:
     """The model, and a batch of random images; backend and autocast hold inside the block.
+
+    `batch_size` stands for the flag of that name, and then the model is in training mode.
 
     Raises:
         UserError: no such model, or flags that do not fit it.
@@ -50,9 +60,12 @@ def prepared(arguments: argparse.Namespace) -> Iterator[tuple[nn.Module, Tensor]
     device, dtype = pick_device(arguments.device), getattr(torch, arguments.dtype)
     torch.manual_seed(arguments.seed)
     model = placed(model_of(arguments.model, arguments.image_size), device)
-    model = model.to(dtype).train(not arguments.eval)
+    if batch_size is None:
+        model.train(not arguments.eval)
+        batch_size = arguments.batch_size
+    model = model.to(dtype)
     side = arguments.image_size
-    x = torch.randn(arguments.batch_size, 3, side, side).to(device, dtype)
+    x = torch.randn(batch_size, 3, side, side).to(device, dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     with pick_backend(arguments.backend), autocast(device, arguments.amp):
         try:

@@ -1,0 +1,275 @@
+"""`bench`: a fused model beside plain PyTorch and torch.compile, in inference and in training."""
+
+import argparse
+import copy
+import csv
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_inception.adapters.fuse import fuse_
+from fused_inception.adapters.plain import plain_twin
+from fused_inception.tools import sample
+from fused_inception.tools.blocks import tensors_of
+from fused_inception.tools.checkpoint import write_atomically
+from fused_inception.tools.errors import UserError, require
+from fused_inception.tools.precompile import precompile
+from fused_inception.tools.text import aligned
+from fused_inception.tools.timing import Spread, Work, calls_per_round, in_turn, now, peak_bytes
+from fused_inception.tools.verify import verify
+
+MODES = ("inference", "step")
+COMPILE = ("off", "default", "max-autotune")
+# a few images show whether the fused model is right
+VERIFIED = 2
+MIN_ROUNDS = 5
+RESULTS, TABLE, PICTURE = "bench.json", "bench.csv", "bench.png"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One provider in one mode at one batch size; times are those of one call."""
+
+    batch: int
+    mode: str
+    provider: str
+    milliseconds: float
+    p20: float
+    p80: float
+    images_per_second: float
+    times_as_fast: float  # as eager
+    peak_bytes: int | None  # beyond model and batch; None on a CPU
+    first_call_seconds: float  # compilation, algorithm search
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the model, and what is timed."""
+    sample.add_model_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--batch-size",
+        type=_sizes,
+        default=[1, 8, 32],
+        help="some (default: 1,8,32)",
+        metavar="N,N",
+    )
+    add("--mode", choices=(*MODES, "both"), default="both", help="default: both")
+    add("--compile", choices=COMPILE, help="torch.compile's mode (default: default, on a CPU off)")
+    add("--seconds", type=float, default=1.0, help="time of each measurement (default: 1)")
+    add("--out", type=Path, metavar="FOLDER", help=f"where to write {RESULTS}, {TABLE}, {PICTURE}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; write results where `--out` says.
+
+    Raises:
+        UserError: no such model, one that `verify` finds wrong, or a missing package.
+    """
+    require("tqdm", *(["matplotlib"] if arguments.out else []))
+    from tqdm import tqdm
+
+    modes = MODES if arguments.mode == "both" else (arguments.mode,)
+    results: list[Result] = []
+    steps = len(arguments.batch_size) * (len(modes) + 1)
+    where: dict[str, Any] = {}
+    with tqdm(total=steps, leave=False) as bar, _cudnn_search():
+        for batch in arguments.batch_size:
+            with sample.prepared(arguments, batch) as (model, x):
+                where = where or _where(x.device)
+                bar.set_description(f"batch {batch}, verify and compile")
+                if not results:
+                    _verified(model, x[:VERIFIED])
+                models = _models(model, x, arguments.compile)
+                bar.update()
+                for mode in modes:
+                    bar.set_description(f"batch {batch}, {mode}")
+                    results += measure(models, x, mode, arguments.seconds)
+                    bar.update()
+    title = f"{arguments.model}, {arguments.dtype}, autocast {arguments.amp}, {where['device']}"
+    print(f"{title}, torch {where['torch']}")
+    print("\n".join(table(results)))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        options = {k: v for k, v in vars(arguments).items() if k not in ("command", "out")}
+        write_json(arguments.out / RESULTS, {"options": options, "environment": where}, results)
+        write_csv(arguments.out / TABLE, results)
+        draw(arguments.out / PICTURE, title, results)
+        print(f"written: {', '.join((RESULTS, TABLE, PICTURE))} in {arguments.out}")
+    return 0
+
+
+def measure(models: dict[str, nn.Module], x: Tensor, mode: str, seconds: float) -> list[Result]:
+    """All of `models` in turn, "eager" among them; in `MODES` a step is forward, the mean square of
+    the outputs, and backward, without an optimiser."""
+    device = x.device
+    pieces, first = {}, {}
+    for name, model in models.items():
+        pieces[name] = _work(model.train(mode == "step"), x, mode)
+        start = now(device)
+        pieces[name].run(None)
+        first[name] = now(device) - start
+    calls = {name: calls_per_round(piece, device) for name, piece in pieces.items()}
+    samples = in_turn(pieces, calls, device, seconds, MIN_ROUNDS)
+    spreads = {name: Spread.of(found) for name, found in samples.items()}
+    return [
+        Result(
+            batch=x.shape[0],
+            mode=mode,
+            provider=name,
+            milliseconds=spread.median * 1e3,
+            p20=spread.p20 * 1e3,
+            p80=spread.p80 * 1e3,
+            images_per_second=x.shape[0] / spread.median,
+            times_as_fast=spreads["eager"].median / spread.median,
+            peak_bytes=peak_bytes(pieces[name], device),
+            first_call_seconds=first[name],
+        )
+        for name, spread in spreads.items()
+    ]
+
+
+def _work(model: nn.Module, x: Tensor, mode: str) -> Work:
+    def inference(_: None) -> None:
+        with torch.no_grad():
+            model(x)
+
+    def step(_: None) -> None:
+        loss = sum(
+            (y.float().square().mean() for _, y in tensors_of(model(x))),
+            start=torch.zeros((), device=x.device),
+        )
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    return Work(None, inference if mode == "inference" else step)
+
+
+def _verified(model: nn.Module, x: Tensor) -> None:
+    report = verify(model, x)
+    if not report.ok:
+        raise UserError(
+            "the fused model is not as near to float64 as PyTorch's own, so it is not timed: "
+            "python -m fused_inception verify shows where"
+        )
+
+
+def _models(model: nn.Module, x: Tensor, mode: str | None) -> dict[str, nn.Module]:
+    """Fused, plain, and plain compiled; each has parameters of its own."""
+    plain = plain_twin(model)
+    fused = copy.deepcopy(model)
+    fuse_(fused)
+    models: dict[str, nn.Module] = {"fused": fused, "eager": plain}
+    cuda = x.device.type == "cuda"
+    if (mode or ("default" if cuda else "off")) != "off":
+        torch.compiler.reset()
+        models["compile"] = copy.deepcopy(plain)
+        models["compile"].compile(mode=mode)
+    if cuda:
+        precompile(fused.train(), x)
+        with torch.no_grad():
+            precompile(fused.eval(), x)
+    return models
+
+
+@contextmanager
+def _cudnn_search() -> Iterator[None]:
+    """cuDNN tries its algorithms, for everybody."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """A line each."""
+    rows = [["mode", "provider", "batch", "ms", "20-80 %", "images/s", "times as fast", "peak MB",
+             "first call s"]]  # fmt: skip
+    for r in results:
+        peak = "-" if r.peak_bytes is None else f"{r.peak_bytes / 1e6:.0f}"
+        rows.append(
+            [
+                r.mode, r.provider, str(r.batch), f"{r.milliseconds:.3f}",
+                f"{r.p20:.3f}-{r.p80:.3f}", f"{r.images_per_second:,.0f}",
+                f"{r.times_as_fast:.2f}", peak, f"{r.first_call_seconds:.1f}",
+            ]
+        )  # fmt: skip
+    return aligned(rows, names=2)
+
+
+def write_json(path: Path, head: dict[str, Any], results: Sequence[Result]) -> None:
+    """With what a reader has to know of them."""
+    text = json.dumps({**head, "results": [asdict(r) for r in results]}, indent=1)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: Path, results: Sequence[Result]) -> None:
+    """A line each, with a head."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Result)])
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in results)
+
+
+def draw(path: Path, title: str, results: Sequence[Result]) -> None:
+    """A PNG: images per second, a group of bars a batch, a panel a mode."""
+    from matplotlib.figure import Figure
+
+    modes = list(dict.fromkeys(r.mode for r in results))
+    names = list(dict.fromkeys(r.provider for r in results))
+    batches = sorted({r.batch for r in results})
+    figure = Figure(figsize=(5 * len(modes), 3.8), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    panels: Any = figure.subplots(1, len(modes), squeeze=False)[0]
+    width = 0.8 / len(names)
+    for axes, mode in zip(panels, modes, strict=True):
+        for i, name in enumerate(names):
+            some = [r for r in results if (r.mode, r.provider) == (mode, name)]
+            places = [batches.index(r.batch) + (i - (len(names) - 1) / 2) * width for r in some]
+            axes.bar(places, [r.images_per_second for r in some], width, label=name)
+        axes.set_xticks(range(len(batches)), [f"N = {batch}" for batch in batches])
+        axes.set(title=mode, ylabel="images/s")
+        axes.grid(alpha=0.3, axis="y")
+        axes.set_axisbelow(True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=8)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _where(device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{device.type}, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "fused_inception": _version("fused-inception"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text} are not numbers of 1 or more")
+    return sizes

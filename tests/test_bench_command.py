@@ -1,0 +1,137 @@
+"""The bench command: table, files, and what it refuses."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fused_inception as fi
+from fused_inception.__main__ import main
+from fused_inception.tools import bench, errors
+from fused_inception.tools.timing import Spread
+
+HERE = f"{__name__}:"
+FAST = ["--image-size", "16", "--seconds", "0.0", "--device", "cpu"]
+
+
+def fused_net() -> nn.Module:
+    return nn.Sequential(
+        fi.ConvBlock(3, 8, kernel_size=3, padding=1), fi.Inception(8, 8, 8, 8, 8, 8, 8)
+    )
+
+
+def plain_net() -> nn.Module:
+    return fi.reference.Inception(3, 8, 8, 8, 8, 8, 8, norm="batch")
+
+
+def not_fusable() -> nn.Module:
+    return nn.Conv2d(3, 8, 3)
+
+
+def run(*arguments: str) -> int:
+    return main(["bench", *FAST, *arguments])
+
+
+@pytest.mark.parametrize("model", ["fused_net", "plain_net"])
+def test_table_and_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("--model", HERE + model, "--batch-size", "1,2", "--out", str(out)) == 0
+    printed = capsys.readouterr()
+    lines = [line.split() for line in printed.out.splitlines()]
+    rows = [line for line in lines if line[0] in bench.MODES]
+    want = [
+        (mode, name, batch) for batch in "12" for mode in bench.MODES for name in ("fused", "eager")
+    ]
+    assert [tuple(row[:3]) for row in rows] == want
+    assert f"torch {torch.__version__}" in printed.out
+    assert "batch 2, step" in printed.err
+    content = json.loads((out / "bench.json").read_text())
+    assert content["environment"]["torch"] == torch.__version__
+    assert content["options"]["batch_size"] == [1, 2]
+    with open(out / "bench.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(content["results"]) == len(want)
+    for found, line in zip(content["results"], table, strict=True):
+        assert float(line["milliseconds"]) == found["milliseconds"] > 0
+        assert found["p20"] <= found["milliseconds"] <= found["p80"]
+        expected = found["batch"] / found["milliseconds"] * 1e3
+        assert found["images_per_second"] == pytest.approx(expected)
+        assert found["peak_bytes"] is None
+    fused, eager = content["results"][:2]
+    ratio = eager["milliseconds"] / fused["milliseconds"]
+    assert (fused["times_as_fast"], eager["times_as_fast"]) == (pytest.approx(ratio), 1.0)
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compiled_model_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[type[nn.Module], str]] = []
+    note = lambda self, mode: asked.append((type(self), mode))  # noqa: E731
+    monkeypatch.setattr(nn.Module, "compile", note)
+    assert run("--model", HERE + "plain_net", "--batch-size", "1", "--compile", "max-autotune",
+               "--mode", "inference") == 0  # fmt: skip
+    assert asked == [(fi.reference.Inception, "max-autotune")]
+
+
+def test_what_is_wrong_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = fi.Inception.forward
+    monkeypatch.setattr(fi.Inception, "forward", lambda self, x: 1.01 * right(self, x))
+    monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("timed"))
+    assert run("--model", HERE + "fused_net") == 2
+    assert "so it is not timed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", HERE + "not_fusable"], "no block of this Conv2d can be fused"),
+        (["--model", "nowhere:net"], "No module named 'nowhere'"),
+        (["--model", HERE + "nothing"], "has no attribute 'nothing'"),
+        (["--model", "lenet"], "take torchvision:googlenet, paper"),
+    ],
+)
+def test_wrong_models(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fused-inception bench: error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("sizes", ["0,1", "a"])
+def test_wrong_batch_sizes(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("--model", "paper", "--batch-size", sizes)
+    assert stopped.value.code == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_plots_need_matplotlib_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = errors.find_spec
+    without = lambda name: None if name == "matplotlib" else real(name)  # noqa: E731
+    monkeypatch.setattr(errors, "find_spec", without)
+    monkeypatch.setattr(bench, "measure", lambda *args: [])
+    assert run("--model", HERE + "fused_net", "--out", str(tmp_path)) == 2
+    assert "matplotlib missing here" in capsys.readouterr().err
+    assert run("--model", HERE + "fused_net", "--batch-size", "1") == 0
+
+
+def test_spread_stays_between_its_samples() -> None:
+    spread = Spread.of([1.0, 3.0])
+    assert 1.0 <= spread.p20 <= spread.median == 2.0 <= spread.p80 <= 3.0
+
+
+def test_a_step_passes_over_frozen_parameters() -> None:
+    model = fused_net()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    rows = bench.measure({"eager": model}, torch.randn(1, 3, 8, 8), "step", 0.0)
+    assert [row.provider for row in rows] == ["eager"]
+    assert all(p.grad is None for p in model.parameters())
