@@ -4,8 +4,12 @@ A tile multiplies all of its rows, columns and steps, whether the map, the filte
 of a tap fill them or not. Nothing is compiled here, and nothing is predicted but the work.
 """
 
+import argparse
+import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from fused_inception.geometry import GOOGLENET, InceptionDims, align_up, googlenet_sizes
 from fused_inception.tuning import heuristic
@@ -13,6 +17,7 @@ from fused_inception.tuning.configs import Tile, WgradJob, split_width
 from fused_inception.tuning.heuristic import Operands
 from fused_inception.tuning.targets import TARGETS
 
+KEPT = Path(__file__).parent / "padding.json"
 IMAGE_SIZE = 224
 BATCHES = (1, 32, 256)
 OPERANDS = {"bf16": Operands(2, "tf32"), "tf32": Operands(4, "tf32")}
@@ -133,5 +138,24 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def shares(found: list[Row]) -> dict[str, float]:
+    """As they are kept: "module batch launch" -> share of padding."""
+    return {f"{r.module} {r.batch} {r.launch}": round(r.share, 4) for r in found}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; with --keep tests hold later configurations to its shares."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.padding", description=main.__doc__)
+    parser.add_argument("--target", choices=list(TARGETS), default="sm_90")
+    parser.add_argument("--precision", choices=list(OPERANDS), default="bf16")
+    parser.add_argument("--keep", action="store_true", help=f"write {KEPT.name}: sm_90, bf16")
+    options = parser.parse_args(arguments)
+    print(table(list(rows(options.target, options.precision))))
+    if options.keep:
+        lines = (f"{json.dumps(k)}: {v}" for k, v in shares(list(rows())).items())
+        KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return 0
+
+
 if __name__ == "__main__":
-    print(table(list(rows())))
+    sys.exit(main())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests.compiled import matrix, table
+from tests.compiled import counts, matrix, table
 from tests.compiled.bounds import violations
 from tests.compiled.broken import broken_kernels
 from tests.compiled.build import Build, build
@@ -27,11 +27,14 @@ def main() -> None:
     parser.add_argument("groups", nargs="+", metavar="GROUP")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="write the results there")
+    parser.add_argument(
+        "--keep-counts", action="store_true", help="what is compiled is what later runs are held to"
+    )
     options = parser.parse_args()
     rows: list[table.Row] = []
     names: list[str] = []
     status = 0
-    compile_all = _compiler(options.workers)
+    compile_all = compiler(options.workers)
     for name in options.groups:
         if name == "list":
             for group_name, group in matrix.EVERY_RUN.items():
@@ -44,13 +47,15 @@ def main() -> None:
             for case, result in zip(specs, results, strict=True):
                 print(f"{case}: {'; '.join(violations(result)) or 'within all bounds'}")
             continue
-        for group_name, group in _groups(name):
+        for group_name, group in groups_of(name):
             start = time.perf_counter()
             builds = list(compile_all(group.specialisations()))
             names.append(group_name)
             rows += table.rows(group.target, group.precision, builds)
+            if options.keep_counts:
+                counts.write(group_name, builds)
             for result in builds:
-                for text in violations(result):
+                for text in (*violations(result), *counts.regressions(group_name, result)):
                     status = 1
                     print(f"{group_name}: {result.spec.kernel}: {text}\n  {_describe(result)}")
             seconds = time.perf_counter() - start
@@ -60,7 +65,7 @@ def main() -> None:
     sys.exit(status)
 
 
-def _groups(name: str) -> Iterator[tuple[str, matrix.Group]]:
+def groups_of(name: str) -> Iterator[tuple[str, matrix.Group]]:
     if name == "full":
         yield from matrix.FULL.items()
     elif name.startswith("full:"):
@@ -69,7 +74,7 @@ def _groups(name: str) -> Iterator[tuple[str, matrix.Group]]:
         yield name, matrix.EVERY_RUN[name]
 
 
-def _compiler(workers: int) -> Callable[[Sequence[Specialisation]], Iterator[Build]]:
+def compiler(workers: int) -> Callable[[Sequence[Specialisation]], Iterator[Build]]:
     """Builds a sequence in its order, in as many processes as that."""
     if workers == 1:
         return functools.partial(map, build)
