@@ -151,3 +151,13 @@ def test_weight_gradients_are_split_where_there_are_pixels() -> None:
 def test_no_pixels_no_splits() -> None:
     job = WgradJob(Tile(64, 64, 32), 7)
     assert job.chunks(0) == (32, 0)
+
+
+def test_gathers_are_split_until_all_processors_have_one() -> None:
+    """4d at N = 32: 128 rows of 8192 pixels take 136 us of gathers, in 4 tiles."""
+    ops, gpu = OPERANDS["16-bit"], TARGETS["sm_90"]
+    job = heuristic.wgrad_config(GOOGLENET["4d"], 2**13, ops, gpu).projection
+    assert (job.tile.block_m, job.splits) == (128, 12)
+    # enough programs without: nothing is split further
+    config = heuristic.wgrad_config(GOOGLENET["4d"], 2**18, ops, gpu)
+    assert config.projection == heuristic.wgrad_job(512, 64, 2**18, ops, gpu, 64 * 128)

@@ -36,6 +36,9 @@ TAIL_GAIN = 0.02
 # a split should run about this long: shorter ones drown in partial sums, longer ones leave
 # processors idle
 SPLIT_SECONDS = 12e-6
+# of an element that the pool's winner is gathered for: 29 instructions of sm_90's compiled loop,
+# 128 lanes a cycle, 1.755 GHz
+GATHER_SECONDS = 29 / 128 / 1.755e9
 
 
 @dataclass(frozen=True)
@@ -353,8 +356,7 @@ def wgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Targ
         conv5=wgrad_job(taps5 * align_up(dims.ch5x5red), s5, n_pixels, ops, target),
         branch1=wgrad_job(s_in, s1, n_pixels, ops, target),
         reduces=wgrad_job(s_in, dims.reduced_channels, n_pixels, ops, target),
-        # the gather of the winners is bound by its scattered loads, not by the tile
-        projection=wgrad_job(s_in, sp, n_pixels, ops, target, max_elements=64 * 128),
+        projection=_gathered_job(s_in, sp, n_pixels, ops, target),
     )
     tiles = [j.tile for j in jobs.values()]
     return WgradConfig(**jobs, num_warps=warps(tiles), num_stages=stages(tiles, ops, target))
@@ -376,6 +378,25 @@ def wgrad_job(
     whole = _tile_seconds(bm, bn, n_pixels, ops, target)
     splits = max(1, min(math.ceil(whole / SPLIT_SECONDS), n_pixels // (4 * step)))
     return WgradJob(Tile(bm, bn, step), splits)
+
+
+def _gathered_job(
+    rows: int, columns: int, n_pixels: int, ops: Operands, target: Target
+) -> WgradJob:
+    """The projection's: bound by the instructions of its gather, not by products or operands.
+
+    Its programs are split for that where else they are too few for all processors.
+    """
+    job = wgrad_job(rows, columns, n_pixels, ops, target, max_elements=64 * 128)
+    tile = job.tile
+    whole = tile.block_m * n_pixels * GATHER_SECONDS
+    tiles = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
+    splits = min(
+        math.ceil(whole / SPLIT_SECONDS),
+        math.ceil(target.processors / tiles),
+        n_pixels // (4 * tile.block_k),
+    )
+    return replace(job, splits=max(job.splits, splits))
 
 
 def finish_config() -> FinishConfig:
