@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import fused_inception as fi
+from fused_inception.tuning import dispatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -57,9 +58,11 @@ def test_kernels_run_on_the_device_of_their_tensors() -> None:
 
 
 @pytest.mark.usefixtures("no_synchronisation")
-def test_a_step_never_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("parts", [(), dispatch.PARTS], ids=["ours", "library"])
+def test_a_step_never_waits_for_the_gpu(parts: tuple[str, ...]) -> None:
     module, x = module_and_input()
-    step(module, x)
+    with dispatch.forced(parts):
+        step(module, x)
 
 
 def test_a_captured_graph_sees_new_parameters() -> None:

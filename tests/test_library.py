@@ -1,5 +1,7 @@
 """The library's convolutions behind our epilogues, in the place of our kernels, against fp64."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +66,16 @@ def test_convolution(name: str, dtype: torch.dtype, device: torch.device) -> Non
     for ours in got[:2]:
         _, c, h, w = ours.shape
         assert ours.stride() == (h * w * c, 1, w * c, c)
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+def test_convolution_of_a_channel_slice(device: torch.device) -> None:
+    (x, weight, bias), dy = convolutions.data("3x3", torch.float32, device)
+    wide = torch.full((x.shape[0], 40, *x.shape[2:]), math.nan, device=device)
+    inputs = [wide.contiguous(memory_format=torch.channels_last)[:, 8:24].copy_(x), weight, bias]
+    with dispatch.forced(CONV_PARTS), fi.backend("triton"):
+        got = convolutions.results(functional.conv2d_relu, inputs, dy, 1, 1)
+    convolutions.check(inputs, dy, got, 1, 1, yardstick=rounded_first)
 
 
 @pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
