@@ -1,6 +1,7 @@
 """The library's convolutions behind our epilogues, in the place of our kernels, against fp64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 import fused_inception as fi
 from fused_inception import functional
 from fused_inception.launches import record_launches
-from fused_inception.tuning import dispatch
+from fused_inception.tuning import chosen, dispatch
+from fused_inception.tuning.configs import BranchesConfig
 from fused_inception.tuning.dispatch import CONV_PARTS, MODULE_PARTS, PARTS
 from tests import test_batch_norm_kernels as norms
 from tests import test_batch_norm_ops, test_ops
@@ -47,6 +49,23 @@ def test_module_with_norms(case: InceptionCase, dtype: torch.dtype, device: torc
     p = norms.module(device, dtype, case)
     with dispatch.forced(MODULE_PARTS):
         norms.check(p, norms.run(p))
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+def test_moments_are_of_as_many_pixels_as_ours(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = chosen.branches_config
+
+    def low(*args: object, **options: object) -> BranchesConfig:
+        config = choose(*args, **options)
+        return replace(config, conv3=replace(config.conv3, block_m=16))
+
+    monkeypatch.setattr(chosen, "branches_config", low)
+    p = norms.module(device, torch.float32, INCEPTION_CASES[2])
+    for parts in ([], ["conv3.forward"], MODULE_PARTS):
+        with dispatch.forced(parts):
+            norms.check(p, norms.run(p))
 
 
 def rounded_first(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
