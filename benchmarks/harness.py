@@ -111,9 +111,10 @@ class Subject:
         if not self.provider.fused or self.x.device.type != "cuda":
             return
         try:
-            print(fi.precompile(self.in_mode("step").module, self.x), flush=True)
-            with torch.no_grad():
-                print(fi.precompile(self.in_mode("forward").module, self.x), flush=True)
+            with self.provider.in_force():
+                print(fi.precompile(self.in_mode("step").module, self.x), flush=True)
+                with torch.no_grad():
+                    print(fi.precompile(self.in_mode("forward").module, self.x), flush=True)
         except Exception as error:
             print(f"precompile failed, kernels are compiled one by one: {error}", flush=True)
 

@@ -4,6 +4,7 @@ python -m benchmarks.gpu.small_shapes kernels modules stem
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ import torch
 
 import fused_inception as fi
 from benchmarks.problems import CASES, Case, tensors
+from fused_inception.tuning import dispatch
 
 HEIGHT, WIDTH = 9, 7
 IMAGE_SIDE = 35
@@ -26,7 +28,14 @@ def cases(group: str) -> dict[str, Case]:
 
 
 def exercise(case: Case, dtype: torch.dtype, device: torch.device) -> None:
-    """Training forward and backward, the gradient of an image too; then inference."""
+    """Training forward and backward, the gradient of an image too; then inference. As it is, and
+    with the library's convolutions wherever there is a choice."""
+    for choice in (contextlib.nullcontext(), dispatch.forced(dispatch.PARTS)):
+        with choice:
+            _pass(case, dtype, device)
+
+
+def _pass(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(0)
     module = case.make(fi).to(device, dtype)
     with torch.no_grad():
