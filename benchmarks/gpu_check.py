@@ -76,7 +76,8 @@ def run(
     """One part until `end`, a `time.time()`; OUT/PART.json. `device` and the `command` of the
     worker are others in tests."""
     try:
-        record = Record.begin(out / f"{part.name}.json", part.name, options, dict(session))
+        path = out.resolve() / f"{part.name}.json"
+        record = Record.begin(path, part.name, options, dict(session))
     except MismatchError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return CANNOT

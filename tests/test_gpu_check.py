@@ -42,6 +42,7 @@ from benchmarks.gpu.parts import Item, Part
 
 def run(name, turn):
     if name == "wrong":
+        turn.keep({"rows": [1, 2]})
         raise ValueError("it is wrong")
     if name == "dies":
         os._exit(7)
@@ -86,6 +87,7 @@ def test_failures_and_deaths_leave_the_others_alone(tmp_path: Path) -> None:
     assert status == gpu_check.FAILED
     assert states(content) == {"wrong": "failed", "dies": "died", "good": "passed"}
     assert content["items"]["wrong"]["failures"] == ["ValueError: it is wrong"]
+    assert content["items"]["wrong"]["rows"] == [1, 2]
     assert content["items"]["dies"]["failures"] == ["ended it: 7"]
     assert (content["complete"], content["at"]) == (True, None)
     assert content["sessions"] == [SESSION | {"seconds": content["sessions"][0]["seconds"]}]
@@ -108,6 +110,7 @@ def test_the_time_ends_a_part_and_the_next_run_goes_on(
     status, content = check(tmp_path, "good", "hangs", "other", seconds=14.0)
     assert status == gpu_check.CUT
     assert states(content) == {"good": "passed", "hangs": "cut"}
+    assert content["items"]["hangs"]["spent"] > 1
     assert not content["complete"]
     status, content = check(tmp_path, "good", "hangs", "other", item_seconds=1.0)
     assert states(content) == {"good": "passed", "hangs": "hung", "other": "passed"}

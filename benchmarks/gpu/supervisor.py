@@ -29,9 +29,9 @@ def supervise(
 ) -> Record:
     """Run the part of `record` until `end`, a `time.time()`.
 
-    An item that kills its process, or takes longer than `item_seconds`, is marked, and a new
-    process goes on behind it. What a kernel that hangs holds can only be had back by ending its
-    process.
+    An item that kills its process, or takes longer than `item_seconds` in all its runs, is marked,
+    and a new process goes on behind it. What a kernel that hangs holds can only be had back by
+    ending its process.
     """
     while time.time() < end - GRACE_SECONDS:
         arguments = [
@@ -41,7 +41,7 @@ def supervise(
             f"--device={device}",
         ]
         process = subprocess.Popen([*command, *arguments], cwd=ROOT, start_new_session=True)
-        verdict = _wait(process, record.path, end, item_seconds)
+        verdict, spent = _wait(process, record.path, end, item_seconds)
         record = Record.read(record.path)
         if verdict is None and process.returncode in (COMPLETE, TIME_SPENT):
             break
@@ -56,6 +56,7 @@ def supervise(
             break
         facts = {k: v for k, v in record.items.get(at, {}).items() if k != "status"}
         status = verdict or DIED
+        facts["spent"] = round(facts.get("spent", 0.0) + spent, 1)
         if status != CUT:
             word = "took too long" if status == HUNG else f"ended it: {process.returncode}"
             facts["failures"] = [*facts.get("failures", []), word]
@@ -69,20 +70,22 @@ def supervise(
 
 def _wait(
     process: subprocess.Popen[bytes], path: Path, end: float, item_seconds: float
-) -> str | None:
-    """Wait for the process; what it was ended for, if it was."""
-    at, since = None, time.time()
+) -> tuple[str | None, float]:
+    """Wait for the process; what it was ended for, if it was, and how long its last item ran."""
+    at, since, before = None, time.time(), 0.0
     try:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
+            record = Record.read(path)
+            if record.at != at:
+                at, since = record.at, time.time()
+                before = record.items.get(at or "", {}).get("spent", 0.0)
+            spent = time.time() - since
+            if at is not None and before + spent > item_seconds:
+                return HUNG, spent
             if time.time() > end:
-                return CUT
-            now_at = Record.read(path).at
-            if now_at != at:
-                at, since = now_at, time.time()
-            if at is not None and time.time() - since > item_seconds:
-                return HUNG
-        return None
+                return CUT, spent
+        return None, time.time() - since
     finally:
         _end(process)
 

@@ -46,12 +46,15 @@ def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
         previous = record.items.get(item.key, {})
 
         def keep(facts: dict[str, Any], key: str = item.key) -> None:
-            record.put(key, CUT, **facts)
+            spent = record.items.get(key, {}).get("spent", 0.0)
+            record.put(key, CUT, **facts, spent=spent)
 
         try:
             facts = item.run(Turn(options.end, keep, previous))
         except Exception as error:
-            facts = {"failures": [brief(error)]}
+            # what it had found until then stands
+            facts = {k: v for k, v in record.items.get(item.key, {}).items() if k != "status"}
+            facts["failures"] = [*facts.get("failures", []), brief(error)]
         longest = max(longest, time.time() - start)
         facts["seconds"] = round(time.time() - start + previous.get("seconds", 0.0), 1)
         state = FAILED if facts.get("failures") else PASSED
