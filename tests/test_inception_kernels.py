@@ -159,6 +159,18 @@ def test_launches_of_a_module(training: bool, device: torch.device) -> None:
         assert saved == []
 
 
+def test_inference_makes_nothing_for_a_backward(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither indices, a byte a pooled element, nor bits of the output."""
+    made = []
+    monkeypatch.setattr(inception_triton, "saved_like", lambda *args: made.append(args))
+    p = problem(device)
+    y, saved = inception_triton.forward(p.x, p.filters, p.biases, False)
+    assert saved == made == []
+    assert_within("y", y, plain(p.to(torch.float64))[0], plain(p)[0])
+
+
 @pytest.mark.usefixtures("nan_filled_empty")
 def test_slices_end_where_they_should(device: torch.device) -> None:
     """Each launch fills its slices of the concatenation and of the mask, and nothing beside

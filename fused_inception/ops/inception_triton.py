@@ -42,9 +42,11 @@ def forward(
         filters, biases, x.dtype, lambda: launch_pack(dims, filters, biases, x.dtype), save=save
     )
     y = empty_channels_last(n, dims.out_channels, height, width, dtype=x.dtype, device=x.device)
-    r, index, mask = saved_like(x, dims)
-    if not save:
-        index, mask = index.new_empty(0), mask.new_empty(0)
+    if save:
+        r, index, mask = saved_like(x, dims)
+    else:
+        r, index = _reduced_like(x, dims), x.new_empty(0, dtype=torch.uint8)
+        mask = index
     launch_pointwise(
         dims, for_kernels(x), w, b, y, r, index, mask,
         chosen.pointwise_config(dims, pixels, ops, target, save),
@@ -61,12 +63,17 @@ def forward(
 def saved_like(x: torch.Tensor, dims: InceptionDims) -> list[torch.Tensor]:
     """Empty tensors of the shapes and strides that `forward` saves."""
     n, c_in, height, width = x.shape
-    r = empty_channels_last(n, dims.reduced_channels, height, width, dtype=x.dtype, device=x.device)
     index = empty_channels_last(
         n, align_up(c_in), height, width, dtype=torch.uint8, device=x.device
     )
     mask = x.new_empty((n * height * width, dims.slot_channels // 8), dtype=torch.uint8)
-    return [r, index, mask]
+    return [_reduced_like(x, dims), index, mask]
+
+
+def _reduced_like(x: torch.Tensor, dims: InceptionDims) -> torch.Tensor:
+    n, _, height, width = x.shape
+    channels = dims.reduced_channels
+    return empty_channels_last(n, channels, height, width, dtype=x.dtype, device=x.device)
 
 
 def backward(
