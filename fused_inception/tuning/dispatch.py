@@ -123,7 +123,9 @@ def module_plan(
     dims: InceptionDims, n_pixels: int, ops: Operands, target: Target, *, norm: bool = False
 ) -> Plan:
     """The choices for the 3x3 and the 5x5 branch of a module."""
-    return _plan(MODULE_PARTS, module_key(dims, n_pixels, ops, norm=norm), target)
+    if _forced is not None:
+        return _forced_plan(MODULE_PARTS, _forced)
+    return _module_plan(dims, n_pixels, ops, target, norm)
 
 
 def conv_plan(
@@ -138,8 +140,9 @@ def conv_plan(
     norm: bool = False,
 ) -> Plan:
     """The choices for one convolution."""
-    key = conv_key(c_in, c_out, kernel, stride, n_pixels, ops, norm=norm)
-    return _plan(CONV_PARTS, key, target)
+    if _forced is not None:
+        return _forced_plan(CONV_PARTS, _forced)
+    return _conv_plan((c_in, c_out, kernel, stride, n_pixels), ops, target, norm)
 
 
 def _operands(ops: Operands) -> str:
@@ -147,13 +150,25 @@ def _operands(ops: Operands) -> str:
     return "16-bit" if ops.itemsize == 2 else ops.precision
 
 
-def _plan(parts: tuple[str, ...], key: table.Key, target: Target) -> Plan:
-    if _forced is not None:
-        return Plan({part: Choice(part in _forced, "forced") for part in parts})
-    return _measured_plan(parts, key, target)
+def _forced_plan(parts: tuple[str, ...], taken: frozenset[str]) -> Plan:
+    return Plan({part: Choice(part in taken, "forced") for part in parts})
+
+
+# a step asks once a problem and direction: the key is built once
+@table.cached
+def _module_plan(
+    dims: InceptionDims, n_pixels: int, ops: Operands, target: Target, norm: bool
+) -> Plan:
+    return _measured_plan(MODULE_PARTS, module_key(dims, n_pixels, ops, norm=norm), target)
 
 
 @table.cached
+def _conv_plan(
+    shape: tuple[int, int, int, int, int], ops: Operands, target: Target, norm: bool
+) -> Plan:
+    return _measured_plan(CONV_PARTS, conv_key(*shape, ops, norm=norm), target)
+
+
 def _measured_plan(parts: tuple[str, ...], key: table.Key, target: Target) -> Plan:
     """What the table says: the fields of an entry are part -> time of ours / time of the library's
     way, for the parts that were measured."""
