@@ -1,5 +1,4 @@
-"""The commands: `python -m fused_inception train`, `predict`, `verify`, `explain`, `bench`,
-`info`."""
+"""The commands: `python -m fused_inception` with one of COMMANDS."""
 
 import argparse
 import sys
@@ -9,7 +8,7 @@ from typing import NoReturn
 import torch
 
 from fused_inception.backend import BackendError
-from fused_inception.tools import bench, explain, info, predict, train, verify
+from fused_inception.tools import bench, explain, info, predict, train, tune, verify
 from fused_inception.tools.errors import UserError
 
 COMMANDS = {
@@ -18,6 +17,7 @@ COMMANDS = {
     "verify": (verify, "compare a fused model with plain PyTorch and float64, block by block"),
     "explain": (explain, "how a fused model runs, block by block, and why"),
     "bench": (bench, "time a fused model beside plain PyTorch and torch.compile"),
+    "tune": (tune, "measure the launches of a model on this GPU, and keep the winners"),
     "info": (info, "versions, devices, and what runs fused on them"),
 }
 INTERRUPTED = 130

@@ -16,6 +16,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 NAMES = ("auto", "triton", "torch")
+_ASSUMED = "triton, assumed"
 ENVIRONMENT_VARIABLE = "FUSED_INCEPTION_BACKEND"
 
 # looked for, not imported: the package must import without it
@@ -71,6 +72,15 @@ class backend:  # noqa: N801, used as a function
         _context.name = self._outer.pop()
 
 
+class assume_triton(backend):  # noqa: N801, used as a function
+    """Inside the block, the choices of a machine with a GPU, for tensors without data wherever they
+    are: nothing could run."""
+
+    def __init__(self) -> None:
+        super().__init__("triton")
+        self.name = _ASSUMED
+
+
 def selected() -> str:
     """The name in force in this thread: the innermost block's, the environment's or "auto"."""
     if _context.name is not None:
@@ -98,6 +108,8 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> Implementation:
     """The rules behind `resolve`."""
     if name == "torch":
         return "torch"
+    if name == _ASSUMED and dtype != torch.float64:
+        return "triton"
     if name == "auto":
         if device_type != "cuda" or dtype == torch.float64:
             return "torch"

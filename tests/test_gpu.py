@@ -1,13 +1,22 @@
 """What only a GPU can show: streams, devices, graphs, hidden synchronisation."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import fused_inception as fi
+from fused_inception.ops.ahead import calls_with_tensors
+from fused_inception.tools.launch_bench import LaunchBench, graph_seconds
+from fused_inception.tools.tune import problems_of
 from fused_inception.tuning import dispatch
+from fused_inception.tuning.search import candidates
+from fused_inception.tuning.targets import target_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -106,3 +115,51 @@ def test_a_captured_graph_drops_anew_in_every_replay() -> None:
     assert not torch.equal(*drawn)
     for features in drawn:
         assert 0.5 < (features != 0).float().mean() < 0.7
+
+
+def test_step_after_precompile_compiles_nothing(tmp_path: Path) -> None:
+    """In a process of its own, with a cache of its own."""
+    code = """
+import torch
+from triton import knobs
+import fused_inception as fi
+
+model = fi.Inception(24, 8, 8, 16, 8, 16, 8).cuda()
+x = torch.randn(2, 24, 9, 9, device="cuda").to(memory_format=torch.channels_last)
+state = torch.cuda.get_rng_state()
+report = fi.precompile(model, x)
+assert report.compiled == report.kernels > 5, str(report)
+assert not report.errors, str(report)
+assert torch.equal(state, torch.cuda.get_rng_state())
+hits = []
+knobs.compilation.listener = lambda **facts: hits.append(facts["cache_hit"])
+model(x).square().mean().backward()
+torch.cuda.synchronize()
+assert hits and all(hits), hits
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_tune_measures_one_family() -> None:
+    """Candidates of one launch, compiled, checked and timed in graphs."""
+    from fused_inception.ops.ahead_triton import lookups_of
+
+    module, x = module_and_input()
+    calls = calls_with_tensors(module, x, training=True)
+    target = target_of(x.device)
+    lookups = lookups_of(calls, target)
+    (problem,) = (p for p in problems_of(lookups) if p.family == "branches")
+    pairs = [(call, calls[call]) for call in lookups["branches", problem.key]]
+    bench = LaunchBench(problem, pairs, graph_seconds, 4)
+    start, *others = candidates(problem)
+    assert 0 < bench.seconds(start) < 0.1
+    usable = bench.usable(others[:6])
+    assert usable
+    assert all(0 < bench.seconds(config) < 0.1 for config in usable)

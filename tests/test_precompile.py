@@ -102,13 +102,13 @@ def test_on_a_cpu_nothing_is_compiled_and_the_report_says_so() -> None:
 PROBE = """
 import json
 import sys
-from unittest import mock
 
 import torch
 from triton import knobs
 from triton.runtime import driver
 
 import fused_inception as fi
+from fused_inception.backend import assume_triton
 from fused_inception.ops import ahead
 from fused_inception.ops.ahead_triton import compile_kernels, kernels_of
 from fused_inception.tuning.targets import TARGETS
@@ -118,10 +118,8 @@ driver.set_active(_StubDriver("sm_90"))
 
 
 def calls_of(model, x, training=False):
-    # nothing runs, so that no interpreter is needed for CPU tensors
-    with mock.patch("fused_inception.backend._interpreter_is_on", return_value=True):
-        with fi.backend("triton"):
-            return ahead.calls_of(model.train(training), x, training=training)
+    with assume_triton():
+        return ahead.calls_of(model.train(training), x, training=training)
 
 
 sm_90 = TARGETS["sm_90"]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triton import knobs
+from triton import TritonError, knobs
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, get_cache_key, make_backend
@@ -53,6 +53,16 @@ class Specialisation:
     def compile(self) -> Any:
         """Compile it, or load it from the cache on disk."""
         return compile(self.source(), target=GPUTarget(*self.target), options=dict(self.options))
+
+    def fits(self) -> bool:
+        """Whether the GPU that it is for, the current one, has registers and shared memory for it:
+        it runs and does not spill."""
+        kernel = self.compile()
+        try:
+            kernel._init_handles()
+        except TritonError:
+            return False
+        return kernel.n_spills == 0
 
     def on_disk(self) -> bool:
         """Whether Triton's cache has it, so that a launch takes milliseconds."""

@@ -1,6 +1,9 @@
 """One door through which every kernel is launched: device guard, current stream, the record of
 launches."""
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +14,20 @@ from fused_inception import launches
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own makes and unpacks constants of its language at each call."""
     return -(-a // b)
+
+
+_only_described = ContextVar("_only_described", default=False)
+
+
+@contextlib.contextmanager
+def only_described() -> Iterator[None]:
+    """Inside the block, launches on tensors without data are recorded and nothing is compiled; no
+    GPU is needed."""
+    token = _only_described.set(True)
+    try:
+        yield
+    finally:
+        _only_described.reset(token)
 
 
 def run(
@@ -35,6 +52,8 @@ def run(
         launches.record(name, grid, {**constants, "num_warps": num_warps})
     device = args[0].device
     if device.type == "meta":
+        if _only_described.get():
+            return
         kernel.warmup(*args, grid=grid, **constants, num_warps=num_warps)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

@@ -41,6 +41,19 @@ class Call:
         with _Implementing():
             self.op(*(_thawed(arg) for arg in self.args))
 
+    def results(self, args: tuple[Any, ...]) -> list[Tensor]:
+        """Run the implementation on the tensors `args`; the output, or all gradients."""
+        with torch.no_grad():
+            results = IMPLEMENTATIONS[self.op](*args)
+        if not self.backward and isinstance(results, tuple):
+            results = results[:1]  # the others are what is saved
+        return [y for y in _tensors(results) if y.is_floating_point()]
+
+    @property
+    def backward(self) -> bool:
+        """Whether it computes gradients."""
+        return self.op._schema.name.endswith("_backward")
+
     @property
     def launches(self) -> bool:
         """Whether that is a script of launches."""
@@ -75,22 +88,37 @@ def calls_of(model: nn.Module, x: Tensor, *, training: bool) -> list[Call]:
         warnings.filterwarnings("ignore", "Accessing the data pointer", UserWarning)
         try:
             with torch.set_grad_enabled(training), fakes, listening:
-                outputs = fake_model(fake_x)
-                roots = [y for y in _tensors(outputs) if y.requires_grad] if training else []
-                if roots:
-                    torch.autograd.backward(roots, [torch.ones_like(y) for y in roots])
+                _pass(fake_model, fake_x, training)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             what = type(model).__name__
             raise RuntimeError(f"{what} does not run without data: {error}") from error
     return list(listening.calls)
 
 
+def calls_with_tensors(
+    model: nn.Module, x: Tensor, *, training: bool
+) -> dict[Call, tuple[Any, ...]]:
+    """The same of a pass that really runs, and the arguments of each call as they were. Gradients
+    go to the parameters of `model`, which is as a training step leaves it."""
+    listening = _Listening()
+    with torch.set_grad_enabled(training), listening:
+        _pass(model, x, training)
+    return listening.calls
+
+
+def _pass(model: nn.Module, x: Tensor, training: bool) -> None:
+    outputs = model(x)
+    roots = [y for y in _tensors(outputs) if y.requires_grad] if training else []
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(y) for y in roots])
+
+
 class _Listening(TorchDispatchMode):
-    """Keeps the calls of our operators."""
+    """Keeps the calls of our operators, and their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[Call, None] = {}
+        self.calls: dict[Call, tuple[Any, ...]] = {}
 
     def __torch_dispatch__(
         self,
@@ -100,7 +128,7 @@ class _Listening(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in IMPLEMENTATIONS:
-            self.calls[Call(func, tuple(_frozen(arg) for arg in args))] = None
+            self.calls.setdefault(Call(func, tuple(_frozen(arg) for arg in args)), args)
         return func(*args, **(kwargs or {}))
 
 

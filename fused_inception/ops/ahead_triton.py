@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from fused_inception.kernels.ahead import Specialisation, compile_all, recorded
+from fused_inception.kernels.launch import only_described
 from fused_inception.ops.ahead import Call
+from fused_inception.tuning import table
 from fused_inception.tuning.targets import Target, standing_for
 
 
@@ -15,6 +17,19 @@ def kernels_of(calls: Iterable[Call], target: Target) -> list[Specialisation]:
             if call.launches:
                 call.run()
     return list(found)
+
+
+def lookups_of(calls: Iterable[Call], target: Target) -> dict[tuple[str, table.Key], list[Call]]:
+    """What these calls would look up in the tables of `target`: (family, key) -> the calls that
+    do. No GPU is needed."""
+    found: dict[tuple[str, table.Key], list[Call]] = {}
+    for call in calls:
+        if call.launches:
+            with standing_for(target), only_described(), table.asked() as asked:
+                call.run()
+            for lookup in dict.fromkeys(asked):
+                found.setdefault(lookup, []).append(call)
+    return found
 
 
 def compile_kernels(

@@ -1,4 +1,5 @@
-"""A model and a batch for it, by flags: what `verify`, `explain` and `bench` look at."""
+"""A model and a batch for it, by flags: what `verify`, `explain`, `bench` and
+`tune` look at."""
 
 import argparse
 import importlib
@@ -20,26 +21,38 @@ TORCHVISION = "torchvision"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a model and one batch."""
-    add_model_arguments(parser)
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    model: str | None = None,
+    batch_size: int = 2,
+    dtype: str = "float32",
+) -> None:
+    """The flags of a model and one batch, with these defaults; `--model` must be given where it has
+    none."""
+    add_model_arguments(parser, model=model, dtype=dtype)
     add = parser.add_argument
-    add("--batch-size", type=positive, default=2, help="images, random (default: 2)")
+    images = f"images, random (default: {batch_size})"
+    add("--batch-size", type=positive, default=batch_size, help=images)
     add("--eval", action="store_true", help="in eval mode (default: training)")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, model: str | None = None, dtype: str = "float32"
+) -> None:
     """The flags of a model, in any mode, for batches of any size."""
     add = parser.add_argument
     add(
         "--model",
-        required=True,
+        required=model is None,
+        default=model,
         metavar="MODEL",
         help=f"torchvision:googlenet, one of ours ({', '.join(VARIANTS)}), or MODULE:CALLABLE, "
-        "called without arguments, for a model of your own",
+        "called without arguments, for a model of your own"
+        + (f" (default: {model})" if model else ""),
     )
     add("--image-size", type=positive, default=224, help="side in pixels (default: 224)")
-    add("--dtype", choices=DTYPES, default="float32", help="of model and images")
+    add("--dtype", choices=DTYPES, default=dtype, help=f"of model and images (default: {dtype})")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast (default: off)")
     add("--device", default="auto", help="cpu, cuda ... (default: cuda, else cpu)")
     add("--backend", default=None, choices=NAMES, help="default: auto")

@@ -102,6 +102,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
+# all that were asked in this process, by what a table knows of them
+problems: dict[tuple[str, table.Key], Problem] = {}
 
 
 def _family(kind: type, by_heuristic: Callable[_P, _C]) -> Callable[_P, _C]:
@@ -113,6 +115,7 @@ def _family(kind: type, by_heuristic: Callable[_P, _C]) -> Callable[_P, _C]:
     @functools.wraps(by_heuristic)
     def config(*args: Any, **named: Any) -> Any:
         problem = family.problem(*args, **named)
+        problems[name, problem.key] = problem
         measured = family.measured(problem)
         return family.by_heuristic(problem) if measured is None else measured
 

@@ -35,6 +35,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _lock = threading.RLock()
 _loaded: dict[str, dict[tuple[str, Key], "Entry"]] = {}
 _warned: set[Path] = set()
+_asked: list[tuple[str, Key]] | None = None
 _cached: list[Any] = []
 
 
@@ -73,6 +74,8 @@ def lookup(family: str, key: Key, target: Target) -> Mapping[str, Any] | None:
     The fields are as they stand in the file: who asks checks them, and calls `reject` if they are
     of no use.
     """
+    if _asked is not None:
+        _asked.append((family, key))
     entry = _entries(target.name).get((family, key))
     return None if entry is None else entry.fields
 
@@ -98,8 +101,19 @@ def forget() -> None:
     with _lock:
         _loaded.clear()
         _warned.clear()
-        for function in _cached:
-            function.cache_clear()
+        _forget_choices()
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[list[tuple[str, Key]]]:
+    """Inside the block, which (family, key) is looked up, by all threads; once or more."""
+    global _asked
+    _forget_choices()
+    _asked = []
+    try:
+        yield _asked
+    finally:
+        _asked = None
 
 
 @contextlib.contextmanager
@@ -114,14 +128,18 @@ def trying(family: str, key: Key, target: Target, fields: Mapping[str, Any]) -> 
                 entries.pop((family, key), None)
             else:
                 entries[family, key] = entry
-            for function in _cached:
-                function.cache_clear()
+            _forget_choices()
 
     put(Entry(family, key, fields))
     try:
         yield
     finally:
         put(before)
+
+
+def _forget_choices() -> None:
+    for function in _cached:
+        function.cache_clear()
 
 
 def read(path: Path, target: str) -> list[Entry]:

@@ -1,0 +1,271 @@
+"""`tune`: measure the launches of a model on this GPU, and write the winners to a table."""
+
+import argparse
+import copy
+import datetime
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_inception.adapters.fuse import fuse_
+from fused_inception.backend import assume_triton
+from fused_inception.ops import ahead
+from fused_inception.ops.ahead import Call
+from fused_inception.tools import sample
+from fused_inception.tools.errors import UserError, require
+from fused_inception.tools.launch_bench import (
+    Arguments,
+    LaunchBench,
+    Timer,
+    graph_seconds,
+    library_speed_ups,
+)
+from fused_inception.tools.options import pick_device, positive
+from fused_inception.tools.precompile import processors
+from fused_inception.tools.text import aligned
+from fused_inception.tuning import chosen, dispatch, table
+from fused_inception.tuning.search import Winner, candidates, search
+from fused_inception.tuning.targets import Target, target_of
+
+# of the budget, for the choice between our kernels and the library's convolutions
+DISPATCH_SHARE = 0.2
+
+Lookups = Mapping[tuple[str, table.Key], Sequence[Call]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the model and its batch, and of the search."""
+    sample.add_arguments(parser, model="paper", batch_size=32, dtype="bfloat16")
+    add = parser.add_argument
+    add("--out", type=Path, metavar="FILE", help="table to add to (default: the user's own)")
+    add("--budget-s", type=positive, default=540, help="seconds for all (default: 540)")
+    add("--again", action="store_true", help="measure too what the table has already")
+    add("--list", action="store_true", help="say what would be searched; needs no GPU")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search, or list; the exit status is 0, also where the time was not enough for all.
+
+    Raises:
+        UserError: there is no CUDA device, or flags that do not fit the model.
+    """
+    require("triton", "tqdm")
+    if not arguments.list and pick_device(arguments.device).type != "cuda":
+        raise UserError(
+            "tune measures launches on a CUDA device, and there is none here: --list shows what "
+            "it would search"
+        )
+    end = time.monotonic() + arguments.budget_s
+    with sample.prepared(arguments) as (model, x):
+        fuse_(model)
+        training = model.training
+        if arguments.list:
+            target = target_of(x.device)
+            with assume_triton():
+                calls = ahead.calls_of(model, x, training=training)
+            print(listing(_lookups(calls, target), target))
+            return 0
+        target = target_of(x.device)
+        path = arguments.out or table.user_path(target.name)
+        with torch.cuda.device(x.device):
+            tuning = Tuning(target, path, provenance(x.device), graph_seconds, processors())
+            tuning.go(model, x, end, again=arguments.again)
+    print(tuning)
+    return 0
+
+
+def listing(lookups: Lookups, target: Target) -> str:
+    """What a search for them measures first, by family."""
+    problems = problems_of(lookups)
+    rows = [["family", "problems", "candidates"]]
+    for family in chosen.FAMILIES:
+        found = [candidates(problem) for problem in problems if problem.family == family]
+        if found:
+            rows.append([family, str(len(found)), str(sum(map(len, found)))])
+    keys = [key for family, key in lookups if family == dispatch.FAMILY]
+    lines = [f"tune: for {target.name}, around the heuristic's choices", *aligned(rows)]
+    lines.append(
+        f"and library convolutions in the place of ours for {len(keys)} problems; "
+        "what compiles with spills is left out when there is a GPU"
+    )
+    return "\n".join(lines)
+
+
+def problems_of(lookups: Iterable[tuple[str, table.Key]]) -> list[chosen.Problem]:
+    """Those with a configuration, family by family."""
+    order = list(chosen.FAMILIES)
+    found = [chosen.problems[lookup] for lookup in lookups if lookup[0] in chosen.FAMILIES]
+    return sorted(found, key=lambda problem: order.index(problem.family))
+
+
+def _lookups(calls: Iterable[Call], target: Target) -> Lookups:
+    # here, as it loads Triton
+    from fused_inception.ops.ahead_triton import lookups_of
+
+    return lookups_of(calls, target)
+
+
+class Tuning:
+    """One search: what it found, and the table that it adds to as it goes.
+
+    Args:
+        timer: seconds of some work.
+        workers: processes that compile.
+    """
+
+    def __init__(
+        self, target: Target, path: Path, origin: dict[str, Any], timer: Timer, workers: int
+    ) -> None:
+        self.target = target
+        self.path = path
+        self.origin = origin
+        self.timer = timer
+        self.workers = workers
+        self.winners: list[Winner] = []
+        self.plans: dict[table.Key, dict[str, float]] = {}
+        self.left = 0
+
+    def go(self, model: nn.Module, x: torch.Tensor, end: float, *, again: bool) -> None:
+        """Measure what a step of a copy of `model` over `x` launches, until `end` on the monotonic
+        clock."""
+        from tqdm import tqdm
+
+        calls = ahead.calls_with_tensors(copy.deepcopy(model), x, training=model.training)
+        lookups = _lookups(calls, self.target)
+        done = set() if again else self._written()
+        todo = [p for p in problems_of(lookups) if (p.family, p.key) not in done]
+        keys = [lookup for lookup in lookups if lookup[0] == dispatch.FAMILY and lookup not in done]
+        first_end = end - DISPATCH_SHARE * (end - time.monotonic()) if keys else end
+        with tqdm(total=len(todo) + len(keys), desc="tune", unit="problem") as bar:
+            for problem in todo:
+                bar.set_postfix_str(problem.family)
+                pairs = [(call, calls[call]) for call in lookups[problem.family, problem.key]]
+                self._search(problem, pairs, _before(first_end))
+                bar.update()
+            for _, key in keys:
+                bar.set_postfix_str(dispatch.FAMILY)
+                pairs = [(call, calls[call]) for call in lookups[dispatch.FAMILY, key]]
+                self._compare(key, pairs, _before(end))
+                bar.update()
+        table.forget()
+
+    def __str__(self) -> str:
+        rows = [["family", "problems", "other than the heuristic's", "median gain"]]
+        for family in chosen.FAMILIES:
+            found = [w for w in self.winners if w.problem.family == family]
+            if found:
+                gains = [w.heuristic_seconds / w.seconds for w in found]
+                better = sum(gain > 1 for gain in gains)
+                median = f"{statistics.median(gains):.3f}x"
+                rows.append([family, str(len(found)), str(better), median])
+        tried = sum(w.tried for w in self.winners)
+        ratios = [x for plan in self.plans.values() for x in plan.values()]
+        lines = [f"tune: {tried} configurations measured for {self.target.name}", *aligned(rows)]
+        lines.append(
+            f"library convolutions are faster in {sum(x > 1 for x in ratios)} of {len(ratios)} "
+            "places"
+        )
+        if self.left:
+            lines.append(f"the time was not enough for {self.left} problems: run it again to go on")
+        if self.winners or self.plans:
+            lines.append(f"wrote {self.path}")
+        return "\n".join(lines)
+
+    def _search(
+        self,
+        problem: chosen.Problem,
+        pairs: Sequence[tuple[Call, Arguments]],
+        in_time: Callable[[], bool],
+    ) -> None:
+        bench = LaunchBench(problem, pairs, self.timer, self.workers)
+        winner = search(problem, bench, in_time)
+        if winner is None or not winner.complete:
+            # what was begun is begun anew
+            self.left += 1
+            return
+        self.winners.append(winner)
+        facts = {
+            "seconds": winner.seconds,
+            "heuristic_seconds": winner.heuristic_seconds,
+            "tried": winner.tried,
+        }
+        self._write(problem.family, problem.key, asdict(winner.config), facts)
+
+    def _compare(
+        self,
+        key: table.Key,
+        pairs: Sequence[tuple[Call, Arguments]],
+        in_time: Callable[[], bool],
+    ) -> None:
+        if not in_time():
+            self.left += 1
+            return
+        self.plans[key] = library_speed_ups(key, self.target, pairs, self.timer)
+        self._write(dispatch.FAMILY, key, self.plans[key], {})
+
+    def _write(
+        self, family: str, key: table.Key, fields: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
+        entry = table.Entry(family, key, fields, self.origin, facts)
+        table.write(self.path, self.target.name, [entry])
+
+    def _written(self) -> set[tuple[str, table.Key]]:
+        """What the table has from the same GPU and versions."""
+        names = ("gpu", "torch", "triton", "version")
+        try:
+            entries = table.read(self.path, self.target.name) if self.path.exists() else []
+        except (ValueError, OSError):
+            return set()  # `table.write` warns, and replaces it
+        return {
+            (entry.family, entry.key)
+            for entry in entries
+            if all(entry.run.get(name) == self.origin.get(name) for name in names)
+        }
+
+
+def _before(end: float) -> Callable[[], bool]:
+    return lambda: time.monotonic() < end
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where and by what a table is measured."""
+    arguments = shlex.join(["python", "-m", "fused_inception", *sys.argv[1:]])
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "version": _version("fused-inception"),
+        "commit": _ask("git", "rev-parse", "HEAD"),
+        "command": arguments,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _ask(*command: str) -> str | None:
+    """The first line that a program prints; None where there is none, or it fails."""
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)

@@ -1,0 +1,262 @@
+"""The search for launches: candidates, pruning, measurement by a timer that a test brings."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_inception as fi
+from fused_inception.__main__ import main
+from fused_inception.geometry import InceptionDims
+from fused_inception.tools.launch_bench import LaunchBench, library_speed_ups
+from fused_inception.tools.tune import Tuning
+from fused_inception.tuning import chosen, dispatch, search, table
+from fused_inception.tuning.chosen import Problem
+from fused_inception.tuning.configs import BranchesConfig, Tile
+from fused_inception.tuning.heuristic import Operands
+from fused_inception.tuning.limits import shared_bytes, why_not
+from fused_inception.tuning.targets import TARGETS, target_of
+from tests.conftest import HAS_TRITON
+from tests.tables import SM_90
+from tests.test_chosen import ARGUMENTS, problem_of
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+BRANCHES = problem_of("branches", SM_90)
+
+
+@pytest.mark.parametrize("family", ARGUMENTS)
+def test_candidates_can_be_launched_and_are_others(family: str) -> None:
+    for target in TARGETS.values():
+        problem = problem_of(family, target)
+        start, *others = search.candidates(problem)
+        assert start == chosen.FAMILIES[family].by_heuristic(problem)
+        assert start not in others
+        assert len(set(others)) == len(others) > 0
+        assert all(why_not(other, problem.itemsize, target) is None for other in others)
+
+
+def test_a_part_is_varied_alone() -> None:
+    start = chosen.FAMILIES["branches"].by_heuristic(BRANCHES)
+    assert search.parts(start) == ["conv3", "conv5", "launch"]
+    for config in search.variants(BRANCHES, start, "conv3"):
+        assert config.conv3 != start.conv3
+        assert asdict(config) | {"conv3": None} == asdict(start) | {"conv3": None}
+    launches = {(c.num_warps, c.num_stages) for c in search.variants(BRANCHES, start, "launch")}
+    assert launches <= {
+        (warps, start.num_stages + more)
+        for warps in (start.num_warps // 2, start.num_warps, start.num_warps * 2)
+        for more in (-1, 0, 1)
+    }
+    assert len(launches) > 1
+
+
+def test_shared_memory_bounds_the_candidates() -> None:
+    """sm_89 has less than half of sm_90's."""
+    start = BranchesConfig(Tile(256, 128, 32), Tile(128, 32, 16), 8, 4)
+    deep = {c.num_stages for c in search.variants(BRANCHES, start, "launch")}
+    small = Problem("branches", BRANCHES.arguments, TARGETS["sm_89"])
+    shallow = {c.num_stages for c in search.variants(small, start, "launch")}
+    assert deep == {3, 4, 5}
+    assert shallow == {3, 4}
+    assert shared_bytes(start, 2) == 4 * (256 + 128) * 32 * 2
+
+
+def test_padding_bounds_the_candidates() -> None:
+    """32 filters of a 5x5: columns of 64 would compute as much again for nothing."""
+    start = chosen.FAMILIES["branches"].by_heuristic(BRANCHES)
+    assert start.conv5.block_n == 32
+    widths = {c.conv5.block_n for c in search.variants(BRANCHES, start, "conv5")}
+    assert widths == {16, 32}
+
+
+def test_sums_of_a_thread_bound_the_candidates() -> None:
+    start = BranchesConfig(Tile(256, 128, 32), Tile(128, 32, 16), 8, 3)
+    warps = {c.num_warps for c in search.variants(BRANCHES, start, "launch")}
+    assert warps == {8, 16}
+
+
+class FakeBench:
+    """`seconds` of a configuration as a function says; 4 warps do not compile."""
+
+    def __init__(self, cost: Any) -> None:
+        self.cost = cost
+        self.measured: list[Any] = []
+
+    def usable(self, configs: list[Any]) -> list[Any]:
+        return [config for config in configs if config.num_warps != 4]
+
+    def seconds(self, config: Any) -> float:
+        self.measured.append(config)
+        return self.cost(config)
+
+
+def always() -> bool:
+    return True
+
+
+def test_search_goes_from_part_to_part() -> None:
+    """The best of each part, in order: a narrow 3x3, then a shallow 5x5, then two stages."""
+    start = chosen.FAMILIES["branches"].by_heuristic(BRANCHES)
+
+    def cost(config: BranchesConfig) -> float:
+        tiles = config.conv3.block_n + config.conv5.block_k
+        return tiles + 10 * abs(config.num_stages - 2) + config.num_warps / 100
+
+    bench = FakeBench(cost)
+    found = search.search(BRANCHES, bench, always)
+    assert found is not None
+    assert found.complete
+    assert found.heuristic_seconds == cost(start)
+    assert found.seconds == cost(found.config) < cost(start)
+    assert found.config.conv3.block_n == start.conv3.block_n // 2
+    assert found.config.num_stages == start.num_stages - 1
+    assert found.tried == len(bench.measured) == len(set(bench.measured))
+    assert not any(config.num_warps == 4 for config in bench.measured[1:])
+
+
+def test_heuristic_stays_where_nothing_is_clearly_faster() -> None:
+    start = chosen.FAMILIES["branches"].by_heuristic(BRANCHES)
+    bench = FakeBench(lambda config: 1.0 if config == start else 0.995)
+    found = search.search(BRANCHES, bench, always)
+    assert found is not None
+    assert found.config == start
+
+
+def test_search_ends_with_the_time() -> None:
+    bench = FakeBench(lambda config: 1.0)
+    found = search.search(BRANCHES, bench, lambda: len(bench.measured) < 5)
+    assert found is not None
+    assert (found.tried, found.complete) == (5, False)
+    assert search.search(BRANCHES, bench, lambda: False) is None
+
+
+def test_search_gives_up_where_the_heuristic_fails() -> None:
+    bench = FakeBench(lambda config: math.inf)
+    assert search.search(BRANCHES, bench, always) is None
+    assert len(bench.measured) == 1
+
+
+class FakeCall:
+    """Computes something else with 8 warps, and fails with 16."""
+
+    backward = False
+
+    def results(self, args: Any) -> list[torch.Tensor]:
+        fields = table.lookup(BRANCHES.family, BRANCHES.key, SM_90)
+        assert fields is not None
+        if fields["num_warps"] == 16:
+            raise RuntimeError("no such launch")
+        return [torch.tensor([1.0, 2.0 if fields["num_warps"] == 8 else 1.0])]
+
+
+def test_wrong_results_and_failures_are_never_the_fastest() -> None:
+    config = BranchesConfig(Tile(64, 64, 32), Tile(64, 32, 16), 4, 3)
+    calls: Any = [(FakeCall(), (torch.zeros(1),))]
+    bench = LaunchBench(BRANCHES, calls, lambda work: 0.5, 1)
+    seconds = [
+        bench.seconds(BranchesConfig(config.conv3, config.conv5, warps, 3)) for warps in (4, 8, 16)
+    ]
+    assert seconds == [0.5, math.inf, math.inf]
+
+
+def test_library_is_compared_part_by_part_in_its_direction() -> None:
+    def timer(work: Any) -> float:
+        forced = dispatch._forced or frozenset()
+        return 3.0 if not forced else 1.5 if "conv3.wgrad" in forced else 6.0
+
+    forward, backward = FakeCall(), FakeCall()
+    backward.backward = True
+    key = dispatch.module_key(ARGUMENTS["branches"][0], 2**15, Operands(2, "tf32"))
+    both: Any = [(forward, ()), (backward, ())]
+    found = library_speed_ups(key, SM_90, both, timer)
+    assert found.pop("conv3.wgrad") == 2.0
+    assert set(found.values()) == {0.5}
+    assert {*found, "conv3.wgrad"} == set(dispatch.MODULE_PARTS)
+    assert library_speed_ups(key, SM_90, both[:1], timer).keys() == {
+        "conv3.forward",
+        "conv5.forward",
+    }
+
+
+@needs_triton
+def test_whole_search_writes_a_table_that_launches_follow(
+    device: torch.device, own_tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A timer that likes few stages; kernels really run, and their results are compared."""
+    dims = InceptionDims(8, 8, 8, 8, 8, 8, 8)
+    model = fi.Inception(*dims.widths).to(device).eval()
+    x = torch.randn(1, 8, 4, 4, device=device).to(memory_format=torch.channels_last)
+    every = search.variants
+    monkeypatch.setattr(search, "variants", lambda *args: every(*args)[:1])
+    # pre-compilation is another test's
+    monkeypatch.setattr(LaunchBench, "usable", lambda self, configs: configs)
+
+    def timer(work: Any) -> float:
+        with fi.record_launches() as launches:
+            work()
+        return sum(launch.config.get("NUM_STAGES", 0) + 1 for launch in launches) * 1e-6
+
+    target = target_of(device)
+    path = table.user_path(target.name)
+    begun: list[Problem] = []
+
+    def tune(*, again: bool) -> Tuning:
+        tuning = Tuning(target, path, {"gpu": "a test's"}, timer, 1)
+        tuning.go(model, x, time.monotonic() + 600, again=again)
+        return tuning
+
+    with fi.backend("triton"), torch.no_grad():
+        found = tune(again=False)
+        assert {winner.problem.family for winner in found.winners} == {"pointwise", "branches"}
+        assert found.left == 0
+        monkeypatch.setattr(Tuning, "_search", lambda self, problem, *_: begun.append(problem))
+        monkeypatch.setattr(Tuning, "_compare", lambda self, *_: None)
+        tune(again=False)
+        assert not begun
+        tune(again=True)
+        assert [problem.family for problem in begun] == ["pointwise", "branches"]
+        with fi.record_launches() as launches:
+            model(x)
+    entries = {entry.family: entry for entry in table.read(path, target.name)}
+    assert entries.keys() == {"pointwise", "branches", "dispatch"}
+    assert entries["branches"].run == {"gpu": "a test's"}
+    assert entries["dispatch"].fields.keys() == {"conv3.forward", "conv5.forward"}
+    problem, ours = found.winners[1].problem, found.winners[1].config
+    assert entries["branches"].fields == asdict(ours)
+    assert ours.num_stages < chosen.FAMILIES["branches"].by_heuristic(problem).num_stages
+    (launch,) = (launch for launch in launches if "branches" in launch.kernel)
+    assert launch.config["NUM_STAGES"] == ours.num_stages
+    assert f"wrote {path}" in str(found)
+
+
+@needs_triton
+def test_table_is_written_as_far_as_the_time_went(device: torch.device, own_tables: Path) -> None:
+    model = fi.Inception(8, 8, 8, 8, 8, 8, 8).to(device).eval()
+    x = torch.randn(1, 8, 4, 4, device=device)
+    path = table.user_path("sm_90")
+    tuning = Tuning(TARGETS["sm_90"], path, {}, lambda work: 1.0, 1)
+    with fi.backend("triton"), torch.no_grad():
+        tuning.go(model, x, time.monotonic(), again=False)
+    assert tuning.left == 3
+    assert not path.exists()
+    assert "run it again to go on" in str(tuning)
+
+
+@needs_triton
+def test_list_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--list", "--image-size", "64", "--eval", "--batch-size", "1"]) == 0
+    out = capsys.readouterr().out
+    for family in ("pointwise", "branches", "conv", "library convolutions"):
+        assert family in out
+    assert "wgrad" not in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_tune_says_so(capsys: pytest.CaptureFixture[str], own_tables: Path) -> None:
+    assert main(["tune"]) == 2
+    assert "needs" not in capsys.readouterr().out
+    assert not any(own_tables.rglob("*.json"))
