@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def test_candidates_can_be_launched_and_are_others(family: str) -> None:
 
 def test_a_part_is_varied_alone() -> None:
     start = chosen.FAMILIES["branches"].by_heuristic(BRANCHES)
-    assert search.parts(start) == ["conv3", "conv5", "launch"]
+    assert search.parts(start) == ["conv3", "tail_n", "conv5", "launch"]
     for config in search.variants(BRANCHES, start, "conv3"):
         assert config.conv3 != start.conv3
         assert asdict(config) | {"conv3": None} == asdict(start) | {"conv3": None}
@@ -56,7 +56,7 @@ def test_a_part_is_varied_alone() -> None:
 
 def test_shared_memory_bounds_the_candidates() -> None:
     """sm_89 has less than half of sm_90's."""
-    start = BranchesConfig(Tile(256, 128, 32), Tile(128, 32, 16), 8, 4)
+    start = BranchesConfig(Tile(256, 128, 32), 0, Tile(128, 32, 16), 8, 4)
     deep = {c.num_stages for c in search.variants(BRANCHES, start, "launch")}
     small = Problem("branches", BRANCHES.arguments, TARGETS["sm_89"])
     shallow = {c.num_stages for c in search.variants(small, start, "launch")}
@@ -74,7 +74,7 @@ def test_padding_bounds_the_candidates() -> None:
 
 
 def test_sums_of_a_thread_bound_the_candidates() -> None:
-    start = BranchesConfig(Tile(256, 128, 32), Tile(128, 32, 16), 8, 3)
+    start = BranchesConfig(Tile(256, 128, 32), 0, Tile(128, 32, 16), 8, 3)
     warps = {c.num_warps for c in search.variants(BRANCHES, start, "launch")}
     assert warps == {8, 16}
 
@@ -154,12 +154,10 @@ class FakeCall:
 
 
 def test_wrong_results_and_failures_are_never_the_fastest() -> None:
-    config = BranchesConfig(Tile(64, 64, 32), Tile(64, 32, 16), 4, 3)
+    config = BranchesConfig(Tile(64, 64, 32), 0, Tile(64, 32, 16), 4, 3)
     calls: Any = [(FakeCall(), (torch.zeros(1),))]
     bench = LaunchBench(BRANCHES, calls, lambda work: 0.5, 1)
-    seconds = [
-        bench.seconds(BranchesConfig(config.conv3, config.conv5, warps, 3)) for warps in (4, 8, 16)
-    ]
+    seconds = [bench.seconds(replace(config, num_warps=warps)) for warps in (4, 8, 16)]
     assert seconds == [0.5, math.inf, math.inf]
 
 

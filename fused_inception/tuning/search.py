@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from fused_inception.geometry import InceptionDims, NaiveDims, align_up
 from fused_inception.tuning.chosen import FAMILIES, Problem
-from fused_inception.tuning.configs import Tile, WgradJob
+from fused_inception.tuning.configs import Tile, WgradJob, split_width
 from fused_inception.tuning.limits import why_not
 
 # padded products of a tile, against those of the heuristic's
@@ -116,8 +116,12 @@ def padded(config: Any, extents: dict[str, Extents]) -> dict[str, int]:
     for name, extent in extents.items():
         value = getattr(config, name)
         tile = value.tile if isinstance(value, WgradJob) else value
-        sides = (tile.block_m, tile.block_n, tile.block_k)
-        products[name] = math.prod(align_up(n, side) for n, side in zip(extent, sides, strict=True))
+        rows, columns, depth = extent
+        # a tail is the last column tile of these
+        tail = getattr(config, "tail_n", 0) if name in ("gemm", "conv3") else 0
+        wide, tail = split_width(columns, tile.block_n, tail)
+        columns = wide * tile.block_n + tail
+        products[name] = align_up(rows, tile.block_m) * columns * align_up(depth, tile.block_k)
     return products
 
 
@@ -131,8 +135,10 @@ def extents_of(problem: Problem) -> dict[str, Extents]:
         s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
         taps5 = dims.kernel_5x5**2
         rows = {
-            # a tail covers what is left of its width: no single width to pad to
-            "pointwise": {"pool": (pixels, dims.pool_proj, s_in)},
+            "pointwise": {
+                "gemm": (pixels, s1 + dims.reduced_channels, s_in),
+                "pool": (pixels, dims.pool_proj, s_in),
+            },
             "branches": {"conv3": (pixels, dims.ch3x3, c3), "conv5": (pixels, dims.ch5x5, c5)},
             "dgrad": {
                 "conv3": (pixels, dims.ch3x3red, s3),
