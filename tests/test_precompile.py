@@ -112,9 +112,9 @@ from fused_inception.backend import assume_triton
 from fused_inception.ops import ahead
 from fused_inception.ops.ahead_triton import compile_kernels, kernels_of
 from fused_inception.tuning.targets import TARGETS
-from tests.compiled.collect import _StubDriver
+from tests.compiled.collect import StubDriver
 
-driver.set_active(_StubDriver("sm_90"))
+driver.set_active(StubDriver("sm_90"))
 
 
 def calls_of(model, x, training=False):
