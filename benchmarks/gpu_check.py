@@ -94,8 +94,8 @@ def what(part: str, options: argparse.Namespace) -> dict[str, Any]:
     if part == "parity":
         return {"tests": options.tests, "workers": options.workers}
     if part == "tune":
-        tables = str(options.out.resolve() / "tables")
-        return {"tune_arguments": shlex.split(options.tune_arguments), "tables": tables}
+        arguments, cache = shlex.split(options.tune_arguments), str(options.out.resolve())
+        return {"tune_arguments": arguments, "batches": options.batches, "cache": cache}
     if part == "profile":
         return {"providers": options.providers}
     if part == "sanitize":
@@ -124,7 +124,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the JSON files")
     add("--tests", nargs="+", help="parity: test files; default: those with tests of the device")
     add("--workers", type=int, default=max(1, min(8, cores // 2)), help="parity: processes")
-    timing = parser.add_argument_group("kernels, modules, network").add_argument
+    timing = parser.add_argument_group("kernels, modules, network, tune").add_argument
     timing("--dtype", type=_some(DTYPES), default=["bf16"], help="default: bf16")
     timing("--batches", type=_numbers, default=[256, 32, 1, 8, 128], help="default: 256,32,1,8,128")
     timing("--cases", type=_some(cases), help="names with commas; default: all")
@@ -132,7 +132,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
            help="plain: eager and torch.compile; tuned: max-autotune; default: both")  # fmt: skip
     add("--seconds", type=float, default=0.5, help="of a provider and direction, of a ceiling")
     add("--providers", type=_some(PROVIDERS), help="profile: names with commas; default: all")
-    add("--tune-arguments", default="--model paper", help="tune: default: %(default)s")
+    add(
+        "--tune-arguments",
+        default="--model paper",
+        help="tune: further ones (%(default)s); its "
+        "tables go to OUT/tables, and FUSED_INCEPTION_CACHE=OUT uses them",
+    )
     options = parser.parse_args(arguments)
     options.parts = [options.only] if options.only else list(PARTS)
     return options

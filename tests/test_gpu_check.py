@@ -121,13 +121,12 @@ def test_the_time_ends_a_part_and_the_next_run_goes_on(
 
 def test_no_item_is_started_that_would_not_end(tmp_path: Path) -> None:
     """As far as the longest before it tells; an item may also say itself that it is not ready."""
-    end = time.time() + 60
     record = Record.begin(tmp_path / "fake.json", "fake", {"names": ["long", "good"]}, SESSION)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = ["fake", str(record.path), f"--end={time.time() + 2}", "--device=cpu"]
     # the process takes longer than two seconds to start: "long" starts, nothing behind it
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, *arguments], env=environment, check=False, timeout=end
+        [sys.executable, "-c", WORKER, *arguments], env=environment, check=False, timeout=60
     )
     assert done.returncode == 3
     assert "good" not in Record.read(record.path).items
@@ -333,13 +332,28 @@ def test_small_shapes_launch_every_kernel() -> None:
     assert kernels - {launch.kernel for launch in launches} == set()
 
 
-def test_tune_needs_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tune_runs_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = {"tune_arguments": ["--model", "paper"], "batches": [8], "cache": str(tmp_path)}
     monkeypatch.setattr(search, "COMMANDS", {})
-    (item,) = search.items({"tune_arguments": [], "tables": str(tmp_path)}, CPU)
+    (item,) = search.items(options, CPU)
     assert item.run(turn(30))["failures"] == ["this checkout has no tune command"]
     monkeypatch.setattr(search, "COMMANDS", {"tune": None})
-    monkeypatch.setattr(sys, "executable", "echo")
-    (tmp_path / "sm_90.json").write_text("{}")
-    facts = item.run(turn(30))
-    assert facts["tail"] == "-m fused_inception tune\n"
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho $FUSED_INCEPTION_CACHE $@; exec sleep $SLEEP\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("SLEEP", "0")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "sm_90.json").write_text("{}")
+    training, inference = search.items(options, CPU)
+    facts = training.run(turn(search.CLOSING_SECONDS + 30.5))
+    command = "-m fused_inception tune --model paper --batch-size=8"
+    assert facts["tail"] == f"{tmp_path} {command} --budget-s=30\n"
     assert facts["tables"] == ["sm_90.json"]
+    assert "complete" not in facts
+    # a search that has taken all its time has more to do
+    monkeypatch.setenv("SLEEP", "1")
+    facts = inference.run(turn(search.CLOSING_SECONDS + 1.5))
+    assert f"{command} --eval --budget-s=1" in facts["tail"]
+    assert facts["complete"] is False
+    assert inference.run(turn(search.CLOSING_SECONDS)) == {"complete": False}
