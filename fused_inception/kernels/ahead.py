@@ -26,6 +26,7 @@ from triton import TritonError, knobs
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, get_cache_key, make_backend
+from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
 # of a process's answers; what kernels print while they are compiled goes elsewhere
@@ -98,19 +99,20 @@ def recorded() -> Iterator[dict[Specialisation, None]]:
 
 
 def _specialisation(*, fn: Any, compile: dict[str, Any], **_: Any) -> Specialisation:
-    data = json.loads(compile["specialization_data"])
-    target = data["target"]
+    options = json.loads(compile["specialization_data"])["options"]
+    # Triton 3.6 does not tell it among the data
+    target = driver.active.get_current_target()
     return Specialisation(
         module=fn.module,
         kernel=fn.name,
-        target=(target["backend"], target["arch"], target["warp_size"]),
+        target=(target.backend, target.arch, target.warp_size),
         signature=tuple(compile["signature"].items()),
         constants=tuple(compile["constants"].items()),
         attributes=tuple(
             (path, tuple((name, value) for name, value in pairs))
             for path, pairs in compile["configs"][0].items()
         ),
-        options=tuple((name, _frozen(value)) for name, value in data["options"].items()),
+        options=tuple((name, _frozen(value)) for name, value in options.items()),
     )
 
 
