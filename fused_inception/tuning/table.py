@@ -3,6 +3,7 @@
 Two files a target are read, once, when the first launch on it asks: the one shipped beside this
 file, and the user's, written by `python -m fused_inception tune`, whose entries come first. A table
 or an entry that does not fit is ignored with one warning a file; then the heuristic decides.
+There is no folder `tables` yet: nothing has been measured that could be shipped.
 
     {"format": 1, "target": "sm_90",
      "runs": [{"gpu": ..., "driver": ..., "torch": ..., "triton": ..., "date": ..., ...}],
