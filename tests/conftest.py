@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from fused_inception.launches import record  # noqa: E402
 from fused_inception.tuning import table  # noqa: E402
-from fused_inception.tuning.configs import FinishConfig  # noqa: E402
+from fused_inception.tuning.configs import FinishConfig, NormConfig, VectorConfig  # noqa: E402
 from fused_inception.tuning.targets import Target  # noqa: E402
 
 HAS_TRITON = find_spec("triton") is not None
@@ -107,8 +107,16 @@ def few_large_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> No
         largest = Target("interpreter", 2**40, 1, 1e40, 1e40, 1, 256 * 256)
         monkeypatch.setattr("fused_inception.ops.problem.target_of", lambda device: largest)
         # two thirds of a whole network's time otherwise
-        script = "fused_inception.ops.inception_triton"
-        wide = functools.partial(importlib.import_module(script).launch_pack, block=2**16)
-        monkeypatch.setattr(f"{script}.launch_pack", wide)
+        for name in ("inception_triton", "inception_bn_triton"):
+            script = importlib.import_module(f"fused_inception.ops.{name}")
+            wide = functools.partial(script.launch_pack, block=2**16)
+            monkeypatch.setattr(script, "launch_pack", wide)
+        for name in ("inception_bn_triton", "conv2d_bn_triton"):
+            monkeypatch.setattr(
+                f"fused_inception.ops.{name}.norm_config",
+                lambda slots, pixels, target: NormConfig(256, 64, max(256, pixels), 4),
+            )
+        vectors = VectorConfig(2**12, 4)
+        monkeypatch.setattr("fused_inception.ops.pooling_triton.vector_config", lambda *_: vectors)
         finish = FinishConfig(256, 256, 4)
         monkeypatch.setattr("fused_inception.tuning.heuristic.finish_config", lambda: finish)

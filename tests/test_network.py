@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_inception as fi
-from tests.networks import PaperNetworks, Results, assert_networks_agree
+from tests.networks import Networks, Results, assert_networks_agree
 from tests.tolerances import assert_within_l2
 
 LABELS = torch.tensor([7])
@@ -13,7 +13,7 @@ LABELS = torch.tensor([7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_step_at_224(dtype: torch.dtype) -> None:
     """All logits and all gradients as near to fp64 as PyTorch's own are."""
-    networks = PaperNetworks.make(224, dtype, "cpu")
+    networks = Networks.paper(224, dtype, "cpu")
     x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     with fi.backend("torch"):
         got = Results.of(networks.ours, x.to(dtype), LABELS)
@@ -22,7 +22,7 @@ def test_training_step_at_224(dtype: torch.dtype) -> None:
 
 
 def test_fp64_is_exact_at_224() -> None:
-    networks = PaperNetworks.make(224, torch.float64, "cpu")
+    networks = Networks.paper(224, torch.float64, "cpu")
     x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     got, want = (Results.of(network, x, LABELS) for network in (networks.ours, networks.exact))
     for ours, theirs in ((got.outputs, want.outputs), (got.gradients, want.gradients)):
@@ -35,7 +35,7 @@ def test_fp64_is_exact_at_224() -> None:
 @pytest.mark.parametrize("side", [225, 299])
 def test_odd_image_sizes(side: int) -> None:
     """Windows that end beyond the map, on maps of odd sides."""
-    networks = PaperNetworks.make(side, torch.float32, "cpu")
+    networks = Networks.paper(side, torch.float32, "cpu")
     x = torch.randn(1, 3, side, side, dtype=torch.float64)
     with fi.backend("torch"), torch.no_grad():
         got, baseline = networks.ours(x.float()), networks.theirs(x.float())

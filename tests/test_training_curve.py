@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fused_inception as fi
 from fused_inception import reference
 from tests.conftest import HAS_TRITON
+from tests.torchvision_import import import_torchvision
 
 CLASSES = 4
 SLACK = 3.0
@@ -30,7 +31,7 @@ class Curve:
     """What one training left behind, in fp64."""
 
     losses: Tensor  # [steps]
-    weights: Tensor  # all parameters behind the last step
+    weights: Tensor  # all parameters and running statistics behind the last step
 
     def distance(self, other: "Curve") -> dict[str, float]:
         """Relative L2 distances; the first losses see one update, with no noise amplified yet."""
@@ -78,7 +79,8 @@ class Training:
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
-        weights = [p.detach().double().flatten() for p in network.parameters()]
+        state = network.state_dict().values()
+        weights = [t.double().flatten() for t in state if t.is_floating_point()]
         return Curve(torch.tensor(losses, dtype=torch.float64), torch.cat(weights).cpu())
 
     def data(self) -> tuple[Tensor, Tensor]:
@@ -116,6 +118,29 @@ def test_the_paper_network_learns_as_the_reference_does() -> None:
     own = [training.run(network(reference.googlenet), torch.float32, form) for form in FORMATS]
     with fi.backend("torch"):
         got = training.run(network(fi.googlenet), torch.float32)
+    assert_coincides(got, want, own)
+
+
+def test_torchvisions_network_learns_as_before() -> None:
+    """BatchNorm's batch statistics in training, behind `fuse_`, through ATen."""
+    googlenet = import_torchvision("torchvision.models.googlenet").googlenet
+
+    def network() -> nn.Module:
+        options = {"num_classes": CLASSES, "dropout": 0.0, "dropout_aux": 0.0}
+        made = googlenet(init_weights=False, **options)
+        for layer in made.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                # most gates open: where half of them flip, the noise of 57 layers hides all
+                nn.init.ones_(layer.bias)
+        return made
+
+    training = Training(network().state_dict(), side=48, batch=4, steps=24, learning_rate=0.005)
+    want = training.run(network(), torch.float64)
+    own = [training.run(network(), torch.float32, form) for form in FORMATS]
+    fused = network()
+    fi.fuse_(fused, strict=True)
+    with fi.backend("torch"):
+        got = training.run(fused, torch.float32)
     assert_coincides(got, want, own)
 
 
