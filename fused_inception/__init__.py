@@ -20,6 +20,7 @@ from fused_inception.ops.filter_cache import clear as clear_cache
 from fused_inception.reference import GoogLeNetOutputs
 from fused_inception.tools.checkpoint import load_checkpoint
 from fused_inception.tools.explain import ExplainReport, explain
+from fused_inception.tools.graphs import graphed
 from fused_inception.tools.precompile import PrecompileReport, precompile
 from fused_inception.tools.verify import VerifyReport, verify
 
@@ -52,6 +53,7 @@ __all__ = [
     "fuse_",
     "fused",
     "googlenet",
+    "graphed",
     "load_checkpoint",
     "precompile",
     "record_launches",

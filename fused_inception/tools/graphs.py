@@ -1,0 +1,107 @@
+"""A model in CUDA graphs: small batches are bound by launches, and a replay is one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# as many as PyTorch's own capture of a training step runs ahead
+WARM_UPS = 3
+
+
+def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
+    """`model` for inputs like `x`, with all that it launches replayed as CUDA graphs.
+
+    In training mode it is `torch.cuda.make_graphed_callables(model, (x,))`: one graph for forward
+    and one for backward inside one autograd node. `model` itself changes its forward, and is
+    returned; loss and optimiser stay outside, gradients arrive as ever. In eval mode it is a
+    function of its own that runs one graph without gradients, and `model` stays as it is.
+
+    A replay reads the parameters and buffers of its own time, so optimiser steps and
+    `load_state_dict` are seen: filters are packed, and BatchNorm is folded, in every replay.
+    Running statistics advance in every replay of a training graph, and dropout draws anew. What
+    replays cannot see are tensors put in the place of those captured (`model.to(...)`, `fuse_`):
+    capture again. Buffers and random numbers are as before when this returns.
+
+    Args:
+        model: on one CUDA device, in the mode to capture.
+        x: an input of the shape, dtype and device to come; only its metadata must fit later ones.
+            With autocast around the training graph: `torch.autocast(..., cache_enabled=False)`.
+
+    Returns:
+        The callable. Its results are overwritten by no later call in eval mode; in training mode by
+        the next call, as PyTorch has it. An input that does not fit raises ValueError in eval mode.
+
+    Raises:
+        ValueError: no CUDA tensors, or a hook on `model` in training mode.
+        RuntimeError: PyTorch could not capture: something in `model` waits for the GPU, or autocast
+            keeps its cache.
+    """
+    _check(model, x)
+    if not model.training:
+        return _GraphedInference(model, x)
+    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks:
+        raise ValueError(
+            f"a training graph needs a {type(model).__name__} without hooks of its own (those on "
+            "its children are captured with it); got a model with hooks"
+        )
+    with _as_before(model, x.device):
+        return torch.cuda.make_graphed_callables(model, (x,))
+
+
+class _GraphedInference:
+    """One forward without gradients."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        # parameters must outlive the graph
+        self._model = model
+        self._x = torch.empty_like(x).copy_(x.detach())
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(x.device), torch.no_grad(), _as_before(model, x.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    model(self._x)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self._graph):
+                self._y = model(self._x)
+
+    def __call__(self, x: Tensor) -> Any:
+        captured = self._x
+        if (x.shape, x.dtype, x.device) != (captured.shape, captured.dtype, captured.device):
+            raise ValueError(
+                f"captured for {tuple(captured.shape)} {captured.dtype} on {captured.device}, got "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+        with torch.no_grad():
+            captured.copy_(x)
+            self._graph.replay()
+            return pytree.tree_map_only(Tensor, Tensor.clone, self._y)
+
+
+def _check(model: nn.Module, x: Tensor) -> None:
+    """A graph is of one GPU."""
+    if not isinstance(x, Tensor) or not x.is_cuda:
+        came = f"a tensor on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"a CUDA graph needs an input on a CUDA device, got {came}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device != x.device:
+            raise ValueError(
+                f"a CUDA graph needs all of the model on {x.device}, where the input is; "
+                f"{name} is on {tensor.device}"
+            )
+
+
+@contextmanager
+def _as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """What warming up changes is put back: running statistics, random numbers."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng([device]):
+        yield
+    with torch.no_grad():
+        for buffer, before in kept:
+            buffer.copy_(before)
