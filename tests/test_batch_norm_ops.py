@@ -148,6 +148,30 @@ def test_cumulative_momentum() -> None:
     assert all(layer.num_batches_tracked == 3 for layer in norms(module))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of infinities
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["module", "convolution"])
+def test_skip_nonfinite(kind: str, impl: str) -> None:
+    """One channel of one layer overflows: it alone keeps its statistics, and counts the batch."""
+    module = block() if kind == "module" else fi.ConvBlock(24, 16, kernel_size=1, norm="batch")
+    first = module.branch1 if kind == "module" else module
+    with torch.no_grad():
+        first.conv.weight[3, 0] = torch.inf
+    module.skip_nonfinite = True
+    before = [(n.running_mean.clone(), n.running_var.clone()) for n in norms(module)]
+    with fi.backend(impl):
+        module(data(0)[0])
+    for layer, old in zip(norms(module), before, strict=True):
+        assert layer.num_batches_tracked == 1
+        for now, then in zip((layer.running_mean, layer.running_var), old, strict=True):
+            kept = [3] if layer is first.bn else []
+            assert (now == then).nonzero().flatten().tolist() == kept
+    module.skip_nonfinite = False
+    with fi.backend(impl):
+        module(data(0)[0])
+    assert first.bn.running_mean.isfinite().tolist() == [c != 3 for c in range(16)]
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_module_made_in_inference_mode(impl: str) -> None:
     """Its buffers have no version to count; they advance all the same."""
@@ -204,6 +228,16 @@ def test_folded_in_eval_and_never_stale(impl: str) -> None:
     optimiser.step()
     check()
     module.load_state_dict(block().state_dict())
+    check()
+    module.bfloat16().float()
+    check()
+    # each alone, as the model averaging of others writes them
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        with torch.no_grad():
+            getattr(norms(module)[4], name).add_(0.5)
+        check()
+    for layer in norms(module):
+        layer.eps = 0.1
     check()
 
 

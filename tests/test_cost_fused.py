@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fused_inception.tuning.heuristic import Operands, pointwise_config, wgrad_c
 from fused_inception.tuning.targets import TARGETS
 from tests.cases import InceptionCase
 from tests.conftest import HAS_TRITON, INTERPRETED
+from tests.torchvision_import import import_torchvision
 from tests.tracing import SavedMemory, layers_of
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="launches need Triton")
@@ -158,6 +160,46 @@ def test_convolution_launches_and_saves_what_is_predicted(name, device, launches
     assert total.saved_bytes == memory.bytes
 
 
+@pytest.mark.parametrize("dims", [SMALL, ODD])
+def test_module_with_batch_norm_launches_and_saves_what_is_predicted(
+    dims, device, launches_do_nothing
+):
+    factory = {"dtype": torch.bfloat16, "device": device}
+    x = torch.randn(2, dims.in_channels, 5, 7, **factory, requires_grad=True)
+    module = fi.Inception(*dims.widths, norm="batch", **factory)
+    total = cost.inception(dims, batch=2, height=5, width=7, norm=True)
+    assert_runs_as_predicted(module, x.contiguous(memory_format=torch.channels_last), total)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convolution_with_batch_norm_launches_and_saves_what_is_predicted(
+    name, device, launches_do_nothing
+):
+    conv, image = replace(CONVS[name], c_out=20, norm=True), name == "image"
+    stride, padding = (2, 3) if image else (1, conv.kernel // 2)
+    side = round(conv.inputs**0.5)
+    factory = {"dtype": torch.bfloat16, "device": device}
+    x = torch.randn(2, conv.c_in, side, side, **factory, requires_grad=not image)
+    module = fi.ConvBlock(
+        conv.c_in, conv.c_out, kernel_size=conv.kernel, stride=stride, padding=padding,
+        norm="batch", **factory,
+    )  # fmt: skip
+    total = cost.block(conv, batch=2, image=image)
+    assert_runs_as_predicted(module, x.contiguous(memory_format=torch.channels_last), total)
+
+
+def assert_runs_as_predicted(module: torch.nn.Module, x: torch.Tensor, total: cost.Cost) -> None:
+    """Launches of forward and backward, and what is kept between them."""
+    memory = SavedMemory(module)
+    with backend("triton"), record_launches() as launches, memory.watch():
+        y = module(x)
+    assert names(launches) == kernels(total.part(phase=cost.FORWARD))
+    assert total.saved_bytes == memory.bytes
+    with record_launches() as launches:
+        y.sum().backward()
+    assert names(launches) == kernels(total.part(phase=cost.BACKWARD))
+
+
 @pytest.fixture
 def fused_pass(device, launches_do_nothing) -> Iterator[tuple[torch.nn.Module, torch.Tensor]]:
     """The real network on the Triton path, with auxiliary classifiers once they are built."""
@@ -216,6 +258,55 @@ def test_network_saves_what_is_predicted_in_layers_that_are_built(fused_pass):
         )
         kept = sum(memory.by_layer[part] for part in {layer, *layer.split()})
         assert kept == want, layer
+
+
+@pytest.fixture
+def norm_pass(device, launches_do_nothing) -> Iterator[tuple[torch.nn.Module, torch.Tensor]]:
+    """torchvision's own network behind `fuse_`, on the Triton path."""
+    module = import_torchvision("torchvision.models.googlenet")
+    network = module.GoogLeNet(init_weights=False, num_classes=1000).to(device, torch.bfloat16)
+    fi.fuse_(network, strict=True)
+    x = torch.randn(2, 3, 96, 96, device=device, dtype=torch.bfloat16)
+    with backend("triton"):
+        yield network.train(), x.contiguous(memory_format=torch.channels_last)
+
+
+def predicted_norm(training: bool = True) -> cost.Cost:
+    return cost.network("torchvision", batch=2, image_size=96, training=training)
+
+
+def test_network_with_batch_norm_launches_what_is_predicted(norm_pass):
+    network, x = norm_pass
+    total = predicted_norm()
+    assert not any(op.planned for op in total.ops)
+    with record_launches() as launches:
+        outputs = list(network(x))
+    assert names(launches) == kernels(total.part(phase=cost.FORWARD))
+    with record_launches() as launches:
+        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    assert Counter(names(launches)) == Counter(kernels(total.part(phase=cost.BACKWARD)))
+    network.eval()
+    with torch.no_grad():
+        network(x)
+        with record_launches() as launches:
+            network(x)
+    assert names(launches) == kernels(predicted_norm(training=False))
+
+
+def test_network_with_batch_norm_saves_what_is_predicted(norm_pass):
+    network, x = norm_pass
+    total, memory = predicted_norm(), SavedMemory(network)
+    memory.follow(layers_of(network, total.layers))
+    with memory.watch():
+        network(x)
+    for layer in total.layers:
+        # on a CPU dropout keeps its mask in the type of its input, on a GPU one byte an element
+        wide = 2 if x.device.type == "cpu" else 1
+        want = sum(
+            kept.bytes * (wide if kept.name.endswith("dropout mask") else 1)
+            for kept in total.part(layer=layer).saved
+        )
+        assert memory.by_layer[layer] == want, layer
 
 
 def test_planned_layers_are_those_that_are_not_built():

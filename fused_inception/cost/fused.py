@@ -18,6 +18,7 @@ from fused_inception.geometry import align_up
 # in training the pool branch is a launch of its own above so many pixels, a power of two
 POOL_APART_PIXELS = 64 * 132
 FP32 = 4  # bytes of a partial sum
+COEFFICIENTS = 4  # of a channel of BatchNorm: mean, inverse deviation, scale, beta
 
 
 # kinds of layers whose launches the network makes today
@@ -211,7 +212,8 @@ class Fused(Plan):
         image = x.name == IMAGE  # whose filter is read as it is
         taps = conv.kernel**2
         normalises = conv.norm and self.training
-        moments = self.parameter(f"{conv.name} mean and deviation", 2 * conv.c_out, 4)
+        slots = align_up(conv.c_out)
+        moments = self.parameter(f"{conv.name} coefficients", COEFFICIENTS * slots, FP32)
 
         def launch(
             name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
@@ -276,6 +278,36 @@ class Fused(Plan):
     # classifiers
 
     def aux(self, aux: Aux, x: Tensor) -> None:
+        """Pool and convolution; the linear layers are the library's."""
+        layer = aux.name
+        y = self._norm_pool_conv(aux, x) if aux.conv.norm else self._pool_conv(aux, x)
+        hidden = self.linear(aux.hidden, y)
+        self.op("relu_", layer, [hidden], [hidden])
+        self.save(layer, hidden)
+        d_hidden = gradient(hidden)
+        self.later(lambda: self.op("threshold_backward", layer, [d_hidden, hidden], [d_hidden]))
+        self.linear(aux.classes, self.dropout(layer, hidden))
+
+    def _norm_pool_conv(self, aux: Aux, x: Tensor) -> Tensor:
+        """The library's pool, our convolution; flattening channels last is a copy."""
+        layer, pooling = aux.name, "_adaptive_avg_pool2d" if aux.adaptive else "avg_pool2d"
+        pooled = self.tensor(f"{layer} pooled", aux.conv.inputs, aux.conv.c_in)
+        self.op(pooling, layer, [x], [pooled])
+        self.save(layer, x)
+
+        def backward() -> None:
+            self.op(f"{pooling}_backward", layer, [gradient(pooled)], [gradient(x)])
+            self._give(layer, x)
+
+        self.later(backward)
+        y = self.conv(aux.conv, pooled)
+        if aux.conv.outputs == 1:
+            return y
+        flat = Tensor(f"{layer} flat", y.bytes)
+        self.op("clone", layer, [y], [flat])
+        return flat
+
+    def _pool_conv(self, aux: Aux, x: Tensor) -> Tensor:
         """Average pool, convolution and ReLU in one launch; forward keeps the pooled map."""
         layer, conv = aux.name, aux.conv
         pooled = self.tensor(f"{layer} pooled", conv.inputs, conv.c_in)
@@ -287,22 +319,15 @@ class Fused(Plan):
             name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
         ) -> None:
             source = "packing" if name == "pack" else "triton"
-            kernel = "" if conv.norm else kernel
             self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
 
         launch("pack", [weight], [packed], "_pack_filter_kernel")
         gemm = self.gemm(conv.outputs, conv.c_out, conv.c_in, "pointwise")
         launch("pool conv", [x, packed], [pooled, y], "_avg_pool_project_fwd_kernel", gemm)
-        moments = self.parameter(f"{conv.name} mean and deviation", 2 * conv.c_out, 4)
-        if conv.norm:
-            launch("normalise", [y, moments], [y], "")
-            self.save(layer, moments)
         self.save(layer, pooled, y)
 
         def backward() -> None:
             dz = gradient(y)
-            if conv.norm:
-                launch("normalise backward", [dz, y, moments], [dz], "")
             launch("pack", [weight], [packed], "_pack_filter_kernel")
             filters = self.filters_gemm(conv.c_in, conv.c_out, conv.outputs)
             partials = Tensor(f"{layer} partials", filters.splits * conv.weights * FP32)
@@ -314,12 +339,7 @@ class Fused(Plan):
             self._give(layer, x)
 
         self.later(backward)
-        hidden = self.linear(aux.hidden, y)
-        self.op("relu_", layer, [hidden], [hidden])
-        self.save(layer, hidden)
-        d_hidden = gradient(hidden)
-        self.later(lambda: self.op("threshold_backward", layer, [d_hidden, hidden], [d_hidden]))
-        self.linear(aux.classes, self.dropout(layer, hidden))
+        return y
 
     def head(self, classifier: Conv, pixels: int, x: Tensor) -> None:
         """Mean and dropout in one launch each way; the library draws what dropout keeps."""
@@ -351,8 +371,9 @@ class _ModuleTensors:
         s_in = align_up(dims.in_channels)
         self.index = plan.tensor(f"{name} index", pixels, s_in, 1)
         self.mask = plan.tensor(f"{name} mask", pixels, dims.slot_channels // 8, 1)
-        self.raw = plan.tensor(f"{name} raw", pixels, dims.out_channels)
-        self.moments = plan.parameter(f"{name} mean and deviation", 2 * dims.biases, 4)
+        self.raw = plan.tensor(f"{name} raw", pixels, dims.slot_channels)
+        slots = dims.slot_channels + dims.reduced_channels
+        self.moments = plan.parameter(f"{name} coefficients", COEFFICIENTS * slots, FP32)
         self.dz = plan.tensor(f"d {name} masked", pixels, dims.slot_channels)
         self.dr = plan.tensor(f"d {name} reduced", pixels, dims.reduced_channels)
         self.dp = plan.tensor(f"d {name} pooled", pixels, s_in)
