@@ -23,15 +23,16 @@ def forward(
     momentum = running.momentum
     if counter is not None:
         momentum = 1.0 / counter.item()
-    weight, bias = parameters(gamma, beta, z)
+    weight, bias = _or_constant(gamma, z, 1.0), _or_constant(beta, z, 0.0)
     if mean is None or var is None:
         y, mean, inverse = aten.native_batch_norm.default(
             z, weight, bias, None, None, True, 0.0, eps
         )
         return channels_last(y), mean, inverse
     # PyTorch mixes fp32 parameters with 16-bit maps, and nothing else
-    copy = running.skip
-    new = mean.to(dtype, copy=copy), var.to(dtype, copy=copy)
+    new = mean, var
+    if running.skip or mean.dtype != dtype or var.dtype != dtype:
+        new = mean.to(dtype, copy=running.skip), var.to(dtype, copy=running.skip)
     y, batch_mean, inverse = aten.native_batch_norm.default(
         z, weight, bias, *new, True, momentum or 0.0, eps
     )
@@ -39,13 +40,13 @@ def forward(
     return channels_last(y), batch_mean, inverse
 
 
-def parameters(gamma: Tensor | None, beta: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
-    """gamma and beta in the dtype of the statistics, 1 and 0 where there are none."""
-    dtype, channels = statistics_dtype(z), z.shape[1]
-    return (
-        z.new_ones(channels, dtype=dtype) if gamma is None else gamma.to(dtype),
-        z.new_zeros(channels, dtype=dtype) if beta is None else beta.to(dtype),
-    )
+def _or_constant(vector: Tensor | None, z: Tensor, value: float) -> Tensor:
+    """gamma or beta in the dtype of the statistics, `value` where there is none."""
+    dtype = statistics_dtype(z)
+    if vector is None:
+        return z.new_full((z.shape[1],), value, dtype=dtype)
+    # a call of `to` costs some microseconds, also where there is nothing to do
+    return vector if vector.dtype == dtype else vector.to(dtype)
 
 
 def _update(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], skip: bool) -> None:
@@ -68,7 +69,7 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z, gamma and beta where `needs` asks for them."""
-    scale, _ = parameters(gamma, None, z)
+    scale = _or_constant(gamma, z, 1.0)
     return aten.native_batch_norm_backward.default(
         g, z, scale, None, None, mean, inverse, True, eps, list(needs)
     )

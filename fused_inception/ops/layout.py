@@ -143,7 +143,8 @@ def gradients_like(x: Tensor, parameters: Sequence[Tensor], needs: Sequence[bool
 
 def settle(gradient: Tensor, parameter: Tensor) -> Tensor:
     """`gradient` in the dtype and, where dense, the strides of its parameter, in its own memory."""
-    like = torch.empty_like(parameter)
-    alike = gradient.dtype == like.dtype and gradient.stride() == like.stride()
+    alike = gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride()
     # a part of a larger gradient would keep all of it alive
-    return gradient if alike and not gradient._is_view() else like.copy_(gradient)
+    if alike and not gradient._is_view():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
