@@ -1,6 +1,6 @@
 """The checks of arguments and their messages: what was expected, what came."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,25 +27,72 @@ def image_batch(x: Tensor) -> None:
 
 
 def inception_parameters(
-    x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor], *, casts: bool
+    x: Tensor,
+    filters: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    casts: bool,
+    c_in: int | None = None,
 ) -> None:
-    """Six filters and biases fit each other and `x`; `casts`: autocast casts input and filters.
+    """Six filters and biases fit each other and `x`, or a map of `c_in` channels like `x`; `casts`:
+    autocast casts input and filters.
 
     Raises:
         ValueError, TypeError: of shapes or devices, of dtypes.
     """
-    inception_filters(x, filters, casts=casts)
+    inception_filters(x, filters, casts=casts, c_in=c_in)
     _biases(x, _NAMES, filters, biases, casts)
 
 
-def inception_filters(x: Tensor, filters: Sequence[Tensor], *, casts: bool) -> None:
+def inception_filters(
+    x: Tensor, filters: Sequence[Tensor], *, casts: bool, c_in: int | None = None
+) -> None:
     """Six filters fit each other and `x`; errors as above."""
     if len(filters) != len(_NAMES):
         raise ValueError(f"filters must be {len(_NAMES)}, got {len(filters)}")
-    c, reduced3, reduced5 = x.shape[1], filters[1].shape[0], filters[3].shape[0]
+    c = x.shape[1] if c_in is None else c_in
+    reduced3, reduced5 = filters[1].shape[0], filters[3].shape[0]
     channels = (c, c, reduced3, c, reduced5, c)
     sides = ((1,), (1,), (3,), (1,), (3, 5), (1,))
     _filters(x, _NAMES, channels, sides, filters, casts)
+
+
+def trunk_parameters(
+    x: Tensor,
+    parameters: Sequence[Sequence[Tensor]],
+    pools: Mapping[int, Window],
+    taps: Sequence[int],
+    *,
+    casts: bool,
+) -> None:
+    """Twelve parameters of each module fit what the module before makes of `x`, and so do the pools
+    between them; `casts` and errors as above."""
+    if not parameters:
+        raise ValueError("parameters must be those of at least one module, got none")
+    modules = range(len(parameters))
+    for name, numbers in (("pools", pools), ("taps", taps)):
+        if any(number not in modules for number in numbers):
+            raise ValueError(
+                f"{name} must name modules from 0 to {len(parameters) - 1}, got {list(numbers)}"
+            )
+    if list(taps) != sorted(set(taps)):
+        raise ValueError(f"taps must be in ascending order, each once, got {list(taps)}")
+    c_in, sides = x.shape[1], list(x.shape[2:])
+    for number, module in enumerate(parameters):
+        if len(module) != 2 * len(_NAMES):
+            raise ValueError(
+                f"parameters must be {2 * len(_NAMES)} for each module, filters and biases in "
+                f"turn, got {len(module)} for module {number}"
+            )
+        try:
+            inception_parameters(x, module[::2], module[1::2], casts=casts, c_in=c_in)
+            if number in pools:
+                pool = pools[number]
+                window = _window(pool.kernel, pool.stride, pool.padding, pool.ceil_mode)
+                sides = [window.out(side) for side in sides]
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"module {number}: {error}") from None
+        c_in = sum(module[i].shape[0] for i in (0, 4, 8, 10))
 
 
 def naive_parameters(

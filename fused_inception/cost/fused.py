@@ -11,14 +11,13 @@ from collections.abc import Iterable
 
 from fused_inception.cost.fused_stem import stem
 from fused_inception.cost.layers import Aux, Conv, Module, Network, Pool
+from fused_inception.cost.module_tensors import COEFFICIENTS, FP32, ModuleTensors
 from fused_inception.cost.ops import Gemm, Tensor, gradient
 from fused_inception.cost.plan import IMAGE, Plan
 from fused_inception.geometry import align_up
 
 # in training the pool branch is a launch of its own above so many pixels, a power of two
 POOL_APART_PIXELS = 64 * 132
-FP32 = 4  # bytes of a partial sum
-COEFFICIENTS = 4  # of a channel of BatchNorm: mean, inverse deviation, scale, beta
 
 
 # kinds of layers whose launches the network makes today
@@ -41,6 +40,10 @@ class Fused(Plan):
     def __init__(self, batch: int, itemsize: int, *, training: bool) -> None:
         super().__init__(batch, itemsize, training=training)
         self._given: set[str] = set()
+        # masks of the modules of a trunk, whose gradients are masked where they are made, by the
+        # names of their outputs
+        self._masks: dict[str, Tensor] = {}
+        self._is_trunk = False
 
     def _launch(
         self,
@@ -58,18 +61,42 @@ class Fused(Plan):
         self.op(name, layer, reads, writes, gemms, source=source, kernel=kernel, planned=planned)
 
     def _give(self, layer: str, x: Tensor) -> None:
-        """A second gradient of `x` is added to the first by autograd."""
-        if x.name in self._given:
+        """A second gradient of `x` is added to the first by autograd, but in a trunk."""
+        if x.name in self._given and x.name not in self._masks:
             self.op("add", layer, [gradient(x), gradient(x)], [gradient(x)])
         self._given.add(x.name)
 
+    def _mask_of(self, x: Tensor) -> list[Tensor]:
+        """The mask that what makes the gradient of `x` applies: none, but in a trunk."""
+        return [self._masks[x.name]] if x.name in self._masks else []
+
     # modules
+
+    def network(self, network: Network) -> None:
+        """In training with biases all modules, their pools and the global pool are one operator,
+        the trunk: the auxiliary classifiers run behind it, and dropout is the library's."""
+        if network.norm or not self.training:
+            super().network(network)
+            return
+        self._is_trunk = True
+        x = self.stem(network, self.tensor(IMAGE, network.image_size**2, 3))
+        tapped: list[tuple[Aux, Tensor]] = []
+        for module in network.modules:
+            x = self.module(module, x)
+            if module.name in network.aux:
+                tapped.append((network.aux[module.name], x))
+            if module.name in network.pools:
+                x = self.pool(network.pools[module.name], x)
+        mean = self._mean(network.classifier, x, [])
+        for aux, y in tapped:
+            self.aux(aux, y)
+        self.linear(network.classifier, self.dropout(network.classifier.layer, mean))
 
     def module(self, module: Module, x: Tensor) -> Tensor:
         """Bias mode, or BatchNorm in eval folded into filters and bias: A, B; M, L1, L2, L3, F."""
         if module.norm and self.training:
             return self._norm_module(module, x)
-        parts = _ModuleTensors(self, module, x)
+        parts = ModuleTensors(self, module, x)
         layer, dims, y = module.name, module.dims, parts.y
         if self.training:  # else the packed filters stay until a parameter changes
             self._pack(module, parts)
@@ -100,20 +127,24 @@ class Fused(Plan):
         kernel = "_branches_kernel"
         self._launch("B", layer, [parts.r, parts.packed_windows], window, gemms, kernel=kernel)
         self.save(layer, x, parts.r, parts.index, parts.mask)
+        if self._is_trunk:
+            self._masks[y.name] = parts.mask
+            parts.dz = gradient(y)
         self.later(lambda: self._module_backward(module, parts))
         return y
 
-    def _pack(self, module: Module, parts: "_ModuleTensors") -> None:
+    def _pack(self, module: Module, parts: "ModuleTensors") -> None:
         self._launch(
             "pack", module.name, [parts.filters], [parts.packed],
             kernel="_pack_kernel", source="packing",
         )  # fmt: skip
 
-    def _module_backward(self, module: Module, parts: "_ModuleTensors") -> None:
+    def _module_backward(self, module: Module, parts: "ModuleTensors") -> None:
         layer = module.name
-        self._launch(
-            "M", layer, [gradient(parts.y), parts.mask], [parts.dz], kernel="_relu_mask_kernel"
-        )
+        if not self._is_trunk:
+            self._launch(
+                "M", layer, [gradient(parts.y), parts.mask], [parts.dz], kernel="_relu_mask_kernel"
+            )
         self._pack(module, parts)
         self._reduction_gradients(module, parts, "_dgrad_kernel")
         self._input_gradient(module, parts, "_input_grad_kernel")
@@ -121,7 +152,7 @@ class Fused(Plan):
         self._launch("F", layer, [parts.partials], [gradient(parts.filters)],
                      kernel="_finish_kernel")  # fmt: skip
 
-    def _reduction_gradients(self, module: Module, parts: "_ModuleTensors", kernel: str) -> None:
+    def _reduction_gradients(self, module: Module, parts: "ModuleTensors", kernel: str) -> None:
         dims, pixels = module.dims, module.pixels
         gemms = [
             self.gemm(pixels, dims.ch3x3red, 9 * dims.ch3x3, "window"),
@@ -132,21 +163,24 @@ class Fused(Plan):
         reads = [dz, parts.r, parts.packed_windows, parts.packed_projection]
         self._launch("L1", module.name, reads, [parts.dr, parts.dp], gemms, kernel=kernel)
 
-    def _input_gradient(self, module: Module, parts: "_ModuleTensors", kernel: str) -> None:
+    def _input_gradient(self, module: Module, parts: "ModuleTensors", kernel: str) -> None:
         dims = module.dims
         width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
         gemm = self.gemm(module.pixels, dims.in_channels, width, "pointwise")
         reads = [parts.dz_slice(dims.ch1x1), parts.dr, parts.dp, parts.index, parts.packed_cat]
+        if parts.x.name in self._given:  # what others add to it
+            reads.append(gradient(parts.x))
+        reads += self._mask_of(parts.x)
         self._launch("L2", module.name, reads, [gradient(parts.x)], [gemm], kernel=kernel)
         self._give(module.name, parts.x)
 
-    def _filter_gradients(self, module: Module, parts: "_ModuleTensors", kernel: str) -> None:
+    def _filter_gradients(self, module: Module, parts: "ModuleTensors", kernel: str) -> None:
         reads = [parts.x, parts.index, parts.r, parts.dz, parts.dr]
         self._launch("L3", module.name, reads, [parts.partials], parts.filter_gemms, kernel=kernel)
 
     def _norm_module(self, module: Module, x: Tensor) -> Tensor:
         """BatchNorm in training: raw results and their statistics, then a pass that normalises."""
-        parts = _ModuleTensors(self, module, x)
+        parts = ModuleTensors(self, module, x)
         layer, dims, pixels = module.name, module.dims, module.pixels
         raw, moments = parts.raw, parts.moments
         activated = Tensor(f"{layer} activated", parts.r.bytes)
@@ -269,8 +303,10 @@ class Fused(Plan):
         self.save(layer, index, *source)
 
         def backward() -> None:
-            reads, writes = [gradient(y), index, *source], [gradient(x)]
-            self._launch("pool backward", layer, reads, writes, kernel=f"{kernel}_bwd_kernel")
+            masks = self._mask_of(x)
+            reads, writes = [gradient(y), index, *source, *masks], [gradient(x)]
+            name = f"{'_masked' if masks else ''}{kernel}_bwd_kernel"
+            self._launch("pool backward", layer, reads, writes, kernel=name)
 
         self.later(backward)
         return y
@@ -344,74 +380,24 @@ class Fused(Plan):
     def head(self, classifier: Conv, pixels: int, x: Tensor) -> None:
         """Mean and dropout in one launch each way; the library draws what dropout keeps."""
         layer = classifier.layer
-        mean = self.tensor("mean", 1, classifier.c_in)
         kept = [self.tensor(f"{layer} dropout mask", 1, classifier.c_in, 1)] * self.training
         if self.training:
-            self.op("native_dropout", layer, [mean], [mean, *kept])
+            drawn = self.tensor("mean", 1, classifier.c_in)
+            self.op("native_dropout", layer, [drawn], [drawn, *kept])
             self.save(layer, *kept)
+        self.linear(classifier, self._mean(classifier, x, kept))
+
+    def _mean(self, classifier: Conv, x: Tensor, kept: list[Tensor]) -> Tensor:
+        layer = classifier.layer
+        mean = self.tensor("mean", 1, classifier.c_in)
         self._launch("mean", layer, [x, *kept], [mean], kernel="_global_pool_fwd_kernel")
 
         def backward() -> None:
-            reads, writes = [gradient(mean), *kept], [gradient(x)]
+            reads, writes = [gradient(mean), *kept, *self._mask_of(x)], [gradient(x)]
             self._launch("mean backward", layer, reads, writes, kernel="_global_pool_bwd_kernel")
 
         self.later(backward)
-        self.linear(classifier, mean)
-
-
-class _ModuleTensors:
-    """The tensors of one module: activations, scratch, packed filters, what is saved."""
-
-    def __init__(self, plan: Fused, module: Module, x: Tensor) -> None:
-        dims, pixels, name = module.dims, module.pixels, module.name
-        self._plan, self._pixels = plan, pixels
-        self.x = x
-        self.y = plan.tensor(f"{name} output", pixels, dims.out_channels)
-        self.r = plan.tensor(f"{name} reduced", pixels, dims.reduced_channels)
-        s_in = align_up(dims.in_channels)
-        self.index = plan.tensor(f"{name} index", pixels, s_in, 1)
-        self.mask = plan.tensor(f"{name} mask", pixels, dims.slot_channels // 8, 1)
-        self.raw = plan.tensor(f"{name} raw", pixels, dims.slot_channels)
-        slots = dims.slot_channels + dims.reduced_channels
-        self.moments = plan.parameter(f"{name} coefficients", COEFFICIENTS * slots, FP32)
-        self.dz = plan.tensor(f"d {name} masked", pixels, dims.slot_channels)
-        self.dr = plan.tensor(f"d {name} reduced", pixels, dims.reduced_channels)
-        self.dp = plan.tensor(f"d {name} pooled", pixels, s_in)
-        s1, s3, s5, sp = (align_up(width) for width in dims.branch_widths)
-        s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
-        taps = dims.kernel_5x5**2
-        self.filters = plan.parameter(f"{name} filters", dims.weights)
-        self.packed_cat = plan.parameter(f"{name} packed 1x1", (s1 + s3r + s5r) * s_in)
-        windows = s3 * 9 * s3r + s5 * taps * s5r
-        self.packed_windows = plan.parameter(f"{name} packed 3x3, 5x5", windows)
-        self.packed_projection = plan.parameter(f"{name} packed projection", sp * s_in)
-        total = self.packed_cat.bytes + self.packed_windows.bytes + self.packed_projection.bytes
-        self.packed = Tensor(f"{name} packed", total)
-        self.filter_gemms = [
-            plan.filters_gemm(9 * dims.ch3x3red, dims.ch3x3, pixels),
-            plan.filters_gemm(dims.in_channels, dims.ch1x1, pixels),
-            plan.filters_gemm(dims.in_channels, dims.ch3x3red + dims.ch5x5red, pixels),
-            plan.filters_gemm(taps * dims.ch5x5red, dims.ch5x5, pixels),
-            plan.filters_gemm(dims.in_channels, dims.pool_proj, pixels),
-        ]
-        partials = sum(gemm.splits * gemm.rows * gemm.columns for gemm in self.filter_gemms)
-        self.partials = Tensor(f"{name} partials", partials * FP32)
-
-    def y_slice(self, channels: int) -> Tensor:
-        """`channels` channels of the output."""
-        return self._plan.tensor(self.y.name, self._pixels, channels)
-
-    def raw_slice(self, channels: int) -> Tensor:
-        """The same of the raw results."""
-        return self._plan.tensor(self.raw.name, self._pixels, channels)
-
-    def dz_slice(self, channels: int) -> Tensor:
-        """The same of the masked gradient."""
-        return self._plan.tensor(self.dz.name, self._pixels, channels)
-
-    def mask_slice(self, channels: int) -> Tensor:
-        """The mask of so many channels."""
-        return self._plan.tensor(self.mask.name, self._pixels, align_up(channels) // 8, 1)
+        return mean
 
 
 def _power_of_two(n: int) -> int:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from fused_inception.cost.layers import Conv, Network, Pool
+from fused_inception.cost.module_tensors import FP32
 from fused_inception.cost.ops import Gemm, Tensor, gradient
 from fused_inception.cost.plan import Plan
 from fused_inception.geometry import align_up
 
-FP32 = 4  # bytes of a partial sum
 
 
 def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fused_inception.functional.pooling import (
     max_pool2d_lrn,
 )
 from fused_inception.functional.stem import googlenet_stem
+from fused_inception.functional.trunk import inception_trunk
 
 __all__ = [
     "adaptive_avg_pool2d_conv1x1_relu",
@@ -28,6 +29,7 @@ __all__ = [
     "inception",
     "inception_bn",
     "inception_naive",
+    "inception_trunk",
     "local_response_norm",
     "lrn_max_pool2d",
     "max_pool2d",

@@ -65,11 +65,16 @@ def finish_bias(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """db[o] = sum over rows of partial[row, o]."""
+    """db[o] = sum over rows of partial[row, o].
+
+    There may be over a thousand rows, and each step waits for its loads: four times the rows of a
+    filter's tile in flight.
+    """
+    BLOCK_R: tl.constexpr = 4 * BLOCK_M
     offs_co = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_row = tl.arange(0, BLOCK_M)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row0 in tl.range(0, rows, BLOCK_M, num_stages=1):
+    offs_row = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for row0 in tl.range(0, rows, BLOCK_R, num_stages=1):
         mask = (row0 + offs_row < rows)[:, None] & (offs_co < C_OUT)[None, :]
         offs = ((row0 + offs_row) * ROW_STRIDE)[:, None] + offs_co[None, :]
         total += tl.load(partial_ptr + offs, mask=mask, other=0.0)

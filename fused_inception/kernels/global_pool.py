@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.tiles import load_bits
 from fused_inception.tuning.configs import GlobalPoolConfig
 
 
@@ -67,7 +68,9 @@ def _global_pool_bwd_kernel(
     # tensors
     dy_ptr,  # [N, C] any strides
     kept_ptr,  # [N, C] bytes, with DROPOUT
+    mask_ptr,  # [N, P, C / 8] uint8, bits of the ReLU whose output x is, or None
     dx_ptr,  # [N, P, C]
+    partial_ptr,  # [N, C] fp32, with a mask
     # sizes
     n_pixels,
     scale,
@@ -83,7 +86,8 @@ def _global_pool_bwd_kernel(
 ):
     """dx[n, p, c] = dy[n, c] / (H * W), times kept[n, c] * scale with DROPOUT.
 
-    One program per (image, block of channels).
+    With a mask 0 where the bit is not set, and partial[n, c] = the sum over the pixels. One program
+    per (image, block of channels).
     """
     image = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -94,11 +98,20 @@ def _global_pool_bwd_kernel(
         dy_row *= _gain(kept_ptr, image * C + offs_c, mask_c, scale)
     dx_row = (dy_row / n_pixels.to(tl.float32)).to(dx_ptr.dtype.element_ty)
     dx_image_ptr = dx_ptr + image * n_pixels * C
+    sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for p0 in tl.range(0, n_pixels, BLOCK_P):
         offs_p = p0 + tl.arange(0, BLOCK_P)
         mask = (offs_p < n_pixels)[:, None] & mask_c[None, :]
         dx_tile = tl.broadcast_to(dx_row[None, :], (BLOCK_P, BLOCK_C))
+        if mask_ptr is not None:
+            mask_image_ptr = mask_ptr + image * n_pixels * (C // 8)
+            is_open = load_bits(mask_image_ptr, offs_p, offs_c, mask, C)
+            # select, never multiply: a closed gate stops NaN and infinity too
+            dx_tile = tl.where(is_open, dx_tile, 0.0)
+            sums += dx_tile.to(tl.float32)
         tl.store(dx_image_ptr + (offs_p * C)[:, None] + offs_c[None, :], dx_tile, mask=mask)
+    if mask_ptr is not None:
+        tl.store(partial_ptr + image * C + offs_c, tl.sum(sums, axis=0), mask=mask_c)
 
 
 def launch_global_pool_fwd(
@@ -128,16 +141,36 @@ def launch_global_pool_bwd(
     scale: float,
     dx: torch.Tensor,
     config: GlobalPoolConfig,
-) -> None:
-    """Fill `dx`, [N, C, H, W] exactly channels last, from `dy`, [N, C, 1, 1] of any strides."""
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fill `dx`, [N, C, H, W] exactly channels last, from `dy`, [N, C, 1, 1] of any strides.
+
+    With `mask`, the bits [P, C / 8] of the ReLU whose output x is, the gradient behind that ReLU;
+    C is a multiple of 8 then.
+
+    Returns its column sums over each image, [N, C]; without a mask there are none.
+    """
     n, c, height, width = dx.shape
+    rows = 0 if mask is None else n
+    partial = torch.empty((rows, c), dtype=torch.float32, device=dx.device)
     run(
         _global_pool_bwd_kernel,
         (n, cdiv(c, config.block_c)),
-        (dy, _bytes(kept, dx), dx, height * width, scale, dy.stride(0), dy.stride(1)),
+        (
+            dy,
+            _bytes(kept, dx),
+            mask,
+            dx,
+            partial,
+            height * width,
+            scale,
+            dy.stride(0),
+            dy.stride(1),
+        ),
         dict(C=c, DROPOUT=kept is not None, BLOCK_P=config.block_p, BLOCK_C=config.block_c),
         num_warps=config.num_warps,
     )
+    return partial
 
 
 def _bytes(kept: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Launch L2: the gradient of x, one GEMM over the concatenated 1x1 filters behind the gather of the
-pool gradient."""
+pool gradient; where x is the output of another module, masked by its ReLU, so that module needs no
+launch M."""
 
 import torch
 import triton
@@ -8,7 +9,7 @@ import triton.language as tl
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
-from fused_inception.kernels.tiles import tap_validity
+from fused_inception.kernels.tiles import load_bits, tap_validity
 from fused_inception.tuning.configs import InputGradConfig
 
 
@@ -83,7 +84,11 @@ def _input_grad_kernel(
     dp_ptr,  # [P, S_IN] gradient of the pooled map
     index_ptr,  # [P, S_IN] uint8, winning tap of each window
     w_ptr,  # [S_IN, S1 + SR] packed for the data gradients
+    # of the module whose output x is, else None; C_IN is a multiple of 8 then
+    mask_ptr,  # [P, C_IN / 8] uint8, its ReLU bits
+    other_ptr,  # [P, C_IN] what others than this module add to the gradient of x, or None
     dx_ptr,  # [P, C_IN]
+    partial_ptr,  # [tiles of pixels, C_IN] fp32, with a mask
     # sizes
     n_pixels,
     height,
@@ -102,7 +107,10 @@ def _input_grad_kernel(
     NUM_STAGES: tl.constexpr,
 ):
     """dx[p, i] = sum over windows that p won of dp + sum_o [dz1 | dr][p, o] * w[i, o]; one program
-    per tile of dx."""
+    per tile of dx.
+
+    With a mask dx[p, i] + other[p, i] where the bit is set, else 0, and its sums over the tile.
+    """
     TILES_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
     pid_p = tl.program_id(0) // TILES_CI
     pid_ci = tl.program_id(0) % TILES_CI
@@ -127,7 +135,18 @@ def _input_grad_kernel(
     )  # fmt: skip
     dx_mask = mask_p[:, None] & (offs_ci < C_IN)[None, :]
     dx_offs = (local_p * C_IN)[:, None] + offs_ci[None, :]
-    tl.store(dx_ptr + p0 * C_IN + dx_offs, acc.to(dx_ptr.dtype.element_ty), mask=dx_mask)
+    if mask_ptr is None:
+        tl.store(dx_ptr + p0 * C_IN + dx_offs, acc.to(dx_ptr.dtype.element_ty), mask=dx_mask)
+    else:
+        if other_ptr is not None:
+            other_tile = tl.load(other_ptr + p0 * C_IN + dx_offs, mask=dx_mask, other=0.0)
+            acc += other_tile.to(tl.float32)
+        is_open = load_bits(mask_ptr + p0 * (C_IN // 8), local_p, offs_ci, dx_mask, C_IN)
+        # select, never multiply: a closed gate stops NaN and infinity too
+        dx_tile = tl.where(is_open, acc.to(dx_ptr.dtype.element_ty), 0.0)
+        tl.store(dx_ptr + p0 * C_IN + dx_offs, dx_tile, mask=dx_mask)
+        sums = tl.sum(dx_tile.to(tl.float32), axis=0)
+        tl.store(partial_ptr + pid_p * C_IN + offs_ci, sums, mask=offs_ci < C_IN)
 
 
 def launch_input_grad(
@@ -141,15 +160,25 @@ def launch_input_grad(
     config: InputGradConfig,
     *,
     precision: str,
-) -> None:
-    """Fill `dx`, [N, C_IN, H, W] exactly channels last, from the results of launches M and L1."""
+    mask: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fill `dx`, [N, C_IN, H, W] exactly channels last, from the results of launches M and L1.
+
+    With `mask`, the ReLU bits [P, C_IN / 8] of the module whose output x is, `dx` is the gradient
+    behind that ReLU, with `other`, exactly channels last, added to it first.
+
+    Returns its column sums over each tile of pixels, [tiles, C_IN]; without a mask there are none.
+    """
     n, c_in, height, width = dx.shape
     n_pixels = n * height * width
     tile = config.gemm
+    tiles = 0 if mask is None else cdiv(n_pixels, tile.block_m)
+    partial = torch.empty((tiles, c_in), dtype=torch.float32, device=dx.device)
     run(
         _input_grad_kernel,
         (cdiv(n_pixels, tile.block_m) * cdiv(c_in, tile.block_n),),
-        (dz, dr, dp, index, packed_w, dx, n_pixels, height, width),
+        (dz, dr, dp, index, packed_w, mask, other, dx, partial, n_pixels, height, width),
         dict(
             C_IN=c_in,
             S_IN=PackedLayout(dims).slots_in,
@@ -164,3 +193,4 @@ def launch_input_grad(
         ),
         num_warps=config.num_warps,
     )
+    return partial

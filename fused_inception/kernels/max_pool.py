@@ -17,7 +17,7 @@ from fused_inception.kernels.vectors import (
     program_vectors,
     store_tile,
 )
-from fused_inception.tuning.configs import VectorConfig
+from fused_inception.tuning.configs import MaskConfig, VectorConfig
 
 
 @triton.jit
@@ -233,6 +233,80 @@ def _max_pool_bwd_kernel(
             store_tile(dx_ptr, dx_tile, pixel, group, is_pixel, C, BLOCK_V, LANES)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "n_cells", "chunk", "height", "width", "out_height", "out_width", "dy_stride8"
+    ]
+)  # fmt: skip
+def _masked_max_pool_bwd_kernel(
+    # tensors
+    dy_ptr,  # [N, OH, OW, 8 dy_stride8]
+    index_ptr,  # [N, OH, OW, C] uint8
+    mask_ptr,  # [N, H, W, C / 8] uint8
+    dx_ptr,  # [N, H, W, C]
+    partial_ptr,  # [chunks, C] fp32
+    # sizes
+    n_cells,
+    chunk,  # cells of one program, a multiple of BLOCK_CELLS
+    height,
+    width,
+    out_height,
+    out_width,
+    # strides
+    dy_stride8,
+    # problem
+    C: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    # tile
+    BLOCK_CELLS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """dx of `_max_pool_bwd_kernel` where the bit of the mask is set, else 0, and its sums over the
+    chunk: x is the output of a ReLU.
+
+    One program per (chunk of cells, BLOCK_G vectors of channels): sums are of channels.
+    """
+    BLOCK_V: tl.constexpr = BLOCK_CELLS * BLOCK_G
+    GROUPS: tl.constexpr = C // LANES
+    vector = tl.arange(0, BLOCK_V)
+    lane = tl.arange(0, LANES)
+    group = tl.program_id(1) * BLOCK_G + vector % BLOCK_G
+    # the bits of a vector are in one byte
+    byte = group * LANES // 8
+    bit = (group * LANES % 8)[:, None] + lane[None, :]
+    sums = tl.zeros((BLOCK_V, LANES), tl.float32)
+    first = tl.program_id(0) * chunk
+    for start in tl.range(first, tl.minimum(first + chunk, n_cells), BLOCK_CELLS):
+        cell = start + vector // BLOCK_G
+        inside = (cell < n_cells) & (group < GROUPS)
+        image, i, j = cell_position(cell, height, width, STRIDE, PAD)
+        window = (image * out_height + i) * out_width + j
+        dy_rows = dy_ptr + offsets(window, group, dy_stride8 * 8, LANES)
+        index_rows = index_ptr + offsets(window, group, C, LANES)
+        for u in tl.static_range(STRIDE if STRIDE < K else K):
+            for v in tl.static_range(STRIDE if STRIDE < K else K):
+                (dx_tile,) = gather_tiles(
+                    dy_rows, index_rows, inside, group, i, j, u, v, out_height, out_width,
+                    dy_stride8 * 8, GROUPS, 0, K, STRIDE, BLOCK_V, LANES,
+                )  # fmt: skip
+                row, column = i * STRIDE + u - PAD, j * STRIDE + v - PAD
+                is_pixel = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                pixel = (image * height + row) * width + column
+                byte_offs = pixel.to(tl.int64) * (C // 8) + byte
+                bits = tl.load(mask_ptr + byte_offs, mask=is_pixel, other=0).to(tl.int32)
+                is_open = ((bits[:, None] >> bit) & 1) != 0
+                # select, never multiply: a closed gate stops NaN and infinity too
+                dx_tile = tl.where(is_open, dx_tile.to(dx_ptr.dtype.element_ty), 0.0)
+                store_tile(dx_ptr, dx_tile, pixel, group, is_pixel, C, BLOCK_V, LANES)
+                sums += dx_tile.to(tl.float32)
+    total = tl.sum(tl.reshape(sums, (BLOCK_CELLS, BLOCK_G, LANES)), axis=0)
+    channel = (tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G))[:, None] * LANES + lane[None, :]
+    tl.store(partial_ptr + tl.program_id(0) * C + channel, total, mask=channel < C)
+
+
 def window_constants(window: Window) -> dict[str, int]:
     """The window's part of a kernel's constants."""
     return dict(K=window.kernel, STRIDE=window.stride, PAD=window.padding)
@@ -304,3 +378,52 @@ def launch_max_pool_bwd(
         ),
         num_warps=config.num_warps,
     )
+
+
+def launch_masked_max_pool_bwd(
+    dy: torch.Tensor,
+    index: torch.Tensor,
+    mask: torch.Tensor,
+    dx: torch.Tensor,
+    window: Window,
+    config: MaskConfig,
+) -> torch.Tensor:
+    """Fill `dx` as `launch_max_pool_bwd` does, but behind the ReLU whose bits are in `mask`,
+    [P, C / 8]; C is a multiple of 8.
+
+    Returns its column sums over chunks of pixels, [chunks, C].
+    """
+    n, c, height, width = dx.shape
+    _, _, out_height, out_width = dy.shape
+    lanes = lanes_of(dy.dtype)
+    cells = n * window.cells(height) * window.cells(width)
+    chunks = cdiv(cells, config.pixels)
+    partial = torch.empty((chunks, c), dtype=torch.float32, device=dx.device)
+    clear_gaps(dx, window)
+    run(
+        _masked_max_pool_bwd_kernel,
+        (chunks, cdiv(c, config.block_c)),
+        (
+            dy,
+            index,
+            mask,
+            dx,
+            partial,
+            cells,
+            config.pixels,
+            height,
+            width,
+            out_height,
+            out_width,
+            dy.stride(3) // ALIGN,
+        ),
+        dict(
+            C=c,
+            **window_constants(window),
+            BLOCK_CELLS=config.block_p,
+            BLOCK_G=config.block_c // lanes,
+            LANES=lanes,
+        ),
+        num_warps=config.num_warps,
+    )
+    return partial

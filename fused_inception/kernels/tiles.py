@@ -54,6 +54,20 @@ def pack_bits(bits, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def load_bits(
+    mask_ptr,  # [P, C / 8] at the first pixel of the tile
+    local_p,
+    offs_c,
+    inside,
+    C: tl.constexpr,
+):
+    """[pixels, channels] booleans of a packed ReLU mask; closed where not `inside`."""
+    byte_offs = (local_p * (C // 8))[:, None] + (offs_c // 8)[None, :]
+    byte = tl.load(mask_ptr + byte_offs, mask=inside, other=0).to(tl.int32)
+    return ((byte >> (offs_c % 8)[None, :]) & 1) != 0
+
+
+@triton.jit
 def store_slice(
     y_tile,  # [BLOCK_P, BLOCK_CO] rounded outputs
     y_ptr,  # [P, Y_STRIDE] first channel of the slice

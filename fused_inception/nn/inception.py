@@ -123,11 +123,10 @@ class Inception(nn.Module):
         if self._obstacle() is not None:
             branches = [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
             return torch.cat(branches, dim=1)
+        if self.norm is None:
+            return functional.inception(x, *parameters_of(self))
         blocks = _blocks_of(self)
         convs = [block._modules["conv"]._parameters for block in blocks]
-        if self.norm is None:
-            parameters = [conv[name] for conv in convs for name in ("weight", "bias")]
-            return functional.inception(x, *parameters)
         norms = [block._modules["bn"] for block in blocks]
         return functional.inception_bn(
             x, [conv["weight"] for conv in convs], *vectors_of(norms),
@@ -204,6 +203,12 @@ def _change_of_pool(pool: Any) -> str | None:
         if given != value and given != (value, value):
             return f"has {name} {given}"
     return "returns indices" if pool.return_indices else None
+
+
+def parameters_of(module: Any) -> list[Tensor]:
+    """Filters and biases in turn, in the order of `functional.inception`'s arguments."""
+    convs = [block._modules["conv"]._parameters for block in _blocks_of(module)]
+    return [conv[name] for conv in convs for name in ("weight", "bias")]
 
 
 def _blocks_of(module: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_inception import functional
+from fused_inception.geometry import Window
 from fused_inception.nn.conv_block import FUSED, change_of
 
 
@@ -126,6 +127,19 @@ class MaxPoolLRN2d(_NormAndPool):
             padding=self.padding,
             ceil_mode=self.ceil_mode,
         )
+
+
+def why_not_square(pool: Any) -> str | None:
+    """What keeps a `MaxPool2d` from having one `Window`; None where it has."""
+    sizes = (pool.kernel_size, pool.stride, pool.padding)
+    if all(isinstance(size, int) for size in sizes):
+        return None
+    return "has a size for each direction"
+
+
+def square_window(pool: Any) -> Window:
+    """The window of a `MaxPool2d` whose sizes are numbers."""
+    return Window(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
 
 
 def pool_then_norm(x: Tensor, pool: nn.Module, norm: nn.Module | None) -> Tensor:

@@ -6,13 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_inception import functional
-from fused_inception.geometry import Window
 from fused_inception.nn.conv_block import ConvBlock, change_of
 from fused_inception.nn.pooling import (
     LocalResponseNorm,
     MaxPool2d,
     norm_then_pool,
     pool_then_norm,
+    square_window,
+    why_not_square,
 )
 
 # the layers in their order, by their names in the network
@@ -43,10 +44,10 @@ def stem(x: Tensor, layers: Sequence[Any]) -> Tensor:
         *(parameter for conv in convs for parameter in (conv.weight, conv.bias)),
         stride=convs[0].stride[0],
         padding=convs[0].padding[0],
-        pool1=_window(maxpool1),
+        pool1=square_window(maxpool1),
         norm1=_numbers(norm1),
         norm2=_numbers(norm2),
-        pool2=_window(maxpool2),
+        pool2=square_window(maxpool2),
     )
 
 
@@ -59,9 +60,7 @@ def obstacle(layers: Sequence[Any]) -> str | None:
         if change is None and expected is ConvBlock:
             change = _change_of_conv(layer, {"conv2": 1, "conv3": 3}.get(name))
         if change is None and expected is MaxPool2d:
-            sizes = (layer.kernel_size, layer.stride, layer.padding)
-            if not all(isinstance(size, int) for size in sizes):
-                change = "has a size for each direction"
+            change = why_not_square(layer)
         if change is not None:
             return f"{name} {change}"
     return None
@@ -77,10 +76,6 @@ def _change_of_conv(block: ConvBlock, kernel: int | None) -> str | None:
     if kernel is not None and sizes != ((kernel,) * 2, (1, 1), (padding,) * 2):
         return f"is no {kernel}x{kernel} convolution that keeps the size"
     return None
-
-
-def _window(pool: Any) -> Window:
-    return Window(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
 
 
 def _numbers(norm: Any) -> tuple[int, float, float, float]:

@@ -25,5 +25,15 @@ def backward(
     return dx
 
 
+def backward_masked(
+    dy: torch.Tensor, mask: torch.Tensor, shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx behind the ReLU whose bits `mask` has, and its column sums over each image."""
+    n, c, height, width = shape
+    dx = empty_channels_last(n, c, height, width, dtype=dy.dtype, device=dy.device)
+    config = global_pool_config(c, height * width)
+    return dx, launch_global_pool_bwd(dy, None, 1.0, dx, config, mask)
+
+
 def _dense(kept: torch.Tensor | None) -> torch.Tensor | None:
     return None if kept is None else kept.contiguous()

@@ -174,7 +174,7 @@ def backward(
     dx = x.new_empty(0)
     if need_x:
         assert w is not None  # for the type checker: need_x implies both reduces
-        dx = input_gradient(dims, x, dz, dr, dp, index, w)
+        dx, _ = input_gradient(dims, x, dz, dr, dp, index, w)
     # behind a BatchNorm there is no bias
     none = norm[:0]
     filter_grads = filter_gradients(

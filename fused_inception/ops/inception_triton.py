@@ -2,6 +2,7 @@
 tensors."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -76,6 +77,24 @@ def _reduced_like(x: torch.Tensor, dims: InceptionDims) -> torch.Tensor:
     return empty_channels_last(n, channels, height, width, dtype=x.dtype, device=x.device)
 
 
+@dataclass(frozen=True)
+class Masked:
+    """The gradient behind the ReLU of a module: dz, [N, slots, H, W] channels last, 0 where the
+    output was not above 0, and its column sums over some chunks of pixels each."""
+
+    dz: torch.Tensor
+    sums: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ReluBelow:
+    """The ReLU of the module whose output x is: its mask, and what others than this module add to
+    the gradient in front of it, exactly channels last."""
+
+    mask: torch.Tensor
+    other: torch.Tensor | None = None
+
+
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -89,16 +108,41 @@ def backward(
     dy: [N, C_OUT, H, W] in the dtype of x, any strides. dx comes exactly channels last; a filter's
     gradient in the strides of the filter where those are contiguous or channels last.
     """
+    _, _, mask = saved
+    masked = mask_gradient(dims_of(filters), dy, mask)
+    dx, _, gradients = backward_of_masked(masked, x, saved, filters, biases_dtype, needs)
+    return [dx, *gradients]
+
+
+def mask_gradient(dims: InceptionDims, dy: torch.Tensor, mask: torch.Tensor) -> Masked:
+    """Launch M, for a `dy` of any strides."""
+    _, target, pixels = problem_of(dy)
+    config = chosen.mask_config(dims.slot_channels, pixels, target)
+    return Masked(*launch_relu_mask(dims.branch_widths, dy, mask, config))
+
+
+def backward_of_masked(
+    masked: Masked,
+    x: torch.Tensor,
+    saved: list[torch.Tensor],
+    filters: list[torch.Tensor],
+    biases_dtype: list[torch.dtype],
+    needs: list[bool],
+    below: ReluBelow | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """All launches of `backward` but M.
+
+    Returns dx, with a ReLU `below` the gradient behind that; its column sums over some chunks of
+    pixels each, which there are only then; the gradients of the parameters.
+    """
     dims = dims_of(filters)
-    r, index, mask = saved
+    r, index, _ = saved
+    dz, partial_m = masked.dz, masked.sums
     ops, target, pixels = problem_of(x)
     need_x, need_w, need_b = needs[0], needs[1:7], needs[7:]
     reduce3 = need_x or need_w[1] or need_b[1]
     reduce5 = need_x or need_w[3] or need_b[3]
 
-    dz, partial_m = launch_relu_mask(
-        dims.branch_widths, dy, mask, chosen.mask_config(dims.slot_channels, pixels, target)
-    )
     gradient = library_triton.MaskedGradient(
         dispatch.module_plan(dims, pixels, ops, target), dims, dz
     )
@@ -111,10 +155,10 @@ def backward(
             chosen.dgrad_config(dims, pixels, ops, target),
             reduce3=reduce3, reduce5=reduce5, pooled=need_x, precision=ops.precision,
         )  # fmt: skip
-    dx = x.new_empty(0)
+    dx, sums = x.new_empty(0), x.new_empty(0)
     if need_x:
         assert w is not None  # for the type checker: need_x implies both reduces
-        dx = input_gradient(dims, x, dz, dr, dp, index, w)
+        dx, sums = input_gradient(dims, x, dz, dr, dp, index, w, below)
     bias_grads = [
         x.new_empty(f.shape[0] if need else 0, dtype=dtype)
         for f, need, dtype in zip(filters, need_b, biases_dtype, strict=True)
@@ -123,7 +167,7 @@ def backward(
         dims, x, index, r, gradient, dr, (partial_m, partial3, partial5), filters, need_w,
         bias_grads,
     )  # fmt: skip
-    return [dx, *filter_grads, *bias_grads]
+    return dx, sums, [*filter_grads, *bias_grads]
 
 
 def input_gradient(
@@ -134,15 +178,18 @@ def input_gradient(
     dp: torch.Tensor,
     index: torch.Tensor,
     w: torch.Tensor,
-) -> torch.Tensor:
-    """Launch L2: the gradient of x, exactly channels last."""
+    below: ReluBelow | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch L2: the gradient of x, exactly channels last, and its column sums as
+    `backward_of_masked` returns them."""
     ops, target, pixels = problem_of(x)
     dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-    launch_input_grad(
+    sums = launch_input_grad(
         dims, dz, dr, dp, index, w, dx,
         chosen.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
+        mask=None if below is None else below.mask, other=None if below is None else below.other,
     )  # fmt: skip
-    return dx
+    return dx, sums
 
 
 def filter_gradients(

@@ -5,13 +5,18 @@ import torch
 from fused_inception.geometry import Window, align_up
 from fused_inception.kernels.lrn import Norm, launch_lrn_bwd, launch_lrn_fwd
 from fused_inception.kernels.lrn_pool import launch_lrn_max_pool_bwd, launch_lrn_max_pool_fwd
-from fused_inception.kernels.max_pool import launch_max_pool_bwd, launch_max_pool_fwd
+from fused_inception.kernels.max_pool import (
+    launch_masked_max_pool_bwd,
+    launch_max_pool_bwd,
+    launch_max_pool_fwd,
+)
 from fused_inception.kernels.pool_lrn import launch_max_pool_lrn_bwd, launch_max_pool_lrn_fwd
 from fused_inception.kernels.vectors import lanes_of
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import power_of_two, problem_of
 from fused_inception.tuning.chosen import march_config, vector_config
 from fused_inception.tuning.configs import MarchConfig, VectorConfig
+from fused_inception.tuning.pool_heuristic import masked_pool_config
 
 
 def max_pool2d(
@@ -39,6 +44,22 @@ def max_pool2d_backward(
     dx = empty_channels_last(*shape, dtype=dy.dtype, device=dy.device)
     launch_max_pool_bwd(for_kernels(dy), index, dx, window, _by_cell(dx, window))
     return dx
+
+
+def max_pool2d_backward_masked(
+    dy: torch.Tensor,
+    shape: tuple[int, int, int, int],
+    index: torch.Tensor,
+    window: Window,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient behind the ReLU whose bits `mask` has, of which x is the output, and its column
+    sums over chunks of pixels; channels are a multiple of 8."""
+    n, c, height, width = shape
+    dx = empty_channels_last(*shape, dtype=dy.dtype, device=dy.device)
+    cells = power_of_two(n * window.cells(height) * window.cells(width))
+    config = masked_pool_config(c, lanes_of(dy.dtype), cells, problem_of(dx)[1])
+    return dx, launch_masked_max_pool_bwd(for_kernels(dy), index, mask, dx, window, config)
 
 
 def local_response_norm(

@@ -1,6 +1,6 @@
 """Every function of the library in plain PyTorch, any floating dtype, any device."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +207,24 @@ def global_avg_pool2d(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, 1)
 
 
+def inception_trunk(
+    x: Tensor,
+    parameters: Sequence[Sequence[Tensor]],
+    *,
+    pools: Mapping[int, Window],
+    taps: Sequence[int] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`inception` with each twelve of the parameters, `max_pool2d` where there is one behind,
+    `global_avg_pool2d`; and the outputs of the modules whose numbers are in `taps`."""
+    outputs = []
+    for i, of_module in enumerate(parameters):
+        x = inception(x, *of_module)
+        outputs.append(x)
+        if i in pools:
+            x = _max_pool(x, pools[i])
+    return global_avg_pool2d(x), tuple(outputs[i] for i in taps)
+
+
 def googlenet_stem(
     x: Tensor,
     w1: Tensor,
@@ -225,14 +243,15 @@ def googlenet_stem(
 ) -> Tensor:
     """`conv2d_relu`, `max_pool2d_lrn`, `conv2d_relu` twice (1x1, 3x3), `lrn_max_pool2d`."""
 
-    def max_pool(x: Tensor, window: Window) -> Tensor:
-        sizes = (window.kernel, window.stride, window.padding)
-        return max_pool2d(x, *sizes, ceil_mode=window.ceil_mode)
-
     x = conv2d_relu(x, w1, b1, stride, padding)
-    x = local_response_norm(max_pool(x, pool1), *norm1)
+    x = local_response_norm(_max_pool(x, pool1), *norm1)
     x = conv2d_relu(conv2d_relu(x, w2, b2), w3, b3, padding=1)
-    return max_pool(local_response_norm(x, *norm2), pool2)
+    return _max_pool(local_response_norm(x, *norm2), pool2)
+
+
+def _max_pool(x: Tensor, window: Window) -> Tensor:
+    sizes = (window.kernel, window.stride, window.padding)
+    return max_pool2d(x, *sizes, ceil_mode=window.ceil_mode)
 
 
 def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:

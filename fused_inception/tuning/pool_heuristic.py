@@ -7,8 +7,8 @@ to choose. Results do not depend on the choice.
 import functools
 import math
 
-from fused_inception.geometry import Window
-from fused_inception.tuning.configs import MarchConfig, VectorConfig
+from fused_inception.geometry import Window, align_up
+from fused_inception.tuning.configs import MarchConfig, MaskConfig, VectorConfig
 from fused_inception.tuning.targets import Target
 
 # threads of a processor that run at a time, at about 100 registers each
@@ -23,6 +23,17 @@ def vector_config(n_vectors: int, target: Target) -> VectorConfig:
     while num_warps > 1 and n_vectors < target.processors * num_warps * warp:
         num_warps //= 2
     return VectorConfig(num_warps * warp, num_warps)
+
+
+@functools.lru_cache(maxsize=4096)
+def masked_pool_config(channels: int, lanes: int, n_cells: int, target: Target) -> MaskConfig:
+    """The gradient of a max pool behind a ReLU: 128 channels of some cells, a vector a thread, and
+    about eight programs a processor, so that column sums have a few hundred rows at the most."""
+    block_c = min(128, max(16, 1 << (channels - 1).bit_length()))
+    num_warps = 4
+    cells = num_warps * 32 * lanes // block_c
+    chunk = math.ceil(n_cells * math.ceil(channels / block_c) / (8 * target.processors))
+    return MaskConfig(cells, block_c, max(cells, align_up(chunk, cells)), num_warps)
 
 
 @functools.lru_cache(maxsize=4096)

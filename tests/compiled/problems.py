@@ -62,11 +62,13 @@ def specialisations(
 
 @dataclass(frozen=True)
 class Module:
-    """An Inception module of either form."""
+    """An Inception module of either form; of that with reductions also what it launches behind the
+    ReLU of another one: for each of `behind`, whether others add to the gradient in front of it."""
 
     dims: InceptionDims | NaiveDims
     batch: int
     side: int
+    behind: tuple[bool, ...] = ()
 
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The module's script."""
@@ -81,6 +83,13 @@ class Module:
             dtypes = [b.dtype for b in biases]
             needs = [True] * (1 + 2 * len(filters))
             script.backward(_like(y), x, saved, filters, dtypes, needs)
+        for added in self.behind if training else ():
+            mask = _mask_of(x)
+            inception_triton.backward_of_masked(
+                inception_triton.mask_gradient(self.dims, _like(y), saved[2]),
+                x, saved, filters, dtypes, needs,
+                inception_triton.ReluBelow(mask, _like(x) if added else None),
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,9 @@ class Pooling:
             if training:
                 (index,) = saved
                 pooling_triton.max_pool2d_backward(_like(y), shape, index, window)
+                pooling_triton.max_pool2d_backward_masked(
+                    _like(y), shape, index, window, _mask_of(x)
+                )
         elif self.name == "lrn":
             y, _ = pooling_triton.local_response_norm(x, *norm, training)
             if training:
@@ -266,11 +278,18 @@ class GlobalPool:
         y = global_pool_triton.forward(x, *drawn)
         if training:
             global_pool_triton.backward(_like(y), *drawn, x.shape)
+            global_pool_triton.backward_masked(_like(y), _mask_of(x), x.shape)
 
 
 def _map(n: int, c: int, side: int, dtype: torch.dtype) -> torch.Tensor:
     x = torch.empty((n, c, side, side), dtype=dtype, device="meta")
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _mask_of(x: torch.Tensor) -> torch.Tensor:
+    """The bits of the ReLU whose output x is."""
+    n, c, height, width = x.shape
+    return torch.empty((n * height * width, c // 8), dtype=torch.uint8, device="meta")
 
 
 def _like(y: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""A run of Inception modules with biases."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_inception import checks
+from fused_inception.backend import resolve
+from fused_inception.functional.classifier import global_avg_pool2d
+from fused_inception.functional.inception import inception
+from fused_inception.functional.layout import settle
+from fused_inception.functional.pooling import pool
+from fused_inception.geometry import Window
+from fused_inception.ops import pooling as _pooling
+from fused_inception.ops import trunk as _trunk
+from fused_inception.ops.registration import autocast, autocasts
+
+
+def inception_trunk(
+    x: Tensor,
+    parameters: Sequence[Sequence[Tensor]],
+    *,
+    pools: Mapping[int, Window],
+    taps: Sequence[int] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Inception modules one behind the other, with max pools between them and the global average
+    pool at the end: all of GoogLeNet between its stem and its classifier.
+
+    y = mean over pixels of (inception_k( ... maxpool(inception_1(inception_0(x)))))
+
+    Source: Szegedy et al., arXiv 1409.4842, table 1. On the Triton path one operator: the launch
+    that makes the gradient of a module's output applies that module's ReLU mask and sums its bias
+    gradients, which takes a launch and a pass over the gradient of each module less than
+    `inception`. Elsewhere, and where a branch's width is no multiple of 8, a pool is of more than
+    3 x 3, or a tapped or the last module has a pool behind it, it is `inception`, `max_pool2d` and
+    `global_avg_pool2d`.
+
+    Args:
+        x: [N, C_in, H, W], as in `inception`.
+        parameters: twelve for each module, in the order of `inception`'s arguments.
+        pools: module, counted from 0 -> window of the max pool behind it.
+        taps: modules whose output is returned too, in ascending order.
+
+    Under autocast `x` is cast, and the filters inside; biases stay as they are.
+
+    Returns:
+        The mean [N, C_out, 1, 1] and a tuple of the tapped outputs, each in the dtype of `x` and
+        exactly channels last.
+
+    Raises:
+        ValueError: a shape, an option or a device that does not fit.
+        TypeError: a dtype that does not fit, or float64 under the backend "triton".
+        BackendError: the backend "triton" cannot run here.
+
+    Autograd saves, besides the parameters, each module's input and what `inception` saves, and one
+    byte a pooled element. A double backward raises RuntimeError.
+    """
+    checks.image_batch(x)
+    checks.trunk_parameters(x, parameters, pools, taps, casts=autocasts(x))
+    impl = resolve(x)
+    filters = [t for module in parameters for t in module[::2]]
+    biases = [t for module in parameters for t in module[1::2]]
+    trunk = _trunk.Trunk(dict(pools), tuple(taps))
+    if impl == "triton" and _trunk.why_not(filters, trunk) is None:
+        x = settle(autocast(x), impl)
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
+        y, tapped, _ = _trunk.inception_trunk(
+            x, filters, biases, trunk.integers, list(trunk.taps), save
+        )
+        return y, tuple(tapped)
+    outputs = []
+    for i, module in enumerate(parameters):
+        x = inception(x, *module)
+        outputs.append(x)
+        if i in pools:
+            x = pool(_pooling.max_pool2d, x, pools[i])
+    return global_avg_pool2d(x), tuple(outputs[i] for i in taps)

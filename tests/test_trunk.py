@@ -1,0 +1,188 @@
+"""The trunk on the ATen path: the function, its errors, the network's use of it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_inception as fi
+from fused_inception import functional, reference
+from fused_inception.geometry import InceptionDims, Window
+from fused_inception.ops import trunk as ops
+from tests.test_trunk_kernels import CASES, POOL, Case, of_modules, results
+
+WIDE = Case((InceptionDims(16, 8, 8, 16, 8, 8, 8), InceptionDims(40, 8, 8, 8, 8, 8, 8)), (1, 6, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_part_by_part(dtype: torch.dtype) -> None:
+    case = CASES["as-in-googlenet"]
+    # a window that has no kernel, and a tap behind which there is a pool
+    for options in (case.options, {"pools": {1: Window(5, 2)}, "taps": (0, 1, 2)}):
+        got, want = (
+            results(function, case.tensors(dtype), **options)
+            for function in (functional.inception_trunk, reference.inception_trunk)
+        )
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dims", "pools", "taps", "reason"),
+    [
+        (InceptionDims(16, 8, 8, 12, 8, 12, 8), {}, (), r"multiples of 8, got \[8, 12, 12, 8\]"),
+        (None, {0: Window(5, 2)}, (), r"at most 3, got \[5\]"),
+        (None, {0: POOL}, (0,), "a module is tapped that has a pool behind it"),
+        (None, {1: POOL}, (), "between the last module and the global pool"),
+        (None, {}, (1,), "between the last module and the global pool"),
+        (None, {0: POOL}, (), None),
+    ],
+    ids=["widths", "window", "tap-and-pool", "last-pool", "last-tap", "as-in-googlenet"],
+)
+def test_trunks_without_an_operator(
+    dims: InceptionDims | None,
+    pools: Mapping[int, Window],
+    taps: tuple[int, ...],
+    reason: str | None,
+) -> None:
+    case = WIDE if dims is None else Case((dims, WIDE.dims[1]), WIDE.shape)
+    filters = case.tensors(torch.float32)[1::2]
+    why = ops.why_not(filters, ops.Trunk(dict(pools), taps))
+    assert why is None if reason is None else re.search(reason, why or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ((1, (8, 12, 1, 1)), {}, r"module 0: w1 must be of shape \[C_out, 16, 1, 1\]"),
+        ((13, (8, 16, 1, 1)), {}, r"module 1: w1 must be of shape \[C_out, 40, 1, 1\]"),
+        ((14, (9,)), {}, r"module 1: b1 must be of shape \[8\]"),
+        ((0, (1, 16, 6)), {}, "x must have 4 dimensions"),
+        (None, {"pools": {2: POOL}}, r"pools must name modules from 0 to 1, got \[2\]"),
+        (None, {"taps": (-1,)}, r"taps must name modules from 0 to 1, got \[-1\]"),
+        (None, {"taps": (1, 0)}, r"taps must be in ascending order, each once, got \[1, 0\]"),
+        (None, {"pools": {0: Window(7, 1)}}, "module 0: a window of 7 does not fit a side of 6"),
+        (None, {"pools": {0: Window(3, 1, 2)}}, "module 0: padding must be at most half"),
+    ],
+)
+def test_wrong_arguments(
+    change: tuple[int, tuple[int, ...]] | None, options: dict[str, Any], message: str
+) -> None:
+    inputs = WIDE.tensors(torch.float32)
+    if change is not None:
+        inputs[change[0]] = torch.randn(change[1])
+    with pytest.raises(ValueError, match=message):
+        functional.inception_trunk(
+            inputs[0], of_modules(inputs[1:]), **{"pools": {}, "taps": (), **options}
+        )
+
+
+def test_wrong_numbers_of_parameters_and_types() -> None:
+    x, *parameters = WIDE.tensors(torch.float32)
+    with pytest.raises(ValueError, match="at least one module, got none"):
+        functional.inception_trunk(x, [], pools={})
+    with pytest.raises(ValueError, match=r"12 for each module.*got 11 for module 1"):
+        functional.inception_trunk(x, [parameters[:12], parameters[12:23]], pools={})
+    parameters[12] = parameters[12].double()
+    with pytest.raises(TypeError, match="module 1: w1 must be float32, got float64"):
+        functional.inception_trunk(x, of_modules(parameters), pools={})
+    with fi.backend("triton"), pytest.raises(TypeError, match="float64"):
+        functional.inception_trunk(
+            x.double(), of_modules([p.double() for p in parameters]), pools={}
+        )
+
+
+class TestChangesInTheTrunk:
+    """What its operator would pass over makes the layers compute one by one."""
+
+    x = torch.rand(1, 3, 48, 48)
+
+    @pytest.fixture(autouse=True)
+    def _network(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        options = {"num_classes": 3, "image_size": 48, "dropout": 0.0, "dropout_aux": 0.0}
+        self.network = fi.googlenet("paper", **options)
+        self.calls: list[dict[str, Any]] = []
+        trunk = functional.inception_trunk
+
+        def count(*tensors: Tensor, **options: Any) -> Any:
+            self.calls.append(options)
+            return trunk(*tensors, **options)
+
+        monkeypatch.setattr(functional, "inception_trunk", count)
+        assert "modules and their pools: one operator" in self.network.extra_repr()
+        self.before = self.run()
+        assert len(self.calls) == 1
+        assert self.calls[0]["taps"] == [2, 5]  # 4a and 4d
+        assert self.calls[0]["pools"] == {1: POOL, 6: POOL}  # behind 3b and 4e
+
+    def run(self) -> list[Tensor]:
+        """All logits, and gradients of some parameters."""
+        outputs = self.network(self.x)
+        weights = [
+            self.network.get_parameter(f"{name}.weight")
+            for name in ("inception3a.branch1.conv", "inception4d.branch2.1.conv", "aux1.fc1")
+        ]
+        return [*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), weights)]
+
+    def check(self, reason: str) -> None:
+        assert f"modules and their pools: layer by layer, {reason}" in self.network.extra_repr()
+        for ours, before in zip(self.run(), self.before, strict=True):
+            torch.testing.assert_close(ours, before, rtol=1e-4, atol=1e-6)
+        assert len(self.calls) == 1
+
+    @pytest.mark.parametrize("name", ["inception3a", "maxpool3", "inception4d", "avgpool"])
+    def test_hook(self, name: str) -> None:
+        seen = []
+        self.network.get_submodule(name).register_forward_hook(lambda *a: seen.append(a))
+        self.check(f"{name} has a hook")
+        assert len(seen) == 1
+
+    def test_inner_hook(self) -> None:
+        seen = []
+        layer = self.network.get_submodule("inception5b.branch3.1.conv")
+        layer.register_forward_hook(lambda *a: seen.append(a))
+        self.check("inception5b is plain PyTorch")
+        assert len(seen) == 1
+
+    def test_another_type(self) -> None:
+        self.network.maxpool4 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.check("maxpool4 is a MaxPool2d")
+
+    def test_a_size_for_each_direction(self) -> None:
+        self.network.maxpool3 = fi.MaxPool2d((3, 3), (2, 2), ceil_mode=True)
+        self.check("maxpool3 has a size for each direction")
+
+    def test_hooks_on_heads_and_dropout_change_nothing(self) -> None:
+        seen = []
+        for name in ("aux1", "aux2", "dropout", "fc"):
+            self.network.get_submodule(name).register_forward_hook(lambda *a: seen.append(a))
+        self.run()
+        assert len(seen) == 4
+        assert len(self.calls) == 2
+
+    def test_dropout_draws_behind_the_heads(self) -> None:
+        """As layer by layer, and in PyTorch's own network: the same seed drops the same."""
+        for layer in self.network.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.5
+        found = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            found.append(self.run())
+            self.network.maxpool3.register_forward_hook(lambda *a: None)
+        assert len(self.calls) == 2
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+    def test_eval_asks_for_no_taps(self) -> None:
+        logits = self.network.eval()(self.x)
+        assert self.calls[1]["taps"] == []
+        torch.testing.assert_close(logits, self.before[0])
+
+
+def test_networks_with_batch_norm_go_layer_by_layer() -> None:
+    network = fi.googlenet("torchvision", num_classes=3, aux_logits=False, init_weights=False)
+    assert "layer by layer, inception3a has batch norm" in network.extra_repr()
