@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fused_inception.geometry import GOOGLENET, InceptionDims, align_up, googlenet_sizes
-from fused_inception.tuning import heuristic
+from fused_inception.tuning import heuristic, wgrad_heuristic
 from fused_inception.tuning.configs import Tile, WgradJob, split_width
 from fused_inception.tuning.heuristic import Operands
 from fused_inception.tuning.targets import TARGETS
@@ -85,7 +85,7 @@ def launches(
     yield "L1 pool", [_tiled(pixels, c_in, d.pool_proj, one.pool)]
     two = heuristic.input_grad_config(d, rounded, ops, target).gemm
     yield "L2", [_tiled(pixels, c_in, n, two) for n in (d.ch1x1, d.reduced_channels)]
-    three = heuristic.wgrad_config(d, rounded, ops, target)
+    three = wgrad_heuristic.wgrad_config(d, rounded, ops, target)
     yield "L3 3x3", [_split(9 * d.ch3x3red, d.ch3x3, pixels, three.conv3)]
     yield "L3 5x5", [_split(taps5 * d.ch5x5red, d.ch5x5, pixels, three.conv5)]
     yield "L3 1x1", [_split(c_in, d.ch1x1, pixels, three.branch1)]

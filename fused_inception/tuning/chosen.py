@@ -17,6 +17,7 @@ from fused_inception.tuning import (
     norm_heuristic,
     pool_heuristic,
     table,
+    wgrad_heuristic,
 )
 from fused_inception.tuning.configs import (
     AvgPoolProjectConfig,
@@ -132,7 +133,7 @@ branches_config = _family(BranchesConfig, heuristic.branches_config)
 mask_config = _family(MaskConfig, heuristic.mask_config)
 dgrad_config = _family(DgradConfig, heuristic.dgrad_config)
 input_grad_config = _family(InputGradConfig, heuristic.input_grad_config)
-wgrad_config = _family(WgradConfig, heuristic.wgrad_config)
+wgrad_config = _family(WgradConfig, wgrad_heuristic.wgrad_config)
 norm_config = _family(NormConfig, norm_heuristic.norm_config)
 conv_config = _family(ConvConfig, conv_heuristic.conv_config)
 image_conv_config = _family(ImageConvConfig, conv_heuristic.image_conv_config)

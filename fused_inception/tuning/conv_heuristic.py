@@ -23,9 +23,9 @@ from fused_inception.tuning.heuristic import (
     moments_tile,
     stages,
     warps,
-    wgrad_job,
 )
 from fused_inception.tuning.targets import Target
+from fused_inception.tuning.wgrad_heuristic import FilterGradient, wgrad_job, wgrad_jobs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,8 +85,8 @@ def stem_wgrad_config(
     """
     c1, c2, c3 = widths
     image = image_conv_config(positions, c1, n_pixels1, ops, target)
-    conv2 = wgrad_job(c1, c2, n_pixels, ops, target)
-    conv3 = wgrad_job(9 * c2, c3, n_pixels, ops, target, max_elements=128 * 128)
+    gradients = [FilterGradient(9 * c2, c3, max_elements=128 * 128), FilterGradient(c1, c2)]
+    conv3, conv2 = wgrad_jobs(gradients, n_pixels, ops, target)
     tiles = [conv2.tile, conv3.tile]
     # `stages` leaves a quarter
     half = replace(target, shared_bytes=target.shared_bytes * 2 // 3)

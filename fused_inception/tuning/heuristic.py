@@ -20,8 +20,6 @@ from fused_inception.tuning.configs import (
     MaskConfig,
     PointwiseConfig,
     Tile,
-    WgradConfig,
-    WgradJob,
     split_width,
 )
 from fused_inception.tuning.targets import Target
@@ -33,12 +31,6 @@ TILE_SECONDS = 0.4e-6
 WIDTH_EFFICIENCY = {16: 0.25, 32: 0.5, 64: 0.92, 128: 0.98, 256: 1.0}
 # what a second width of tiles in one launch must save: it is one more range of programs
 TAIL_GAIN = 0.02
-# a split should run about this long: shorter ones drown in partial sums, longer ones leave
-# processors idle
-SPLIT_SECONDS = 12e-6
-# of an element that the pool's winner is gathered for: 29 instructions of sm_90's compiled loop,
-# 128 lanes a cycle, 1.755 GHz
-GATHER_SECONDS = 29 / 128 / 1.755e9
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,8 @@ class Operands:
         return min(128 * 128, target.max_tile) if self.tensor_cores else 64 * 64
 
 
-def _tile_seconds(bm: int, bn: int, k: int, ops: Operands, target: Target) -> float:
+def tile_seconds(bm: int, bn: int, k: int, ops: Operands, target: Target) -> float:
+    """Of one tile of bm x bn and a reduction over k."""
     rate = ops.flops(target) / target.processors * WIDTH_EFFICIENCY[bn]
     stream = target.stream_bytes / target.processors
     return max(2 * bm * bn * k / rate, (bm + bn) * k * ops.itemsize / stream) + TILE_SECONDS
@@ -89,7 +82,7 @@ def _heights(ops: Operands, largest: int = 256) -> tuple[int, ...]:
     return tuple(h for h in ((64, 128, 256) if ops.tensor_cores else (64,)) if h <= largest)
 
 
-def _best_tile(
+def best_tile(
     m: int,
     n: int,
     k: int,
@@ -109,7 +102,7 @@ def _best_tile(
         bm, bn = shape
         tiles = math.ceil(m / bm) * math.ceil(n / bn)
         waves = tiles / target.processors if splits_free else math.ceil(tiles / target.processors)
-        return waves * _tile_seconds(bm, bn, k, ops, target), bm * bn, bm
+        return waves * tile_seconds(bm, bn, k, ops, target), bm * bn, bm
 
     widths = [bn for bn in WIDTH_EFFICIENCY if bn <= max_width]
     shapes = [(bm, bn) for bm in _heights(ops) for bn in widths if bm * bn <= limit]
@@ -128,11 +121,11 @@ def _split_seconds(
     columns, _ = split_width(n, bn, tail)
     rows = math.ceil(m / bm)
     wide = rows * columns
-    each = _tile_seconds(bm, bn, k, ops, target)
+    each = tile_seconds(bm, bn, k, ops, target)
     seconds = math.ceil(wide / target.processors) * each
     if tail == 0:
         return seconds, wide * each
-    each_tail = _tile_seconds(bm, tail, k, ops, target)
+    each_tail = tile_seconds(bm, tail, k, ops, target)
     idle = seconds * target.processors - wide * each
     left = max(0, rows - int(idle / each_tail))
     seconds += math.ceil(left / target.processors) * each_tail
@@ -225,7 +218,7 @@ def conv_tile(
 ) -> Tile:
     step = _block_k(channels, ops)
     depth = taps * align_up(channels, step)
-    shape = _best_tile(m, n, depth, ops, target, max_width=max_width, max_elements=max_elements)
+    shape = best_tile(m, n, depth, ops, target, max_width=max_width, max_elements=max_elements)
     return Tile(*shape, step)
 
 
@@ -340,63 +333,8 @@ def gathered_config(
     """Products behind the pool's gather, which needs registers: tiles of at most 128 x 128."""
     # all reductions are walked with one step; 32 pads odd widths least
     step = 32 if ops.itemsize == 2 else 16
-    tile = Tile(*_best_tile(m, n, depth, ops, target, max_elements=max_elements), step)
+    tile = Tile(*best_tile(m, n, depth, ops, target, max_elements=max_elements), step)
     return InputGradConfig(tile, warps([tile]), stages([tile], ops, target))
-
-
-@functools.lru_cache(maxsize=4096)
-def wgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Target) -> WgradConfig:
-    """Launch L3."""
-    s_in = align_up(dims.in_channels)
-    s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
-    taps5 = dims.kernel_5x5**2
-
-    jobs = dict(
-        conv3=wgrad_job(9 * align_up(dims.ch3x3red), s3, n_pixels, ops, target),
-        conv5=wgrad_job(taps5 * align_up(dims.ch5x5red), s5, n_pixels, ops, target),
-        branch1=wgrad_job(s_in, s1, n_pixels, ops, target),
-        reduces=wgrad_job(s_in, dims.reduced_channels, n_pixels, ops, target),
-        projection=_gathered_job(s_in, sp, n_pixels, ops, target),
-    )
-    tiles = [j.tile for j in jobs.values()]
-    return WgradConfig(**jobs, num_warps=warps(tiles), num_stages=stages(tiles, ops, target))
-
-
-def wgrad_job(
-    rows: int,
-    columns: int,
-    n_pixels: int,
-    ops: Operands,
-    target: Target,
-    max_elements: int | None = None,
-) -> WgradJob:
-    """Tile and split of one filter gradient, rows x columns, summed over all pixels."""
-    bm, bn = _best_tile(
-        rows, columns, n_pixels, ops, target, max_elements=max_elements, splits_free=True
-    )
-    step = 64 if ops.itemsize == 2 else 32 if ops.tensor_cores else 16
-    whole = _tile_seconds(bm, bn, n_pixels, ops, target)
-    splits = max(1, min(math.ceil(whole / SPLIT_SECONDS), n_pixels // (4 * step)))
-    return WgradJob(Tile(bm, bn, step), splits)
-
-
-def _gathered_job(
-    rows: int, columns: int, n_pixels: int, ops: Operands, target: Target
-) -> WgradJob:
-    """The projection's: bound by the instructions of its gather, not by products or operands.
-
-    Its programs are split for that where else they are too few for all processors.
-    """
-    job = wgrad_job(rows, columns, n_pixels, ops, target, max_elements=64 * 128)
-    tile = job.tile
-    whole = tile.block_m * n_pixels * GATHER_SECONDS
-    tiles = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
-    splits = min(
-        math.ceil(whole / SPLIT_SECONDS),
-        math.ceil(target.processors / tiles),
-        n_pixels // (4 * tile.block_k),
-    )
-    return replace(job, splits=max(job.splits, splits))
 
 
 def finish_config() -> FinishConfig:

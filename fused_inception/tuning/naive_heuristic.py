@@ -10,9 +10,9 @@ from fused_inception.tuning.heuristic import (
     gathered_config,
     stages,
     warps,
-    wgrad_job,
 )
 from fused_inception.tuning.targets import Target
+from fused_inception.tuning.wgrad_heuristic import FilterGradient, wgrad_jobs
 
 TAPS = (1, 9, 25)
 
@@ -51,9 +51,10 @@ def naive_wgrad_config(
 ) -> NaiveWgradConfig:
     """Three filter gradients."""
     channels = align_up(dims.in_channels)
-    conv1, conv3, conv5 = jobs = [
-        wgrad_job(taps * channels, align_up(width), n_pixels, ops, target)
+    gradients = [
+        FilterGradient(taps * channels, align_up(width))
         for width, taps in zip(dims.conv_widths, TAPS, strict=True)
     ]
+    conv1, conv3, conv5 = jobs = wgrad_jobs(gradients, n_pixels, ops, target)
     tiles = [job.tile for job in jobs]
     return NaiveWgradConfig(conv1, conv3, conv5, warps(tiles), stages(tiles, ops, target))

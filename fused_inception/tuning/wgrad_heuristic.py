@@ -1,0 +1,131 @@
+"""Launch configurations of filter gradients without a measurement: tiles, and into how many parts
+the pixels of each are split.
+
+A launch lasts until its last program ends, so programs should be short; but each split writes
+partial sums that the next launch reads. Both are estimated together for the whole launch.
+"""
+
+import functools
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.tuning.configs import Tile, WgradConfig, WgradJob
+from fused_inception.tuning.heuristic import Operands, best_tile, stages, tile_seconds, warps
+from fused_inception.tuning.targets import Target
+
+# how long a program may take, seconds: below the first it drowns in its prologue
+PROGRAM_SECONDS = tuple(us * 1e-6 for us in (6, 8, 12, 16, 20, 25, 30, 38, 45, 55, 65, 80, 100))
+# of an element that the pool's winner is gathered for: 29 instructions of sm_90's compiled loop,
+# 128 lanes a cycle, 1.755 GHz
+GATHER_SECONDS = 29 / 128 / 1.755e9
+PARTIAL_BYTES = 2 * 4  # of a partial sum: fp32, written and read
+
+
+@dataclass(frozen=True)
+class FilterGradient:
+    """One product of a launch: filter positions (tap, channel) x output channels, summed over the
+    pixels."""
+
+    rows: int
+    columns: int
+    gathered: bool = False  # its rows are read through the pool's winners
+    max_elements: int | None = None
+
+    def tile(self, n_pixels: int, ops: Operands, target: Target) -> Tile:
+        """The cheapest, of however many splits."""
+        shape = best_tile(
+            self.rows, self.columns, n_pixels, ops, target,
+            max_elements=64 * 128 if self.gathered else self.max_elements, splits_free=True,
+        )  # fmt: skip
+        return Tile(*shape, 64 if ops.itemsize == 2 else 32 if ops.tensor_cores else 16)
+
+    def seconds(self, tile: Tile, n_pixels: int, ops: Operands, target: Target) -> float:
+        """Of one program for so many pixels: its products and operands, or the instructions of its
+        gather."""
+        products = tile_seconds(tile.block_m, tile.block_n, n_pixels, ops, target)
+        return (
+            max(products, tile.block_m * n_pixels * GATHER_SECONDS) if self.gathered else products
+        )
+
+
+def wgrad_jobs(
+    gradients: Sequence[FilterGradient], n_pixels: int, ops: Operands, target: Target
+) -> list[WgradJob]:
+    """Tile and splits of each of `gradients`, which one launch computes in this order."""
+    tiles = [gradient.tile(n_pixels, ops, target) for gradient in gradients]
+
+    def jobs(limit: float) -> list[WgradJob]:
+        found = []
+        for gradient, tile in zip(gradients, tiles, strict=True):
+            splits = math.ceil(gradient.seconds(tile, n_pixels, ops, target) / limit)
+            found.append(WgradJob(tile, max(1, min(splits, n_pixels // (4 * tile.block_k)))))
+        return found
+
+    def seconds(jobs: list[WgradJob]) -> float:
+        programs, partials = [], 0
+        for gradient, job in zip(gradients, jobs, strict=True):
+            chunk, splits = job.chunks(n_pixels)
+            tiles = math.ceil(gradient.rows / job.tile.block_m)
+            tiles *= math.ceil(gradient.columns / job.tile.block_n)
+            programs.append((tiles * splits, gradient.seconds(job.tile, chunk, ops, target)))
+            partials += gradient.rows * gradient.columns * splits
+        return _makespan(programs, target) + partials * PARTIAL_BYTES / target.memory_bytes
+
+    # of equals the one that splits least
+    return min((jobs(limit) for limit in reversed(PROGRAM_SECONDS)), key=seconds)
+
+
+def _makespan(programs: Sequence[tuple[int, float]], target: Target) -> float:
+    """Seconds until the last of (how many, seconds of each) has run: each processor takes the next
+    one when it is free."""
+    busy = [0.0] * target.processors  # until when, a heap
+    for count, each in programs:
+        last = max(busy)
+        while count and busy[0] + each <= last:
+            heapq.heapreplace(busy, busy[0] + each)
+            count -= 1
+        # now all end within one program of each other, and go on in rounds
+        rounds, count = divmod(count, target.processors)
+        busy = [end + rounds * each for end in busy]
+        for _ in range(count):
+            heapq.heapreplace(busy, busy[0] + each)
+    return max(busy)
+
+
+def wgrad_job(
+    rows: int,
+    columns: int,
+    n_pixels: int,
+    ops: Operands,
+    target: Target,
+    max_elements: int | None = None,
+) -> WgradJob:
+    """The same of a launch of one gradient."""
+    gradient = FilterGradient(rows, columns, max_elements=max_elements)
+    return wgrad_jobs([gradient], n_pixels, ops, target)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def wgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Target) -> WgradConfig:
+    """Launch L3."""
+    s_in = align_up(dims.in_channels)
+    s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
+    taps5 = dims.kernel_5x5**2
+    # as the kernel has its programs
+    gradients = dict(
+        projection=FilterGradient(s_in, sp, gathered=True),
+        conv3=FilterGradient(9 * align_up(dims.ch3x3red), s3),
+        branch1=FilterGradient(s_in, s1),
+        reduces=FilterGradient(s_in, dims.reduced_channels),
+        conv5=FilterGradient(taps5 * align_up(dims.ch5x5red), s5),
+    )
+    found = wgrad_jobs([*gradients.values()], n_pixels, ops, target)
+    tiles = [job.tile for job in found]
+    return WgradConfig(
+        **dict(zip(gradients, found, strict=True)),
+        num_warps=warps(tiles),
+        num_stages=stages(tiles, ops, target),
+    )
