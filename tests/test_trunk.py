@@ -21,7 +21,8 @@ WIDE = Case((InceptionDims(16, 8, 8, 16, 8, 8, 8), InceptionDims(40, 8, 8, 8, 8,
 def test_part_by_part(dtype: torch.dtype) -> None:
     case = CASES["as-in-googlenet"]
     # a window that has no kernel, and a tap behind which there is a pool
-    for options in (case.options, {"pools": {1: Window(5, 2)}, "taps": (0, 1, 2)}):
+    others = {"pools": {1: Window(5, 2)}, "taps": (0, 1, 2)}
+    for options in (case.options, others, {**others, "global_pool": True}):
         got, want = (
             results(function, case.tensors(dtype), **options)
             for function in (functional.inception_trunk, reference.inception_trunk)
@@ -35,12 +36,12 @@ def test_part_by_part(dtype: torch.dtype) -> None:
     [
         (InceptionDims(16, 8, 8, 12, 8, 12, 8), {}, (), r"multiples of 8, got \[8, 12, 12, 8\]"),
         (None, {0: Window(5, 2)}, (), r"at most 3, got \[5\]"),
-        (None, {0: POOL}, (0,), "a module is tapped that has a pool behind it"),
-        (None, {1: POOL}, (), "between the last module and the global pool"),
-        (None, {}, (1,), "between the last module and the global pool"),
+        (None, {0: POOL}, (0,), "the last module is tapped, or one that has a pool behind it"),
+        (None, {}, (1,), "the last module is tapped"),
+        (None, {1: POOL}, (), "the global pool is behind another pool"),
         (None, {0: POOL}, (), None),
     ],
-    ids=["widths", "window", "tap-and-pool", "last-pool", "last-tap", "as-in-googlenet"],
+    ids=["widths", "window", "tap-and-pool", "last-tap", "two-pools", "as-in-googlenet"],
 )
 def test_trunks_without_an_operator(
     dims: InceptionDims | None,
@@ -50,7 +51,7 @@ def test_trunks_without_an_operator(
 ) -> None:
     case = WIDE if dims is None else Case((dims, WIDE.dims[1]), WIDE.shape)
     filters = case.tensors(torch.float32)[1::2]
-    why = ops.why_not(filters, ops.Trunk(dict(pools), taps))
+    why = ops.why_not(filters, ops.Trunk(dict(pools), taps, True))
     assert why is None if reason is None else re.search(reason, why or "")
 
 
@@ -66,6 +67,8 @@ def test_trunks_without_an_operator(
         (None, {"taps": (1, 0)}, r"taps must be in ascending order, each once, got \[1, 0\]"),
         (None, {"pools": {0: Window(7, 1)}}, "module 0: a window of 7 does not fit a side of 6"),
         (None, {"pools": {0: Window(3, 1, 2)}}, "module 0: padding must be at most half"),
+        (None, {"global_pool": True, "dropout": 1.5}, "p must be between 0 and 1"),
+        (None, {"dropout": 0.5}, "dropout is behind the global pool"),
     ],
 )
 def test_wrong_arguments(
@@ -95,7 +98,7 @@ def test_wrong_numbers_of_parameters_and_types() -> None:
         )
 
 
-class TestChangesInTheTrunk:
+class TestChangesInAStage:
     """What its operator would pass over makes the layers compute one by one."""
 
     x = torch.rand(1, 3, 48, 48)
@@ -112,14 +115,16 @@ class TestChangesInTheTrunk:
             return trunk(*tensors, **options)
 
         monkeypatch.setattr(functional, "inception_trunk", count)
-        assert "modules and their pools: one operator" in self.network.extra_repr()
+        for stage in "345":
+            assert f"stage {stage}: one operator" in self.network.extra_repr()
         self.before = self.run()
-        assert len(self.calls) == 1
-        assert self.calls[0]["taps"] == [2, 5]  # 4a and 4d
-        assert self.calls[0]["pools"] == {1: POOL, 6: POOL}  # behind 3b and 4e
+        assert [call["pools"] for call in self.calls] == [{1: POOL}, {4: POOL}, {}]
+        assert [call["taps"] for call in self.calls] == [[], [0, 3], []]  # 4a and 4d
+        assert [call["global_pool"] for call in self.calls] == [False, False, True]
 
     def run(self) -> list[Tensor]:
         """All logits, and gradients of some parameters."""
+        self.calls.clear()
         outputs = self.network(self.x)
         weights = [
             self.network.get_parameter(f"{name}.weight")
@@ -127,62 +132,95 @@ class TestChangesInTheTrunk:
         ]
         return [*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), weights)]
 
-    def check(self, reason: str) -> None:
-        assert f"modules and their pools: layer by layer, {reason}" in self.network.extra_repr()
+    def check(self, stage: int, reason: str) -> None:
+        assert f"stage {stage}: layer by layer, {reason}" in self.network.extra_repr()
         for ours, before in zip(self.run(), self.before, strict=True):
             torch.testing.assert_close(ours, before, rtol=1e-4, atol=1e-6)
-        assert len(self.calls) == 1
+        assert len(self.calls) == 2
 
-    @pytest.mark.parametrize("name", ["inception3a", "maxpool3", "inception4d", "avgpool"])
-    def test_hook(self, name: str) -> None:
+    @pytest.mark.parametrize(
+        ("stage", "name"),
+        [(3, "inception3a"), (3, "maxpool3"), (4, "inception4d"), (5, "avgpool"), (5, "dropout")],
+    )
+    def test_hook(self, stage: int, name: str) -> None:
         seen = []
         self.network.get_submodule(name).register_forward_hook(lambda *a: seen.append(a))
-        self.check(f"{name} has a hook")
+        self.check(stage, f"{name} has a hook")
         assert len(seen) == 1
 
     def test_inner_hook(self) -> None:
         seen = []
         layer = self.network.get_submodule("inception5b.branch3.1.conv")
         layer.register_forward_hook(lambda *a: seen.append(a))
-        self.check("inception5b is plain PyTorch")
+        self.check(5, "inception5b is plain PyTorch")
         assert len(seen) == 1
 
     def test_another_type(self) -> None:
         self.network.maxpool4 = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.check("maxpool4 is a MaxPool2d")
+        self.check(4, "maxpool4 is a MaxPool2d")
 
     def test_a_size_for_each_direction(self) -> None:
         self.network.maxpool3 = fi.MaxPool2d((3, 3), (2, 2), ceil_mode=True)
-        self.check("maxpool3 has a size for each direction")
+        self.check(3, "maxpool3 has a size for each direction")
 
-    def test_hooks_on_heads_and_dropout_change_nothing(self) -> None:
-        seen = []
-        for name in ("aux1", "aux2", "dropout", "fc"):
-            self.network.get_submodule(name).register_forward_hook(lambda *a: seen.append(a))
+    def test_a_hook_on_a_head_sees_the_whole_gradient_of_the_map(self) -> None:
+        """The one that hooks on the map itself get, not the head's part of it."""
+        found: dict[str, list[Tensor]] = {"ours": [], "theirs": []}
+        plain = reference.googlenet(
+            "paper", num_classes=3, image_size=48, dropout=0.0, dropout_aux=0.0
+        )
+        plain.load_state_dict(self.network.state_dict())
+        for name, network in (("ours", self.network), ("theirs", plain)):
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                args[0].register_hook(found[name].append)
+
+            network.aux1.register_forward_pre_hook(hook)
+            sum(o.sum() for o in network(self.x)).backward()
+        torch.testing.assert_close(found["ours"], found["theirs"], rtol=1e-3, atol=1e-6)
+        self.check(4, "an auxiliary classifier has a hook")
+
+    def test_hooks_of_all_modules(self) -> None:
+        """As many layers are seen as of the reference."""
+        seen: dict[str, set[str]] = {"ours": set(), "theirs": set()}
+        plain = reference.googlenet("paper", num_classes=3, image_size=48)
+        for who, network in (("ours", self.network), ("theirs", plain)):
+            names = {module: name for name, module in network.named_modules()}
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda module, *_, who=who, names=names: seen[who].add(names[module])
+            )
+            try:
+                network(self.x)
+                if who == "ours":
+                    assert "layer by layer, hooks of all modules" in network.extra_repr()
+            finally:
+                handle.remove()
+        missing = {name for name in seen["theirs"] - seen["ours"] if "pool" not in name}
+        assert not missing
         self.run()
-        assert len(seen) == 4
-        assert len(self.calls) == 2
+        assert len(self.calls) == 3
 
-    def test_dropout_draws_behind_the_heads(self) -> None:
-        """As layer by layer, and in PyTorch's own network: the same seed drops the same."""
+    def test_dropout_draws_as_layer_by_layer(self) -> None:
+        """Behind the heads, as in PyTorch's own network: the same seed drops the same."""
         for layer in self.network.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.5
         found = []
-        for _ in range(2):
+        for calls in (3, 2):
             torch.manual_seed(5)
             found.append(self.run())
-            self.network.maxpool3.register_forward_hook(lambda *a: None)
-        assert len(self.calls) == 2
+            assert len(self.calls) == calls
+            self.network.avgpool.register_forward_hook(lambda *a: None)
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
     def test_eval_asks_for_no_taps(self) -> None:
+        self.calls.clear()
         logits = self.network.eval()(self.x)
-        assert self.calls[1]["taps"] == []
+        assert [call["taps"] for call in self.calls] == [[], [], []]
         torch.testing.assert_close(logits, self.before[0])
 
 
 def test_networks_with_batch_norm_go_layer_by_layer() -> None:
     network = fi.googlenet("torchvision", num_classes=3, aux_logits=False, init_weights=False)
-    assert "layer by layer, inception3a has batch norm" in network.extra_repr()
+    assert "stage 3: layer by layer, inception3a has batch norm" in network.extra_repr()

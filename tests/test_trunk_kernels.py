@@ -37,10 +37,15 @@ class Case:
     shape: tuple[int, int, int]  # batch, height, width
     pools: Mapping[int, Window] = field(default_factory=dict)
     taps: tuple[int, ...] = ()
+    mean: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"pools": self.pools, "taps": self.taps}
+        return {"pools": self.pools, "taps": self.taps, "global_pool": self.mean}
+
+    @property
+    def trunk(self) -> ops.Trunk:
+        return ops.Trunk(dict(self.pools), self.taps, self.mean)
 
     def tensors(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
         """x, then filters and biases in turn."""
@@ -58,6 +63,8 @@ class Case:
 
 CASES = {
     "as-in-googlenet": Case((FIRST, SECOND, THIRD), (2, 9, 7), {1: POOL}, (0,)),
+    "ends-with-a-pool": Case((FIRST, SECOND), (2, 5, 6), {1: POOL}, (0,), mean=False),
+    "ends-with-a-module": Case((FIRST, SECOND), (1, 3, 4), mean=False),
     "one-module": Case((FIRST,), (2, 5, 3)),
     "pools-of-two-and-with-gaps": Case(
         (FIRST, SECOND, THIRD), (1, 11, 8), {0: Window(2, 2), 1: Window(2, 3, 1)}
@@ -118,7 +125,8 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype, device: torch.devi
     inputs = case.tensors(dtype, device)
     with fi.record_launches() as launches:
         got = fused(inputs, **case.options)
-    assert not any(launch.kernel == "_relu_mask_kernel" for launch in launches)
+    masking = sum(launch.kernel == "_relu_mask_kernel" for launch in launches)
+    assert masking == (name == "ends-with-a-module")
     exact = results(reference.inception_trunk, [t.double() for t in inputs], **case.options)
     baseline = results(reference.inception_trunk, inputs, **case.options)
     # rounding to 16 bits changes which element of a window wins, which breaks a maximum
@@ -273,12 +281,13 @@ def test_library_convolutions_inside(device: torch.device) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_saved_bytes(device: torch.device) -> None:
+@pytest.mark.parametrize("frozen", [0, 1, 2, 3])
+def test_saved_bytes(frozen: int, device: torch.device) -> None:
     """What the modules and the pools keep by themselves, but for outputs that a pool reads and the
-    last one; nothing twice."""
+    last one; nothing twice; nothing of those in front of the first that is trained."""
     case = CASES["as-in-googlenet"]
     inputs = case.tensors(torch.bfloat16, device)
-    for t in inputs[1:]:
+    for t in inputs[1 + 12 * frozen :]:
         t.requires_grad_()
     memory = SavedMemory(nn.ParameterList(inputs[1:]))
     with fi.backend("triton"), memory.watch():
@@ -286,11 +295,14 @@ def test_saved_bytes(device: torch.device) -> None:
     before, behind = 2 * 9 * 7, 2 * 4 * 3
     want = 0
     for i, dims in enumerate(case.dims):
+        if i < frozen:
+            continue
         pixels = before if i < 2 else behind
         # x and r, 16 bits; winning taps, a byte; the mask, a bit
         want += pixels * 2 * (dims.in_channels + dims.reduced_channels)
         want += pixels * dims.in_channels + pixels * dims.out_channels // 8
-    want += behind * SECOND.out_channels  # winning taps of the pool
+    if frozen < 2:
+        want += behind * SECOND.out_channels  # winning taps of the pool
     assert memory.bytes == want
 
 
@@ -324,15 +336,16 @@ def test_mixed_precision(device: torch.device) -> None:
 
 def test_operator_passes_opcheck(device: torch.device) -> None:
     inputs = TINY.tensors(torch.float32, device)
-    trunk = ops.Trunk({0: POOL, 2: Window(2, 2)}, (1, 3))
-    assert ops.Trunk.of(trunk.integers, trunk.taps) == trunk
-    options = (ops.Trunk(dict(TINY.pools), TINY.taps).integers, list(TINY.taps))
+    trunk = ops.Trunk({0: POOL, 2: Window(2, 2)}, (1, 3), False)
+    assert ops.Trunk.of(trunk.integers) == trunk
+    kept = torch.rand(1, SECOND.out_channels, device=device) < 0.5
+    options = (kept, 2.0, TINY.trunk.integers, 0)
     x, *parameters = [t.requires_grad_() for t in inputs]
-    forward = (x, parameters[::2], parameters[1::2], *options, True)
+    forward = (x, parameters[::2], parameters[1::2], *options)
     torch.library.opcheck(ops.inception_trunk, forward)
     x, *parameters = [t.detach() for t in inputs]
     filters, biases = parameters[::2], parameters[1::2]
-    y, tapped, saved = ops.inception_trunk(x, filters, biases, *options, True)
+    y, tapped, saved = ops.inception_trunk(x, filters, biases, *options)
     needs = [True, *[i % 3 > 0 for i in range(24)]]
     backward = (
         torch.ones_like(y), [torch.ones_like(t) for t in tapped], x, tapped, saved, filters, biases,
@@ -347,11 +360,11 @@ def test_fakes_have_the_strides_of_what_is_saved(device: torch.device) -> None:
     """Of every case, with pools and taps."""
     for case in CASES.values():
         x, *parameters = case.tensors(torch.bfloat16, device)
-        trunk = ops.Trunk(dict(case.pools), case.taps)
-        args = (parameters[::2], parameters[1::2], trunk.integers, list(trunk.taps), True)
-        real = ops.inception_trunk(x, *args)
-        meta = [[t.to("meta") for t in part] for part in args[:2]]
-        fake = ops.inception_trunk(x.to("meta"), *meta, *args[2:])
+        parts = parameters[::2], parameters[1::2]
+        options = (None, 1.0, case.trunk.integers, len(case.dims) // 2)
+        real = ops.inception_trunk(x, *parts, *options)
+        meta = [[t.to("meta") for t in part] for part in parts]
+        fake = ops.inception_trunk(x.to("meta"), *meta, *options)
         for ours, theirs in zip([real[0], *real[1], *real[2]], [fake[0], *fake[1], *fake[2]],
                                 strict=True):  # fmt: skip
             assert (ours.shape, ours.stride(), ours.dtype) == (
@@ -376,3 +389,40 @@ def test_double_backward_is_an_error(device: torch.device) -> None:
     (gradient,) = torch.autograd.grad(y.sum(), leaves[1], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("p", [0.4, 1.0])
+def test_dropout_is_that_of_torch(p: float, device: torch.device) -> None:
+    """The same seed drops the same; gradients too."""
+    inputs = CASES["one-module"].tensors(torch.float32, device)
+    found = []
+    for function, backend in (
+        (functional.inception_trunk, "triton"),
+        (functional.inception_trunk, "torch"),
+        (reference.inception_trunk, "torch"),
+    ):
+        torch.manual_seed(3)
+        with fi.backend(backend):
+            found.append(results(function, inputs, pools={}, global_pool=True, dropout=p))
+    assert (found[0][0] == 0).any()
+    for ours, aten, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(aten, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tap_of_what_is_frozen(device: torch.device) -> None:
+    """It can be differentiated, as any output of an operator, to no effect."""
+    case = CASES["two-taps"]
+    leaves = case.tensors(torch.float32, device)
+    for t in leaves[25:]:
+        t.requires_grad_()
+    with fi.backend("triton"):
+        y, taps = functional.inception_trunk(leaves[0], of_modules(leaves[1:]), **case.options)
+        taps[0].sum().backward(retain_graph=True)
+        assert all(t.grad is None for t in leaves)
+        (y.sum() + taps[1].sum()).backward()
+    want = [t.detach().requires_grad_(i >= 25) for i, t in enumerate(leaves)]
+    y, _ = reference.inception_trunk(want[0], of_modules(want[1:]), **case.options)
+    y.sum().backward()
+    for ours, theirs in zip(leaves[25:], want[25:], strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)

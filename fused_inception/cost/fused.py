@@ -73,8 +73,8 @@ class Fused(Plan):
     # modules
 
     def network(self, network: Network) -> None:
-        """In training with biases all modules, their pools and the global pool are one operator,
-        the trunk: the auxiliary classifiers run behind it, and dropout is the library's."""
+        """In training with biases the modules of each stage, with what is behind them, are one
+        operator, a trunk; the auxiliary classifiers run behind that of the fourth."""
         if network.norm or not self.training:
             super().network(network)
             return
@@ -87,10 +87,10 @@ class Fused(Plan):
                 tapped.append((network.aux[module.name], x))
             if module.name in network.pools:
                 x = self.pool(network.pools[module.name], x)
-        mean = self._mean(network.classifier, x, [])
-        for aux, y in tapped:
-            self.aux(aux, y)
-        self.linear(network.classifier, self.dropout(network.classifier.layer, mean))
+                for aux, y in tapped:
+                    self.aux(aux, y)
+                tapped.clear()
+        self.head(network.classifier, network.last_pixels, x)
 
     def module(self, module: Module, x: Tensor) -> Tensor:
         """Bias mode, or BatchNorm in eval folded into filters and bias: A, B; M, L1, L2, L3, F."""
@@ -380,16 +380,11 @@ class Fused(Plan):
     def head(self, classifier: Conv, pixels: int, x: Tensor) -> None:
         """Mean and dropout in one launch each way; the library draws what dropout keeps."""
         layer = classifier.layer
+        mean = self.tensor("mean", 1, classifier.c_in)
         kept = [self.tensor(f"{layer} dropout mask", 1, classifier.c_in, 1)] * self.training
         if self.training:
-            drawn = self.tensor("mean", 1, classifier.c_in)
-            self.op("native_dropout", layer, [drawn], [drawn, *kept])
+            self.op("native_dropout", layer, [mean], [mean, *kept])
             self.save(layer, *kept)
-        self.linear(classifier, self._mean(classifier, x, kept))
-
-    def _mean(self, classifier: Conv, x: Tensor, kept: list[Tensor]) -> Tensor:
-        layer = classifier.layer
-        mean = self.tensor("mean", 1, classifier.c_in)
         self._launch("mean", layer, [x, *kept], [mean], kernel="_global_pool_fwd_kernel")
 
         def backward() -> None:
@@ -397,7 +392,7 @@ class Fused(Plan):
             self._launch("mean backward", layer, reads, writes, kernel="_global_pool_bwd_kernel")
 
         self.later(backward)
-        return mean
+        self.linear(classifier, mean)
 
 
 def _power_of_two(n: int) -> int:

@@ -58,11 +58,16 @@ def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) 
     if not training or p == 0:
         return torch.flatten(global_avg_pool2d(x), 1)
     impl = resolve(x)
-    # the draw is torch's own launch, of [N, C]; so a CUDA graph draws anew in every replay. Drawing
-    # a seed for a generator inside the kernel would be as many launches, and other numbers
-    _, kept = torch.native_dropout(x.new_empty(x.shape[:2]), p, True)
-    y = _global_pool.global_avg_pool2d(x, kept, 0.0 if p == 1 else 1 / (1 - p), impl)
+    y = _global_pool.global_avg_pool2d(x, *drawn(x, x.shape[1], p), impl)
     return torch.flatten(y, 1)
+
+
+def drawn(x: Tensor, channels: int, p: float) -> tuple[Tensor, float]:
+    """What dropout keeps of [N, channels] features like `x`, and by what it scales that."""
+    # the draw is torch's own launch; so a CUDA graph draws anew in every replay. Drawing a seed for
+    # a generator inside the kernel would be as many launches, and other numbers
+    _, kept = torch.native_dropout(x.new_empty(x.shape[0], channels), p, True)
+    return kept, 0.0 if p == 1 else 1 / (1 - p)
 
 
 def avg_pool2d_conv1x1_relu(

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from fused_inception import checks
 from fused_inception.backend import resolve
-from fused_inception.functional.classifier import global_avg_pool2d
+from fused_inception.functional.classifier import (
+    drawn,
+    global_avg_pool2d,
+    global_avg_pool2d_dropout,
+)
 from fused_inception.functional.inception import inception
 from fused_inception.functional.layout import settle
 from fused_inception.functional.pooling import pool
@@ -23,50 +27,63 @@ def inception_trunk(
     *,
     pools: Mapping[int, Window],
     taps: Sequence[int] = (),
+    global_pool: bool = False,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Inception modules one behind the other, with max pools between them and the global average
-    pool at the end: all of GoogLeNet between its stem and its classifier.
+    """Inception modules one behind the other, with the max pools behind them and, at the end, the
+    global average pool with dropout.
 
-    y = mean over pixels of (inception_k( ... maxpool(inception_1(inception_0(x)))))
+    y = (dropout(mean over pixels of)) inception_k( ... maxpool(inception_1(inception_0(x))))
 
-    Source: Szegedy et al., arXiv 1409.4842, table 1. On the Triton path one operator: the launch
-    that makes the gradient of a module's output applies that module's ReLU mask and sums its bias
-    gradients, which takes a launch and a pass over the gradient of each module less than
-    `inception`. Elsewhere, and where a branch's width is no multiple of 8, a pool is of more than
-    3 x 3, or a tapped or the last module has a pool behind it, it is `inception`, `max_pool2d` and
-    `global_avg_pool2d`.
+    Source: Szegedy et al., arXiv 1409.4842, table 1; GoogLeNet has three, which end with its max
+    pools and its global pool. On the Triton path one operator: the launch that makes the gradient
+    of a module's output applies that module's ReLU mask and sums its bias gradients, which takes a
+    launch and a pass over the gradient of each module less than `inception`. Elsewhere, and where a
+    branch's width is no multiple of 8, a pool is of more than 3 x 3, the last module is tapped or
+    one that has a pool behind it, or the global pool is behind a max pool, it is `inception`,
+    `max_pool2d` and `global_avg_pool2d_dropout`.
 
     Args:
         x: [N, C_in, H, W], as in `inception`.
         parameters: twelve for each module, in the order of `inception`'s arguments.
         pools: module, counted from 0 -> window of the max pool behind it.
         taps: modules whose output is returned too, in ascending order.
+        global_pool: whether the mean over height and width is behind the last module.
+        dropout: probability that a mean is dropped; PyTorch's generator draws, as `dropout` would.
 
     Under autocast `x` is cast, and the filters inside; biases stay as they are.
 
     Returns:
-        The mean [N, C_out, 1, 1] and a tuple of the tapped outputs, each in the dtype of `x` and
-        exactly channels last.
+        The last map, or with `global_pool` the means [N, C_out, 1, 1], and a tuple of the tapped
+        outputs, each in the dtype of `x` and exactly channels last.
 
     Raises:
         ValueError: a shape, an option or a device that does not fit.
         TypeError: a dtype that does not fit, or float64 under the backend "triton".
         BackendError: the backend "triton" cannot run here.
 
-    Autograd saves, besides the parameters, each module's input and what `inception` saves, and one
-    byte a pooled element. A double backward raises RuntimeError.
+    Autograd saves, besides the parameters, from the first module on that needs a gradient: each
+    one's input, what `inception` saves, and one byte a pooled element. A double backward raises
+    RuntimeError.
     """
     checks.image_batch(x)
     checks.trunk_parameters(x, parameters, pools, taps, casts=autocasts(x))
+    checks.probability(dropout)
+    if dropout and not global_pool:
+        raise ValueError(f"dropout is behind the global pool: without one it is 0, got {dropout}")
     impl = resolve(x)
     filters = [t for module in parameters for t in module[::2]]
     biases = [t for module in parameters for t in module[1::2]]
-    trunk = _trunk.Trunk(dict(pools), tuple(taps))
+    trunk = _trunk.Trunk(dict(pools), tuple(taps), global_pool)
     if impl == "triton" and _trunk.why_not(filters, trunk) is None:
         x = settle(autocast(x), impl)
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
+        kept, scale = None, 1.0
+        if dropout:
+            last = parameters[-1]
+            channels = sum(last[i].shape[0] for i in (0, 4, 8, 10))
+            kept, scale = drawn(x, channels, dropout)
         y, tapped, _ = _trunk.inception_trunk(
-            x, filters, biases, trunk.integers, list(trunk.taps), save
+            x, filters, biases, kept, scale, trunk.integers, _save_from(x, parameters)
         )
         return y, tuple(tapped)
     outputs = []
@@ -75,4 +92,18 @@ def inception_trunk(
         outputs.append(x)
         if i in pools:
             x = pool(_pooling.max_pool2d, x, pools[i])
-    return global_avg_pool2d(x), tuple(outputs[i] for i in taps)
+    if global_pool and dropout:
+        x = global_avg_pool2d_dropout(x, dropout)[:, :, None, None]
+    elif global_pool:
+        x = global_avg_pool2d(x)
+    return x, tuple(outputs[i] for i in taps)
+
+
+def _save_from(x: Tensor, parameters: Sequence[Sequence[Tensor]]) -> int:
+    """The first module through which a gradient will pass; one behind the last for none."""
+    if not torch.is_grad_enabled():
+        return len(parameters)
+    if x.requires_grad:
+        return 0
+    needs = (any(t.requires_grad for t in module) for module in parameters)
+    return next((i for i, need in enumerate(needs) if need), len(parameters))

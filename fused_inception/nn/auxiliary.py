@@ -16,6 +16,7 @@ from fused_inception.nn.conv_block import (
     ConvBlock,
     change_of,
     change_of_conv,
+    global_hook,
 )
 
 ADAPTIVE_SIDE = 4
@@ -107,6 +108,9 @@ class InceptionAux(nn.Module):
     def _obstacle(self) -> str | None:
         """Why the children compute; None where the fused operator does."""
         block: Any = self.conv
+        hook = global_hook()
+        if hook is not None:
+            return f"plain PyTorch: {hook}"
         change = change_of(block, ConvBlock)
         if change is not None:
             return f"plain PyTorch: conv {change}"

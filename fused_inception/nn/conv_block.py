@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fused_inception import functional
 from fused_inception.nn.adoption import adopt
@@ -29,6 +30,12 @@ def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
     if "forward" in vars(module):  # as some libraries wrap modules
         return "has a forward of its own"
     return None
+
+
+def global_hook() -> str | None:
+    """Why no fused operator may stand for layers: hooks that are registered for all modules, as
+    counters of FLOPs do, would see none of them."""
+    return "hooks of all modules are registered" if _has_any_global_hook() else None
 
 
 def change_of_conv(conv: Any, norm: str | None, sides: tuple[int, ...] = ()) -> str | None:
@@ -153,6 +160,9 @@ class ConvBlock(nn.Module):
 
     def _obstacle(self) -> str | None:
         """Why the children compute; None where the fused operator does."""
+        hook = global_hook()
+        if hook is not None:
+            return f"plain PyTorch: {hook}"
         change = change_of_conv(self.conv, self.norm)
         if change is not None:
             return f"plain PyTorch: conv {change}"

@@ -1,21 +1,19 @@
 """GoogLeNet as a column: the paper's network and torchvision's two forms of it."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_inception.geometry import googlenet_dims, googlenet_sizes
-from fused_inception.nn import stem as _stem
-from fused_inception.nn import trunk as _trunk
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock
-from fused_inception.nn.head import GlobalAvgPool2d, pool_then_dropout
+from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception
 from fused_inception.nn.pooling import LocalResponseNorm, MaxPool2d
-from fused_inception.nn.stem import stem
-from fused_inception.nn.trunk import trunk
+from fused_inception.nn.stem import LAYERS, obstacle, stem
+from fused_inception.nn.trunk import STAGES, stage
+from fused_inception.nn.trunk import obstacle as obstacle_in_stage
 from fused_inception.reference import GoogLeNetOutputs
 
 VARIANTS = ("paper", "torchvision", "torchvision5x5")
@@ -113,54 +111,37 @@ class GoogLeNet(nn.Module):
         """[N, 3, H, W] -> [N, num_classes]; with heads and in training, `GoogLeNetOutputs`."""
         if self.transform_input:
             x = _from_imagenet_to_half(x)
-        x = stem(x, self._layers(_stem.LAYERS))
-        if _trunk.obstacle(self._layers(_trunk.LAYERS)) is None:
-            return self._behind_the_stem(x)
-        x = self.inception3a(x)
-        x = self.inception3b(x)
-        x = self.maxpool3(x)
-        x = self.inception4a(x)
-        aux1 = self.aux1(x) if self.aux1 is not None and self.training else None
-        x = self.inception4b(x)
-        x = self.inception4c(x)
-        x = self.inception4d(x)
-        aux2 = self.aux2(x) if self.aux2 is not None and self.training else None
-        x = self.inception4e(x)
-        x = self.maxpool4(x)
-        x = self.inception5a(x)
-        x = self.inception5b(x)
-        x = pool_then_dropout(x, self.avgpool, self.dropout)
+        heads = {"inception4a": self.aux1, "inception4d": self.aux2}
+        readers = {name: head for name, head in heads.items() if head is not None and self.training}
+        stage3, stage4, stage5 = self._stages()
+        x = stem(x, self._stem())
+        x, _ = stage(x, stage3, {})
+        x, read = stage(x, stage4, readers)
+        aux = [head(y) for head, y in zip(readers.values(), read, strict=True)]
+        x, _ = stage(x, stage5, {})
         logits = self.fc(x)
-        if aux1 is None or aux2 is None:
+        if not aux:
             return logits
+        aux1, aux2 = aux
         return GoogLeNetOutputs(logits=logits, aux_logits2=aux2, aux_logits1=aux1)
 
-    def _behind_the_stem(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
-        """The same column from inception3a on with all modules and pools as one operator.
+    def _stem(self) -> list[nn.Module | None]:
+        """conv1 to maxpool2."""
+        return [getattr(self, name) for name in LAYERS]
 
-        Dropout is a layer of its own, as PyTorch's generator is asked behind the heads.
-        """
-        layers = self._layers(_trunk.LAYERS)
-        if self.aux1 is None or self.aux2 is None or not self.training:
-            x, _ = trunk(x, layers, tapped=())
-            return self.fc(self.dropout(torch.flatten(x, 1)))
-        x, (behind4a, behind4d) = trunk(x, layers, tapped=("inception4a", "inception4d"))
-        aux1, aux2 = self.aux1(behind4a), self.aux2(behind4d)
-        logits = self.fc(self.dropout(torch.flatten(x, 1)))
-        return GoogLeNetOutputs(logits=logits, aux_logits2=aux2, aux_logits1=aux1)
-
-    def _layers(self, names: Iterable[str]) -> list[nn.Module | None]:
-        return [getattr(self, name) for name in names]
+    def _stages(self) -> list[dict[str, nn.Module]]:
+        """inception3a to dropout."""
+        return [{name: getattr(self, name) for name in names} for names in STAGES]
 
     def extra_repr(self) -> str:
         """Variant and what is fused in it, for `print`."""
         modules = [m for m in self.modules() if isinstance(m, Inception)]
         inside = {block for m in modules for block in m.modules()}
         convs = [m for m in self.modules() if isinstance(m, ConvBlock) and m not in inside]
-        parts = {
-            "stem": _stem.obstacle(self._layers(_stem.LAYERS)),
-            "modules and their pools": _trunk.obstacle(self._layers(_trunk.LAYERS)),
-        }
+        heads = [head for head in (self.aux1, self.aux2) if head is not None]
+        parts = {"stem": obstacle(self._stem())}
+        for layers, readers in zip(self._stages(), ([], heads, []), strict=True):
+            parts[f"stage {next(iter(layers))[-2]}"] = obstacle_in_stage(layers, readers)
         paths = [
             f"{part}: one operator on the Triton path"
             if reason is None

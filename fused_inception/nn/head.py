@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_inception import functional
-from fused_inception.nn.conv_block import change_of
+from fused_inception.nn.conv_block import change_of, global_hook
 
 
 class GlobalAvgPool2d(nn.Module):
@@ -24,7 +24,8 @@ class GlobalAvgPool2d(nn.Module):
 def pool_then_dropout(x: Tensor, pool: nn.Module, dropout: nn.Module) -> Tensor:
     """`dropout(flatten(pool(x)))`, in one kernel where both are as they were made and nothing looks
     in between."""
-    if change_of(pool, GlobalAvgPool2d) is None and change_of(dropout, nn.Dropout) is None:
+    changes = global_hook() or change_of(pool, GlobalAvgPool2d) or change_of(dropout, nn.Dropout)
+    if changes is None:
         options: dict[str, Any] = {"p": dropout.p, "training": dropout.training}
         return functional.global_avg_pool2d_dropout(x, **options)
     return dropout(torch.flatten(pool(x), 1))

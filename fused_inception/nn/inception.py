@@ -15,6 +15,7 @@ from fused_inception.nn.conv_block import (
     ConvBlock,
     change_of,
     change_of_conv,
+    global_hook,
 )
 
 # depth first: name, type, filters that it may have
@@ -151,7 +152,7 @@ class Inception(nn.Module):
 
     def _obstacle(self) -> str | None:
         """Why the children compute; None where the fused operator does."""
-        change = change_inside(self, self.norm, (ConvBlock,))
+        change = global_hook() or change_inside(self, self.norm, (ConvBlock,))
         if change is not None:
             return f"plain PyTorch: {change}"
         if self.norm is None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fused_inception import functional
 from fused_inception.geometry import NaiveDims
 from fused_inception.nn.adoption import adopt
-from fused_inception.nn.conv_block import FUSED, INSIDE, ConvBlock
+from fused_inception.nn.conv_block import FUSED, INSIDE, ConvBlock, global_hook
 from fused_inception.nn.inception import Layers, change_of_layers
 
 
@@ -93,7 +93,7 @@ class InceptionNaive(nn.Module):
 
     def _obstacle(self) -> str | None:
         """Why the children compute; None where the fused operator does."""
-        change = change_inside_naive(self, ConvBlock)
+        change = global_hook() or change_inside_naive(self, ConvBlock)
         return None if change is None else f"plain PyTorch: {change}"
 
 

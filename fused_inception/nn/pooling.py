@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fused_inception import functional
 from fused_inception.geometry import Window
-from fused_inception.nn.conv_block import FUSED, change_of
+from fused_inception.nn.conv_block import FUSED, change_of, global_hook
 
 
 class MaxPool2d(nn.Module):
@@ -161,7 +161,8 @@ def norm_then_pool(x: Tensor, norm: nn.Module | None, pool: nn.Module) -> Tensor
 
 
 def _is_pair(pool: nn.Module, norm: nn.Module) -> bool:
-    return change_of(pool, MaxPool2d) is None and change_of(norm, LocalResponseNorm) is None
+    changes = global_hook() or change_of(pool, MaxPool2d) or change_of(norm, LocalResponseNorm)
+    return changes is None
 
 
 def _window_of(pool: nn.Module, norm: nn.Module) -> tuple[Any, Any, Any]:

@@ -26,13 +26,17 @@ def backward(
 
 
 def backward_masked(
-    dy: torch.Tensor, mask: torch.Tensor, shape: tuple[int, ...]
+    dy: torch.Tensor,
+    kept: torch.Tensor | None,
+    scale: float,
+    shape: tuple[int, ...],
+    mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx behind the ReLU whose bits `mask` has, and its column sums over each image."""
     n, c, height, width = shape
     dx = empty_channels_last(n, c, height, width, dtype=dy.dtype, device=dy.device)
     config = global_pool_config(c, height * width)
-    return dx, launch_global_pool_bwd(dy, None, 1.0, dx, config, mask)
+    return dx, launch_global_pool_bwd(dy, _dense(kept), scale, dx, config, mask)
 
 
 def _dense(kept: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,5 +1,5 @@
-"""A run of Inception modules with biases, max pools between them and the global average pool behind
-them as one operator: what is saved, fakes, gradients.
+"""A run of Inception modules with biases, the max pools behind them, and at its end the global
+average pool with dropout, as one operator: what is saved, fakes, gradients.
 
 Inside it the gradient of a module's output is masked where it is made, so no module needs a pass of
 its own for that. It exists on the Triton path alone; through ATen it would be the operators that it
@@ -33,33 +33,37 @@ CONVS = 6  # of a module
 
 @dataclass(frozen=True)
 class Trunk:
-    """What stands between the modules; schemas have it as integers.
+    """What stands behind the modules; schemas have it as integers.
 
     Attributes:
         pools: the max pool behind a module, by the module's number.
         taps: numbers of the modules whose output the operator returns too.
+        mean: whether the global average pool is behind the last one.
     """
 
     pools: dict[int, Window]
     taps: tuple[int, ...]
+    mean: bool
 
     @property
     def integers(self) -> list[int]:
-        """The pools."""
-        return [
+        """All of it; never an empty list, which autograd takes for one of tensors."""
+        windows = [
             n
             for at, w in self.pools.items()
             for n in (at, w.kernel, w.stride, w.padding, w.ceil_mode)
         ]
+        return [self.mean, len(self.taps), *self.taps, *windows]
 
     @staticmethod
-    def of(integers: Sequence[int], taps: Sequence[int]) -> "Trunk":
+    def of(integers: Sequence[int]) -> "Trunk":
         """The inverse."""
+        mean, taps, *rest = integers
         pools = {}
-        for i in range(0, len(integers), 5):
-            at, kernel, stride, padding, ceil = integers[i : i + 5]
+        for i in range(taps, len(rest), 5):
+            at, kernel, stride, padding, ceil = rest[i : i + 5]
             pools[at] = Window(kernel, stride, padding, bool(ceil))
-        return Trunk(pools, tuple(taps))
+        return Trunk(pools, tuple(rest[:taps]), bool(mean))
 
 
 def why_not(filters: Sequence[Tensor], trunk: Trunk) -> str | None:
@@ -71,11 +75,11 @@ def why_not(filters: Sequence[Tensor], trunk: Trunk) -> str | None:
     kernels = [window.kernel for window in trunk.pools.values()]
     if kernels and max(kernels) > MAX_KERNEL:
         return f"windows are of at most {MAX_KERNEL}, got {kernels}"
-    if trunk.pools.keys() & set(trunk.taps):
-        return "a module is tapped that has a pool behind it"
     last = len(filters) // CONVS - 1
-    if last in trunk.taps or last in trunk.pools:
-        return "something stands between the last module and the global pool"
+    if (trunk.pools.keys() | {last}) & set(trunk.taps):
+        return "the last module is tapped, or one that has a pool behind it"
+    if trunk.mean and last in trunk.pools:
+        return "the global pool is behind another pool"
     return None
 
 
@@ -88,26 +92,29 @@ def _forward(
     x: Tensor,
     filters: list[Tensor],
     biases: list[Tensor],
-    pools: list[int],
-    taps: list[int],
-    save: bool,
+    kept: Tensor | None,
+    scale: float,
+    integers: list[int],
+    save_from: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     from fused_inception.ops import trunk_triton
 
-    return trunk_triton.forward(x, filters, biases, Trunk.of(pools, taps), save)
+    trunk = Trunk.of(integers)
+    return trunk_triton.forward(x, filters, biases, kept, scale, trunk, save_from)
 
 
 def _forward_fake(
     x: Tensor,
     filters: list[Tensor],
     biases: list[Tensor],
-    pools: list[int],
-    taps: list[int],
-    save: bool,
+    kept: Tensor | None,
+    scale: float,
+    integers: list[int],
+    save_from: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     from fused_inception.ops import trunk_triton
 
-    trunk = Trunk.of(pools, taps)
+    trunk, modules = Trunk.of(integers), of_modules(filters)
     tapped, saved = [], []
     n, _, h, w = x.shape
 
@@ -115,22 +122,23 @@ def _forward_fake(
         return empty_channels_last(n, channels, h, w, dtype=dtype, device=x.device)
 
     y = x
-    for i, module in enumerate(of_modules(filters)):
+    for i, module in enumerate(modules):
         dims = dims_of(module)
         channels = dims.out_channels
-        if save:
+        saves, next_saves = i >= save_from, save_from <= i + 1 < len(modules)
+        if saves:
             saved += trunk_triton.saved_like(y, dims)
         y = like(channels, h, w)
-        if i in trunk.taps:
-            tapped.append(y)
-        elif save and i not in trunk.pools and len(filters) > CONVS * (i + 1):
-            saved.append(y)
         if i in trunk.pools:
             h, w = trunk.pools[i].out(h), trunk.pools[i].out(w)
             y = like(channels, h, w)
-            if save:
-                saved += [like(channels, h, w, torch.uint8), y]
-    return like(y.shape[1], 1, 1), tapped, saved
+            if saves:
+                saved.append(like(channels, h, w, torch.uint8))
+        if i in trunk.taps:
+            tapped.append(y)
+        elif next_saves:
+            saved.append(y)
+    return like(y.shape[1], 1, 1) if trunk.mean else y, tapped, saved
 
 
 def _backward(
@@ -141,15 +149,18 @@ def _backward(
     saved: list[Tensor],
     filters: list[Tensor],
     biases: list[Tensor],
-    pools: list[int],
-    taps: list[int],
+    kept: Tensor | None,
+    scale: float,
+    integers: list[int],
+    save_from: int,
     needs: list[bool],
 ) -> list[Tensor]:
     from fused_inception.ops import trunk_triton
 
-    gradients = trunk_triton.backward(
-        dy, d_taps, x, tapped, saved, filters, biases, Trunk.of(pools, taps), needs
+    memory = trunk_triton.Memory(
+        x, filters, tapped, saved, kept, scale, Trunk.of(integers), save_from
     )
+    gradients = trunk_triton.backward(dy, d_taps, memory, [b.dtype for b in biases], needs)
     return settle_all(gradients, x, (*filters, *biases), needs)
 
 
@@ -161,8 +172,10 @@ def _backward_fake(
     saved: list[Tensor],
     filters: list[Tensor],
     biases: list[Tensor],
-    pools: list[int],
-    taps: list[int],
+    kept: Tensor | None,
+    scale: float,
+    integers: list[int],
+    save_from: int,
     needs: list[bool],
 ) -> list[Tensor]:
     return gradients_like(x, (*filters, *biases), needs)
@@ -171,56 +184,64 @@ def _backward_fake(
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor], list[Tensor]]
 ) -> None:
-    x, filters, biases, ctx.pools, ctx.taps, ctx.saves = inputs
+    x, filters, biases, kept, ctx.scale, ctx.integers, ctx.save_from = inputs
     _, tapped, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*saved)
-    if ctx.saves:
-        groups = [[x], tapped, saved, filters, biases]
-        ctx.counts = [len(group) for group in groups]
-        ctx.save_for_backward(*(tensor for group in groups for tensor in group))
+    # x is of use to the first module alone, a tapped output to the one behind it
+    useful = [at >= ctx.save_from - 1 for at in Trunk.of(ctx.integers).taps]
+    tapped = [y for y, use in zip(tapped, useful, strict=True) if use]
+    groups = [[x] * (ctx.save_from == 0), tapped, saved, filters, biases, [kept]]
+    ctx.counts = [len(group) for group in groups]
+    ctx.save_for_backward(*(tensor for group in groups for tensor in group))
 
 
 def _differentiate(
     ctx: Any, dy: Tensor | None, d_taps: list[Tensor | None], d_saved: Any
 ) -> tuple[Any, ...]:
-    convs = len(ctx.needs_input_grad[1])
-    # the last module that a gradient reaches; those behind it get none
-    reached = [at for at, grad in zip(ctx.taps, d_taps, strict=True) if grad is not None]
-    last = convs // CONVS - 1 if dy is not None else max(reached, default=-1)
-    # torch wants the structure of the inputs, where an empty list is one of tensors
-    options: list[Any] = [None if given else [] for given in (ctx.pools, ctx.taps)]
-    if last < 0:
-        return None, [None] * convs, [None] * convs, *options, None
-    if not ctx.saves:
-        raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
-    flat = iter(ctx.saved_tensors)
-    (x,), tapped, saved, filters, biases = ([next(flat) for _ in range(n)] for n in ctx.counts)
     needs_x, needs_filters, needs_biases = ctx.needs_input_grad[:3]
+    convs = len(needs_filters)
+    # the last module that a gradient reaches; those behind it get none
+    taps = Trunk.of(ctx.integers).taps
+    reached = [at for at, grad in zip(taps, d_taps, strict=True) if grad is not None]
+    last = convs // CONVS - 1 if dy is not None else max(reached, default=-1)
     ends = CONVS * (last + 1)
-    needs = [needs_x]
+    needs = [needs_x and last >= 0]
     for of_kind in (needs_filters, needs_biases):
         needs += [need and i < ends for i, need in enumerate(of_kind)]
-    gradients = inception_trunk_backward(
-        dy, d_taps, x, tapped, saved, filters, biases, ctx.pools, ctx.taps, needs
+    options = None, None, None, None
+    if not any(needs):
+        return None, [None] * convs, [None] * convs, *options
+    if last < ctx.save_from:
+        raise RuntimeError("the operator was told to keep nothing for this gradient")
+    flat = iter(ctx.saved_tensors)
+    kept_x, tapped, saved, filters, biases, (kept,) = (
+        [next(flat) for _ in range(n)] for n in ctx.counts
     )
+    # without x any map does: no gradient is like it
+    x = kept_x[0] if kept_x else saved[0]
+    gradients = inception_trunk_backward(
+        dy, d_taps, x, tapped, saved, filters, biases, kept, ctx.scale, ctx.integers,
+        ctx.save_from, needs,
+    )  # fmt: skip
     dx, *rest = [
         gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
     ]
-    return dx, rest[:convs], rest[convs:], *options, None
+    return dx, rest[:convs], rest[convs:], *options
 
+
+_OPTIONS = "Tensor? kept, float scale, int[] integers, int save_from"
 
 inception_trunk = register(
     "inception_trunk",
-    "(Tensor x, Tensor[] filters, Tensor[] biases, int[] pools, int[] taps, bool save)"
-    " -> (Tensor, Tensor[], Tensor[])",
+    f"(Tensor x, Tensor[] filters, Tensor[] biases, {_OPTIONS}) -> (Tensor, Tensor[], Tensor[])",
     implementation=_forward,
     fake=_forward_fake,
 )
 inception_trunk_backward = register(
     "inception_trunk_backward",
     "(Tensor? dy, Tensor?[] d_taps, Tensor x, Tensor[] tapped, Tensor[] saved, Tensor[] filters,"
-    " Tensor[] biases, int[] pools, int[] taps, bool[] needs) -> Tensor[]",
+    f" Tensor[] biases, {_OPTIONS}, bool[] needs) -> Tensor[]",
     implementation=_backward,
     fake=_backward_fake,
 )

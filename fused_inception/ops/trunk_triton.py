@@ -3,6 +3,7 @@ launch M, whose work is done by the launch that makes the gradient."""
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from fused_inception.ops import global_pool_triton, inception_triton, pooling_triton
@@ -10,14 +11,21 @@ from fused_inception.ops.inception_triton import Masked, ReluBelow, saved_like
 from fused_inception.ops.layout import channels_last, dims_of
 from fused_inception.ops.trunk import CONVS, Trunk, of_modules
 
-__all__ = ["backward", "forward", "saved_like"]
+__all__ = ["Memory", "backward", "forward", "saved_like"]
 
 
 def forward(
-    x: Tensor, filters: list[Tensor], biases: list[Tensor], trunk: Trunk, save: bool
+    x: Tensor,
+    filters: list[Tensor],
+    biases: list[Tensor],
+    kept: Tensor | None,
+    scale: float,
+    trunk: Trunk,
+    save_from: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The mean of the last module's output, [N, C, 1, 1]; outputs of the modules that are tapped;
-    with `save` what `backward` needs beside x, these and the filters.
+    """What is behind the last module, a map or the mean [N, C, 1, 1], of which dropout has `kept`
+    some; outputs of the modules that are tapped; what `backward` needs beside x, these and the
+    filters, of the modules from number `save_from` on.
 
     Saved, module by module: what the module keeps, the winning taps of the pool behind it, 1 byte
     each, and the next one's input, unless it is a tapped output.
@@ -26,17 +34,19 @@ def forward(
     saved: list[Tensor] = []
     modules = list(zip(of_modules(filters), of_modules(biases), strict=True))
     for i, (w, b) in enumerate(modules):
-        x, kept = inception_triton.forward(x, w, b, save)
-        saved += kept
+        saves, next_saves = i >= save_from, save_from <= i + 1 < len(modules)
+        x, kept_of_module = inception_triton.forward(x, w, b, saves)
+        saved += kept_of_module
+        if i in trunk.pools:
+            x, index = pooling_triton.max_pool2d(x, trunk.pools[i], saves)
+            saved += index
         if i in trunk.taps:
             tapped.append(x)
-        elif save and i not in trunk.pools and i + 1 < len(modules):
+        elif next_saves:
             saved.append(x)
-        if i in trunk.pools:
-            x, index = pooling_triton.max_pool2d(x, trunk.pools[i], save)
-            if save:
-                saved += [*index, x]
-    return global_pool_triton.forward(x, None, 1.0), tapped, saved
+    if trunk.mean:
+        x = global_pool_triton.forward(x, kept, scale)
+    return x, tapped, saved
 
 
 class _Module:
@@ -47,6 +57,7 @@ class _Module:
         self.filters = filters
         self.kept = kept
         self.dims = dims_of(filters)
+        self.index: Tensor | None = None  # winning taps of the pool behind it
 
     @property
     def mask(self) -> Tensor:
@@ -60,75 +71,97 @@ class _Module:
         return n, self.dims.out_channels, height, width
 
 
+class Memory:
+    """What forward left."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        filters: list[Tensor],
+        tapped: list[Tensor],
+        saved: list[Tensor],
+        kept: Tensor | None,
+        scale: float,
+        trunk: Trunk,
+        save_from: int,
+    ) -> None:
+        self.trunk = trunk
+        self.kept = kept
+        self.scale = scale
+        self.first = save_from
+        flat: Iterator[Tensor] = iter(saved)
+        taps = [at for at in trunk.taps if at >= save_from - 1]
+        outputs = dict(zip(taps, tapped, strict=True))
+        self.modules: dict[int, _Module] = {}
+        of_each = of_modules(filters)
+        if save_from > 0:
+            x = outputs[save_from - 1] if save_from - 1 in outputs else next(flat)
+        for i in range(save_from, len(of_each)):
+            module = _Module(x, of_each[i], [next(flat) for _ in range(3)])
+            self.modules[i] = module
+            if i in trunk.pools:
+                module.index = next(flat)
+            if i in outputs:
+                x = outputs[i]
+            elif i + 1 < len(of_each):
+                x = next(flat)
+
+    def masked(self, i: int, dy: Tensor) -> Masked:
+        """The gradient behind the ReLU of module i, from that of what is behind the module."""
+        module = self.modules[i]
+        if module.index is not None:
+            window = self.trunk.pools[i]
+            found = pooling_triton.max_pool2d_backward_masked(
+                dy, module.output_shape, module.index, window, module.mask
+            )
+            return Masked(*found)
+        if self.trunk.mean and i == max(self.modules):
+            drawn = self.kept, self.scale
+            shape = module.output_shape
+            return Masked(*global_pool_triton.backward_masked(dy, *drawn, shape, module.mask))
+        return inception_triton.mask_gradient(module.dims, dy, module.mask)
+
+
 def backward(
     dy: Tensor | None,
     d_taps: list[Tensor | None],
-    x: Tensor,
-    tapped: list[Tensor],
-    saved: list[Tensor],
-    filters: list[Tensor],
-    biases: list[Tensor],
-    trunk: Trunk,
+    memory: Memory,
+    biases_dtype: list[torch.dtype],
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, all filters, all biases; 0 elements where `needs` says no.
 
-    dy: [N, C, 1, 1] of any strides; d_taps: those of the tapped outputs, likewise; None is zero,
-    and at least one is not None.
+    dy: of what is behind the last module; d_taps: those of the tapped outputs; of any strides, None
+    is zero, and at least one is not None.
     """
-    modules, indices = _modules(x, tapped, saved, filters, trunk)
-    of_tap = dict(zip(trunk.taps, d_taps, strict=True))
-    dx = x.new_empty(0)
-    filter_grads, biases_grads = [x.new_empty(0)] * len(filters), [x.new_empty(0)] * len(biases)
+    count = len(biases_dtype)
+    none = memory.modules[memory.first].x.new_empty(0)
+    dx, filter_grads, bias_grads = none, [none] * count, [none] * count
+    need_w, need_b = needs[1 : 1 + count], needs[1 + count :]
+    of_tap = dict(zip(memory.trunk.taps, d_taps, strict=True))
     masked = None
-    if dy is not None:
-        last = modules[-1]
-        masked = Masked(*global_pool_triton.backward_masked(dy, last.mask, last.output_shape))
-    for i in reversed(range(len(modules))):
-        module, below = modules[i], modules[i - 1] if i else None
+    for i in reversed(memory.modules):
+        module = memory.modules[i]
         if masked is None:
-            d_tap = of_tap.get(i)
-            if d_tap is None:
+            # where gradients begin
+            begin = dy if i == max(memory.modules) and dy is not None else of_tap.get(i)
+            if begin is None:
                 continue
-            masked = inception_triton.mask_gradient(module.dims, d_tap, module.mask)
+            masked = memory.masked(i, begin)
         own = slice(CONVS * i, CONVS * (i + 1))
-        need_w, need_b = needs[1 : 1 + len(filters)], needs[1 + len(filters) :]
         need_below = needs[0] or any(need_w[: own.start]) or any(need_b[: own.start])
         relu = None
-        if below is not None and i - 1 not in trunk.pools:
+        if i > 0 and need_below and i - 1 not in memory.trunk.pools:
             other = of_tap.get(i - 1)
-            relu = ReluBelow(below.mask, None if other is None else channels_last(other))
+            mask = memory.modules[i - 1].mask
+            relu = ReluBelow(mask, None if other is None else channels_last(other))
         dx, sums, gradients = inception_triton.backward_of_masked(
-            masked, module.x, module.kept, module.filters, [b.dtype for b in biases[own]],
+            masked, module.x, module.kept, module.filters, biases_dtype[own],
             [need_below, *need_w[own], *need_b[own]], relu,
         )  # fmt: skip
-        filter_grads[own], biases_grads[own] = gradients[:CONVS], gradients[CONVS:]
-        if below is None or not need_below:
+        filter_grads[own], bias_grads[own] = gradients[:CONVS], gradients[CONVS:]
+        if not need_below:
             break
-        if relu is None:
-            window, index = trunk.pools[i - 1], indices[i - 1]
-            dx, sums = pooling_triton.max_pool2d_backward_masked(
-                dx, below.output_shape, index, window, below.mask
-            )
-        masked = Masked(dx, sums)
-    return [dx if needs[0] else x.new_empty(0), *filter_grads, *biases_grads]
-
-
-def _modules(
-    x: Tensor, tapped: list[Tensor], saved: list[Tensor], filters: list[Tensor], trunk: Trunk
-) -> tuple[list[_Module], dict[int, Tensor]]:
-    """The modules, and the winning taps of the pools behind them, from what `forward` kept."""
-    flat: Iterator[Tensor] = iter(saved)
-    outputs = dict(zip(trunk.taps, tapped, strict=True))
-    modules: list[_Module] = []
-    indices: dict[int, Tensor] = {}
-    of_each = of_modules(filters)
-    for i, w in enumerate(of_each):
-        modules.append(_Module(x, w, [next(flat) for _ in range(3)]))
-        if i in trunk.pools:
-            indices[i], x = next(flat), next(flat)
-        elif i in outputs:
-            x = outputs[i]
-        elif i + 1 < len(of_each):
-            x = next(flat)
-    return modules, indices
+        if i > 0:
+            masked = Masked(dx, sums) if relu is not None else memory.masked(i - 1, dx)
+    return [dx if needs[0] else none, *filter_grads, *bias_grads]

@@ -213,16 +213,20 @@ def inception_trunk(
     *,
     pools: Mapping[int, Window],
     taps: Sequence[int] = (),
+    global_pool: bool = False,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`inception` with each twelve of the parameters, `max_pool2d` where there is one behind,
-    `global_avg_pool2d`; and the outputs of the modules whose numbers are in `taps`."""
+    """`inception` with each twelve of the parameters, `max_pool2d` where there is one behind, at
+    the end `global_avg_pool2d` and dropout; and the outputs of the modules in `taps`."""
     outputs = []
     for i, of_module in enumerate(parameters):
         x = inception(x, *of_module)
         outputs.append(x)
         if i in pools:
             x = _max_pool(x, pools[i])
-    return global_avg_pool2d(x), tuple(outputs[i] for i in taps)
+    if global_pool:
+        x = F.dropout(global_avg_pool2d(x), dropout)
+    return x, tuple(outputs[i] for i in taps)
 
 
 def googlenet_stem(

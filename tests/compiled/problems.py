@@ -278,7 +278,7 @@ class GlobalPool:
         y = global_pool_triton.forward(x, *drawn)
         if training:
             global_pool_triton.backward(_like(y), *drawn, x.shape)
-            global_pool_triton.backward_masked(_like(y), _mask_of(x), x.shape)
+            global_pool_triton.backward_masked(_like(y), *drawn, x.shape, _mask_of(x))
 
 
 def _map(n: int, c: int, side: int, dtype: torch.dtype) -> torch.Tensor:
