@@ -21,7 +21,7 @@ from fused_inception.tuning.wgrad_heuristic import wgrad_config
 from tests.cases import InceptionCase
 from tests.conftest import HAS_TRITON, INTERPRETED
 from tests.torchvision_import import import_torchvision
-from tests.tracing import SavedMemory, layers_of
+from tests.tracing import SavedMemory, layers_of, peak_memory
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="launches need Triton")
 
@@ -285,6 +285,30 @@ def test_network_saves_a_quarter_of_what_pytorch_does(device, launches_do_nothin
     assert masks == 2 * 1024
     assert kept["fused"] == total.saved_bytes + (wide - 1) * masks
     assert kept["fused"] <= 0.25 * kept["eager"]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the profiler counts the CPU's memory")
+def test_stages_need_no_more_memory_than_their_layers(launches_do_nothing):
+    """What a stage keeps goes when its backward has run; scratch of a module when it is done."""
+    x = torch.zeros(8, 3, 224, 224, dtype=torch.bfloat16).contiguous(
+        memory_format=torch.channels_last
+    )
+    peaks = []
+    for hooked in ([], ["inception3a", "inception4a", "inception5a"]):
+        network = fi.googlenet("paper", init_weights=False, dtype=torch.bfloat16).train()
+        for name in hooked:
+            network.get_submodule(name).register_forward_hook(lambda *_: None)
+        for parameter in network.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+        def step(network: torch.nn.Module = network) -> None:
+            outputs = list(network(x))
+            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+
+        with backend("triton"):
+            peaks.append(peak_memory(step))
+    stages, layers = peaks
+    assert stages <= layers
 
 
 @pytest.fixture

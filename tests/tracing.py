@@ -123,3 +123,20 @@ def count_multiply_adds(network: nn.Module, run: Callable[[], Any]) -> Counter[s
     for handle in handles:
         handle.remove()
     return counted
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Most memory that `run` has allocated on the CPU at a time, beyond what there was before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    assert results is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes):
+        held += change
+        peak = max(peak, held)
+    return peak
