@@ -10,7 +10,7 @@ from torch import nn
 
 import fused_inception as fi
 from fused_inception.__main__ import main
-from fused_inception.tools import bench, errors
+from fused_inception.tools import bench, bench_blocks, errors
 from fused_inception.tools.timing import Spread
 
 HERE = f"{__name__}:"
@@ -64,6 +64,32 @@ def test_table_and_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     ratio = eager["milliseconds"] / fused["milliseconds"]
     assert (fused["times_as_fast"], eager["times_as_fast"]) == (pytest.approx(ratio), 1.0)
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each fused block beside the plain one on the same input, in a table, files and pictures."""
+    out = tmp_path / "out"
+    assert run("--model", HERE + "fused_net", "--batch-size", "2", "--mode", "step", "--blocks",
+               "--out", str(out)) == 0  # fmt: skip
+    printed = capsys.readouterr()
+    rows = [line.split() for line in printed.out.splitlines()]
+    assert [row[:3] for row in rows if row and row[0] in "01"] == [
+        ["0", "ConvBlock", "2"], ["1", "Inception", "2"],
+    ]  # fmt: skip
+    assert "batch 2, block 1" in printed.err
+    blocks = json.loads((out / "bench.json").read_text())["blocks"]
+    assert [(b["block"], b["mode"]) for b in blocks] == [
+        (name, mode) for name in "01" for mode in bench_blocks.MODES
+    ]
+    for found in blocks:
+        assert found["fused_milliseconds"] > 0
+        assert found["eager_milliseconds"] > 0
+    # 256 pixels of two images, 3 -> 8 channels, 3x3
+    assert blocks[0]["flops"] == 2 * 2 * 256 * 27 * 8
+    with open(out / "blocks.csv", newline="") as file:
+        assert [line["block"] for line in csv.DictReader(file)] == ["0", "0", "1", "1"]
+    for picture in ("bench.png", "speedup.png", "roofline.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_compiled_model_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,13 @@ from torch import Tensor, nn
 from fused_inception.adapters.fuse import fuse_
 from fused_inception.adapters.plain import plain_twin
 from fused_inception.tools import sample
+from fused_inception.tools.bench_blocks import (
+    BlockResult,
+    block_names,
+    block_table,
+    measure_blocks,
+)
+from fused_inception.tools.bench_pictures import draw_models, draw_rates, draw_speed_ups
 from fused_inception.tools.blocks import tensors_of
 from fused_inception.tools.checkpoint import write_atomically
 from fused_inception.tools.errors import UserError, require
@@ -33,6 +40,7 @@ COMPILE = ("off", "default", "max-autotune")
 VERIFIED = 2
 MIN_ROUNDS = 5
 RESULTS, TABLE, PICTURE = "bench.json", "bench.csv", "bench.png"
+BLOCK_TABLE, SPEED_UPS, RATES = "blocks.csv", "speedup.png", "roofline.png"
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=(*MODES, "both"), default="both", help="default: both")
     add("--compile", choices=COMPILE, help="torch.compile's mode (default: default, on a CPU off)")
     add("--seconds", type=float, default=1.0, help="time of each measurement (default: 1)")
-    add("--out", type=Path, metavar="FOLDER", help=f"where to write {RESULTS}, {TABLE}, {PICTURE}")
+    add("--blocks", action="store_true", help="each fused block beside plain PyTorch's, too")
+    files = f"{RESULTS}, {TABLE}, {PICTURE}; of blocks {BLOCK_TABLE}, {SPEED_UPS}, {RATES}"
+    add("--out", type=Path, metavar="FOLDER", help=f"where to write {files}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     modes = MODES if arguments.mode == "both" else (arguments.mode,)
     results: list[Result] = []
+    blocks: list[BlockResult] = []
     steps = len(arguments.batch_size) * (len(modes) + 1)
     where: dict[str, Any] = {}
     with tqdm(total=steps, leave=False) as bar, _cudnn_search():
@@ -94,17 +105,41 @@ def run(arguments: argparse.Namespace) -> int:
                     bar.set_description(f"batch {batch}, {mode}")
                     results += measure(models, x, mode, arguments.seconds)
                     bar.update()
+                if arguments.blocks:
+                    blocks += _blocks(models, x, arguments.seconds, bar)
     title = f"{arguments.model}, {arguments.dtype}, autocast {arguments.amp}, {where['device']}"
     print(f"{title}, torch {where['torch']}")
     print("\n".join(table(results)))
+    if blocks:
+        print("\n".join(["", *block_table(blocks)]))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         options = {k: v for k, v in vars(arguments).items() if k not in ("command", "out")}
-        write_json(arguments.out / RESULTS, {"options": options, "environment": where}, results)
+        head = {"options": options, "environment": where}
+        write_json(arguments.out / RESULTS, head, results, blocks)
         write_csv(arguments.out / TABLE, results)
-        draw(arguments.out / PICTURE, title, results)
-        print(f"written: {', '.join((RESULTS, TABLE, PICTURE))} in {arguments.out}")
+        draw_models(arguments.out / PICTURE, title, results)
+        files = [RESULTS, TABLE, PICTURE]
+        if blocks:
+            write_csv(arguments.out / BLOCK_TABLE, blocks)
+            draw_speed_ups(arguments.out / SPEED_UPS, title, blocks)
+            draw_rates(arguments.out / RATES, title, blocks)
+            files += [BLOCK_TABLE, SPEED_UPS, RATES]
+        print(f"written: {', '.join(files)} in {arguments.out}")
     return 0
+
+
+def _blocks(models: dict[str, nn.Module], x: Tensor, seconds: float, bar: Any) -> list[BlockResult]:
+    """Those of the fused model, each for a quarter of the time of a model."""
+    batch = x.shape[0]
+    names = block_names(models["fused"])
+    bar.total += len(names)
+
+    def done(name: str) -> None:
+        bar.set_description(f"batch {batch}, block {name}")
+        bar.update()
+
+    return measure_blocks(models["fused"], models["eager"], x, seconds / 4, done)
 
 
 def measure(models: dict[str, nn.Module], x: Tensor, mode: str, seconds: float) -> list[Result]:
@@ -207,43 +242,21 @@ def table(results: Sequence[Result]) -> list[str]:
     return aligned(rows, names=2)
 
 
-def write_json(path: Path, head: dict[str, Any], results: Sequence[Result]) -> None:
+def write_json(
+    path: Path, head: dict[str, Any], results: Sequence[Result], blocks: Sequence[BlockResult]
+) -> None:
     """With what a reader has to know of them."""
-    text = json.dumps({**head, "results": [asdict(r) for r in results]}, indent=1)
+    found = {"results": [asdict(r) for r in results], "blocks": [asdict(r) for r in blocks]}
+    text = json.dumps({**head, **found}, indent=1)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def write_csv(path: Path, results: Sequence[Result]) -> None:
+def write_csv(path: Path, results: Sequence[Result] | Sequence[BlockResult]) -> None:
     """A line each, with a head."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Result)])
+        writer = csv.DictWriter(file, [f.name for f in fields(results[0])])
         writer.writeheader()
         writer.writerows(asdict(r) for r in results)
-
-
-def draw(path: Path, title: str, results: Sequence[Result]) -> None:
-    """A PNG: images per second, a group of bars a batch, a panel a mode."""
-    from matplotlib.figure import Figure
-
-    modes = list(dict.fromkeys(r.mode for r in results))
-    names = list(dict.fromkeys(r.provider for r in results))
-    batches = sorted({r.batch for r in results})
-    figure = Figure(figsize=(5 * len(modes), 3.8), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    panels: Any = figure.subplots(1, len(modes), squeeze=False)[0]
-    width = 0.8 / len(names)
-    for axes, mode in zip(panels, modes, strict=True):
-        for i, name in enumerate(names):
-            some = [r for r in results if (r.mode, r.provider) == (mode, name)]
-            places = [batches.index(r.batch) + (i - (len(names) - 1) / 2) * width for r in some]
-            axes.bar(places, [r.images_per_second for r in some], width, label=name)
-        axes.set_xticks(range(len(batches)), [f"N = {batch}" for batch in batches])
-        axes.set(title=mode, ylabel="images/s")
-        axes.grid(alpha=0.3, axis="y")
-        axes.set_axisbelow(True)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=8)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _where(device: torch.device) -> dict[str, Any]:
