@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check, parity, results
+from benchmarks import gpu_check, parity, parity_plugin, results
 from benchmarks.gpu import (
     correctness,
     profiles,
@@ -258,9 +259,65 @@ def test_parity_is_complete_where_every_process_ran_its_share(
     assert parity.summarise([share, events], {})["complete"] is complete
 
 
+def test_parity_keeps_what_it_has_found_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ends the part in the middle of it loses the test that runs, no more."""
+    path = tmp_path / "test_some.py"
+    path.write_text(
+        "import pytest, time\n"
+        "@pytest.fixture\n"
+        "def device(): ...\n"
+        "def test_wrong(device): assert 1 == 2\n"
+        "def test_long(device): time.sleep(2)\n"
+    )
+    monkeypatch.setattr(parity, "REPORT_SECONDS", 0.5)
+    kept: list[dict[str, Any]] = []
+    correctness.run([str(path)], 1, Turn(time.time() + 90, kept.append))
+    first = next(facts for facts in kept if facts["outcomes"])
+    (name,) = first["outcomes"]
+    assert name.endswith("::test_wrong")
+    assert "assert 1 == 2" in first["failures"][0]
+
+
+ORDERED_TESTS = """
+import pytest
+import torch
+
+@pytest.fixture
+def device(): ...
+
+{rest}
+"""
+
+
+def test_parity_runs_the_core_first(tmp_path: Path) -> None:
+    """bf16 and fp32 of the kernels that every model uses, one file after another; then what only a
+    GPU can run; then all others."""
+    dtypes = "@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)\n"
+    core = dtypes + "def test_a(device, dtype): ...\ndef test_b(device): ...\n"
+    other = "@pytest.mark.gpu\ndef test_gpu(): ...\ndef test_c(device): ...\ndef test_d(): ...\n"
+    files = {"test_inception_kernels.py": core, "test_some.py": other, "test_stem_kernels.py": core}
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    for name, rest in files.items():
+        (tmp_path / name).write_text(ORDERED_TESTS.format(rest=rest))
+    facts = correctness.run([str(tmp_path / name) for name in files], 1, turn(90))
+    assert facts["complete"], facts
+    found = [
+        re.sub(r"test_|_kernels.py|torch.", "", name.split("/")[-1]) for name in facts["outcomes"]
+    ]
+    assert found == [
+        "inception::a[bfloat16]", "stem::a[bfloat16]", "inception::b", "stem::b",
+        "some.py::gpu",
+        "inception::a[float16]", "some.py::c", "stem::a[float16]",
+    ]  # fmt: skip
+    assert all((ROOT / "tests" / name).exists() for name in parity_plugin.CORE)
+
+
 def test_parity_finds_the_tests_of_the_device() -> None:
     found = parity.device_tests()
     assert "tests/test_inception_kernels.py" in found
+    assert {"tests/test_gpu.py", "tests/test_graphs.py"} <= {*found}
     assert "tests/test_geometry.py" not in found
 
 

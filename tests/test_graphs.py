@@ -1,12 +1,19 @@
 """Models in CUDA graphs: refused inputs anywhere, captures where there is a GPU."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fused_inception as fi
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test for a machine with a GPU."""
+    return pytest.mark.gpu(NO_GPU(test))
 
 
 def test_without_a_gpu_it_says_so() -> None:

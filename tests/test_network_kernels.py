@@ -26,7 +26,7 @@ def test_training_step_of_the_paper_network(dtype: torch.dtype, device: torch.de
     assert_networks_agree(got, want, Results.of(networks.theirs, x.to(dtype), labels))
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 def test_training_step_of_torchvisions_network(device: torch.device) -> None:
     """With BatchNorm, behind `fuse_`. In 16 bits PyTorch's own gradients of the whole network are
     half wrong: test_batch_norm_ops has them of one block."""
