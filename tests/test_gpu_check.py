@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, parity, parity_plugin, results
+from benchmarks.environment import environment
 from benchmarks.gpu import (
     correctness,
     profiles,
@@ -28,11 +29,15 @@ from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.table import PARTS
 from benchmarks.problems import CASES, Problem
 from fused_inception import backend, record_launches
+from fused_inception.tools import sources
 from tests.conftest import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-ENVIRONMENT = {"device": "none", "torch": "2", "commit": "abc", "gpu": {"driver_version": "1"}}
+ENVIRONMENT = {
+    "device": "none", "torch": "2", "commit": "abc", "package": "1f", "tests": "2e",
+    "gpu": {"driver_version": "1"},
+}  # fmt: skip
 SESSION = {"command": "a test", "environment": ENVIRONMENT}
 
 # a part whose items do what their names say
@@ -145,10 +150,10 @@ def test_results_of_another_run_are_not_gone_on_with(
 ) -> None:
     check(tmp_path, "good")
     before = (tmp_path / "fake.json").read_text()
-    for change in ({"commit": "def"}, {"gpu": {"driver_version": "2"}}):
+    for change in ({"package": "3d"}, {"gpu": {"driver_version": "2"}}):
         status, _ = check(tmp_path, "good", environment=ENVIRONMENT | change)
         assert status == gpu_check.CANNOT
-    assert "commit abc, now def" in capsys.readouterr().err
+    assert "package 1f, now 3d" in capsys.readouterr().err
     status, _ = check(tmp_path, "other")
     assert status == gpu_check.CANNOT
     assert "options" in capsys.readouterr().err
@@ -156,6 +161,33 @@ def test_results_of_another_run_are_not_gone_on_with(
     (tmp_path / "fake.json").write_text("[]")
     with pytest.raises(MismatchError, match="holds no results of gpu_check"):
         Record.read(tmp_path / "fake.json")
+
+
+def test_results_go_by_the_code_not_by_its_commit(tmp_path: Path) -> None:
+    """A tree without git has no commit, and a changed one the commit of another."""
+    session = {"environment": ENVIRONMENT | {"commit": None}}
+    other_tests = {"environment": session["environment"] | {"tests": "4c"}}
+    for part in ("network", "parity"):
+        Record.begin(tmp_path / f"{part}.json", part, {}, SESSION)
+        Record.begin(tmp_path / f"{part}.json", part, {}, session)
+    Record.begin(tmp_path / "network.json", "network", {}, other_tests)
+    with pytest.raises(MismatchError, match="tests 2e, now 4c"):
+        Record.begin(tmp_path / "parity.json", "parity", {}, other_tests)
+
+
+def test_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    found = [sources.digest(tmp_path / "a")]
+    for name, text in (("x.py", "1"), ("x.py", "2"), ("y.py", ""), ("notes.txt", "no code")):
+        (tmp_path / "a" / name).write_text(text)
+        found.append(sources.digest(tmp_path / "a"))
+    (tmp_path / "a/y.py").rename(tmp_path / "a/z.py")
+    found.append(sources.digest(tmp_path / "a"))
+    assert len(set(found)) == len(found) - 1
+    assert found[3] == found[4]
+    where = environment(CPU)
+    assert where["package"] == sources.digest(ROOT / "fused_inception")
+    assert all(len(where[name]) == 16 for name in ("package", "tests"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -32,6 +32,7 @@ from fused_inception.tools.launch_bench import (
 )
 from fused_inception.tools.options import pick_device, positive
 from fused_inception.tools.precompile import processors
+from fused_inception.tools.sources import launches_digest
 from fused_inception.tools.text import aligned
 from fused_inception.tuning import chosen, dispatch, table
 from fused_inception.tuning.search import Winner, candidates, search
@@ -220,8 +221,8 @@ class Tuning:
         table.write(self.path, self.target.name, [entry])
 
     def _written(self) -> set[tuple[str, table.Key]]:
-        """What the table has from the same GPU and versions."""
-        names = ("gpu", "torch", "triton", "version")
+        """What the table has from the same GPU and versions, and from the kernels as they are."""
+        names = ("gpu", "torch", "triton", "version", "sources")
         try:
             entries = table.read(self.path, self.target.name) if self.path.exists() else []
         except (ValueError, OSError):
@@ -247,6 +248,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "version": _version("fused-inception"),
         "commit": _ask("git", "rev-parse", "HEAD"),
+        "sources": launches_digest(),
         "command": arguments,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
