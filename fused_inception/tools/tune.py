@@ -31,7 +31,7 @@ from fused_inception.tools.launch_bench import (
     library_speed_ups,
 )
 from fused_inception.tools.options import pick_device, positive
-from fused_inception.tools.precompile import processors
+from fused_inception.tools.precompile import precompile, processors
 from fused_inception.tools.sources import launches_digest
 from fused_inception.tools.text import aligned
 from fused_inception.tuning import chosen, dispatch, table
@@ -109,6 +109,19 @@ def problems_of(lookups: Iterable[tuple[str, table.Key]]) -> list[chosen.Problem
     return sorted(found, key=lambda problem: order.index(problem.family))
 
 
+def _compile(model: nn.Module, x: torch.Tensor) -> None:
+    """All that is launched before a search compiles its own candidates, in parallel: ours, and what
+    goes with the library's convolutions."""
+    if x.device.type != "cuda":
+        return
+    for parts in ((), dispatch.PARTS):
+        with dispatch.forced(parts), torch.set_grad_enabled(model.training):
+            try:
+                print(precompile(model, x), flush=True)
+            except RuntimeError as error:
+                print(f"kernels are compiled one by one: {error}", flush=True)
+
+
 def _lookups(calls: Iterable[Call], target: Target) -> Lookups:
     # here, as it loads Triton
     from fused_inception.ops.ahead_triton import lookups_of
@@ -141,6 +154,7 @@ class Tuning:
         clock."""
         from tqdm import tqdm
 
+        _compile(model, x)
         calls = ahead.calls_with_tensors(copy.deepcopy(model), x, training=model.training)
         lookups = _lookups(calls, self.target)
         done = set() if again else self._written()
