@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -13,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check, parity, parity_plugin, results
+from benchmarks import gpu_check, results
 from benchmarks.environment import environment
 from benchmarks.gpu import (
-    correctness,
     profiles,
     sanitize,
     search,
@@ -215,142 +213,8 @@ def test_every_part_has_its_options() -> None:
         assert len(keys) == cases * 2 * 2 * 2
 
 
-PARITY_TESTS = """
-import os
-import pytest
-
-@pytest.fixture
-def device(): ...
-
-def test_right(device): ...
-
-def test_wrong(device):
-    assert 1 == 2
-
-def test_without_device():
-    assert 1 == 3
-
-def test_dies(device):
-    os._exit(7)
-
-def test_behind_it(device): ...
-"""
-
-
-def some_tests(folder: Path) -> list[str]:
-    path = folder / "test_some.py"
-    path.write_text(PARITY_TESTS)
-    return [str(path)]
-
-
 def turn(seconds: float, **previous: Any) -> Turn:
     return Turn(time.time() + seconds, lambda facts: None, previous)
-
-
-def test_parity_goes_on_behind_what_kills_it(tmp_path: Path) -> None:
-    """Failures with their messages; no outcome is measured twice."""
-    facts = correctness.run(some_tests(tmp_path), 1, turn(90))
-    assert facts["counts"] == {"passed": 2, "failed": 1, "died": 1, "not run": 0}
-    assert facts["complete"]
-    died, wrong = facts["failures"]
-    assert "test_wrong" in wrong
-    assert "assert 1 == 2" in wrong
-    assert died.endswith("test_dies: its process died")
-    outcomes = facts["outcomes"]
-    assert {name.partition("::")[2] for name in outcomes} == {
-        "test_right", "test_wrong", "test_dies", "test_behind_it",
-    }  # fmt: skip
-    again = correctness.run(some_tests(tmp_path), 1, turn(60, outcomes=outcomes))
-    assert (again["outcomes"], again["complete"]) == (outcomes, True)
-
-
-def test_parity_ends_with_its_time(tmp_path: Path) -> None:
-    """After the test that runs when the time is spent."""
-    facts = correctness.run(some_tests(tmp_path), 1, turn(parity.GRACE_SECONDS))
-    assert facts["counts"] == {"passed": 1, "not run": 3}
-    assert (facts["complete"], facts["failures"]) == (False, [])
-
-
-@pytest.mark.parametrize(
-    ("events", "complete"),
-    [
-        ([{"event": "collected", "tests": 0}], True),
-        ([{"event": "collected", "tests": 1}], False),
-        ([{"event": "unreadable", "test": "t.py", "message": "no such module"}], False),
-        ([], False),
-    ],
-)
-def test_parity_is_complete_where_every_process_ran_its_share(
-    events: list[dict[str, Any]], complete: bool
-) -> None:
-    share = [
-        {"event": "collected", "tests": 1},
-        {"event": "started", "test": "t", "at": 0.0},
-        {"event": "passed", "test": "t", "seconds": 1.0, "message": None},
-    ]
-    assert parity.summarise([share, events], {})["complete"] is complete
-
-
-def test_parity_keeps_what_it_has_found_as_it_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever ends the part in the middle of it loses the test that runs, no more."""
-    path = tmp_path / "test_some.py"
-    path.write_text(
-        "import pytest, time\n"
-        "@pytest.fixture\n"
-        "def device(): ...\n"
-        "def test_wrong(device): assert 1 == 2\n"
-        "def test_long(device): time.sleep(2)\n"
-    )
-    monkeypatch.setattr(parity, "REPORT_SECONDS", 0.5)
-    kept: list[dict[str, Any]] = []
-    correctness.run([str(path)], 1, Turn(time.time() + 90, kept.append))
-    first = next(facts for facts in kept if facts["outcomes"])
-    (name,) = first["outcomes"]
-    assert name.endswith("::test_wrong")
-    assert "assert 1 == 2" in first["failures"][0]
-
-
-ORDERED_TESTS = """
-import pytest
-import torch
-
-@pytest.fixture
-def device(): ...
-
-{rest}
-"""
-
-
-def test_parity_runs_the_core_first(tmp_path: Path) -> None:
-    """bf16 and fp32 of the kernels that every model uses, one file after another; then what only a
-    GPU can run; then all others."""
-    dtypes = "@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)\n"
-    core = dtypes + "def test_a(device, dtype): ...\ndef test_b(device): ...\n"
-    other = "@pytest.mark.gpu\ndef test_gpu(): ...\ndef test_c(device): ...\ndef test_d(): ...\n"
-    files = {"test_inception_kernels.py": core, "test_some.py": other, "test_stem_kernels.py": core}
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
-    for name, rest in files.items():
-        (tmp_path / name).write_text(ORDERED_TESTS.format(rest=rest))
-    facts = correctness.run([str(tmp_path / name) for name in files], 1, turn(90))
-    assert facts["complete"], facts
-    found = [
-        re.sub(r"test_|_kernels.py|torch.", "", name.split("/")[-1]) for name in facts["outcomes"]
-    ]
-    assert found == [
-        "inception::a[bfloat16]", "stem::a[bfloat16]", "inception::b", "stem::b",
-        "some.py::gpu",
-        "inception::a[float16]", "some.py::c", "stem::a[float16]",
-    ]  # fmt: skip
-    assert all((ROOT / "tests" / name).exists() for name in parity_plugin.CORE)
-
-
-def test_parity_finds_the_tests_of_the_device() -> None:
-    found = parity.device_tests()
-    assert "tests/test_inception_kernels.py" in found
-    assert {"tests/test_gpu.py", "tests/test_graphs.py"} <= {*found}
-    assert "tests/test_geometry.py" not in found
 
 
 def test_timed_rows_of_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,14 +259,43 @@ def test_sanitizer_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
     program = tmp_path / "compute-sanitizer"
     program.write_text("#!/bin/sh\n[ $1 = --tool=memcheck ] || { echo raced; exit 99; }\n")
     program.chmod(0o755)
-    memory, *_ = items = sanitize.items({}, CPU)
-    assert len(items) == len(sanitize.TOOLS) * len(sanitize.GROUPS)
+    compilation, memory, *_ = items = sanitize.items({}, CPU)
+    assert compilation.key == "compile"
+    assert len(items) == 1 + len(sanitize.TOOLS) * len(sanitize.GROUPS)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert memory.run(turn(30))["exit_status"] == 0
     race = next(item for item in items if item.key == "racecheck kernels")
     assert race.run(turn(30))["failures"] == ["exit status 99:\nraced\n"]
-    facts = sanitize.watched([sys.executable, "-c", "import time; time.sleep(30)"], {}, 0.0)
-    assert facts == {"complete": False}
+
+
+def test_what_is_watched_ends_with_all_that_it_started() -> None:
+    """A sanitizer's program is a process of its own, and holds the GPU."""
+    code = (
+        "import subprocess, sys, time; "
+        "child = subprocess.Popen(['sleep', '60'], stdout=-3, stderr=-3); "
+        "print(child.pid, flush=True); {end}"
+    )
+    for end, seconds in (("time.sleep(60)", 3.0), ("sys.exit(5)", 60.0)):
+        start = time.time()
+        facts = sanitize.watched([sys.executable, "-c", code.format(end=end)], {}, start + seconds)
+        assert time.time() - start < 30
+        if seconds < 60:
+            assert facts["complete"] is False
+            pid = int(facts["tail"])
+        else:
+            assert facts["exit_status"] == 5
+            pid = int(facts["failures"][0].split()[-1])
+        while alive(pid):
+            assert time.time() - start < 40
+            time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Not ended, nor waiting for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
