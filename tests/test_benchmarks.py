@@ -131,10 +131,11 @@ def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         line_up.yardstick.check("broken", got)
 
 
-def test_graphs_hold_whole_calls_of_small_batches() -> None:
+def test_graphs_hold_whole_calls_of_networks_and_of_small_batches() -> None:
     gpu = torch.device("cuda")
-    every = contenders("network", 8, "step", gpu)
-    assert set(every) == set(PROVIDERS)
+    for batch, direction in ((1, "forward"), (8, "step"), (256, "step"), (256, "forward")):
+        every = contenders("network", batch, direction, gpu)
+        assert set(every) == set(PROVIDERS)
     modules = set(every) - {"max-autotune-cudagraphs"}
     assert set(contenders("modules", 1, "forward", gpu)) == modules
     for group, batch, direction in (("modules", 1, "backward"), ("kernels", 32, "step")):
