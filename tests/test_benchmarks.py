@@ -115,6 +115,22 @@ def test_every_kernel_case_passes_the_gate(case: str, monkeypatch: pytest.Monkey
     assert (problem.flops("forward") > 0) == ("conv" in case or "naive" in case)
 
 
+def test_the_yardstick_does_not_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying cuDNN's algorithms in fp64 takes longer than all timings; PyTorch's own in the dtype
+    that is timed do what is timed."""
+    searches: dict[torch.dtype, set[bool]] = {}
+    right = Subject.everything
+
+    def everything(self: Subject) -> dict[str, Tensor]:
+        dtype = self.x.dtype
+        searches.setdefault(dtype, set()).add(torch.backends.cudnn.benchmark)
+        return right(self)
+
+    monkeypatch.setattr(Subject, "everything", everything)
+    LineUp(PROBLEM).admit("fused")
+    assert searches == {torch.float32: {True}, torch.float64: {False}}
+
+
 def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are held together: one filter's alone may differ where a maximum flips."""
     monkeypatch.setattr(problems, "IMAGE_SIZE", 48)

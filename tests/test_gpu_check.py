@@ -26,6 +26,7 @@ from benchmarks.gpu.parts import Part, Turn
 from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.table import PARTS
 from benchmarks.problems import CASES, Problem
+from benchmarks.providers import PROVIDERS
 from fused_inception import backend, record_launches
 from fused_inception.tools import sources
 from tests.conftest import HAS_TRITON
@@ -197,10 +198,12 @@ def test_gpu_check_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_every_part_has_its_options() -> None:
-    """Results hold what decides them, as JSON; eight files at the most."""
+    """Results hold what decides them, as JSON; eight files at the most, one for each part."""
     names = ["parity", "sanitize", "ceilings", "kernels", "modules", "network", "tune", "profile"]
     assert sorted(PARTS) == sorted(names)
-    options = gpu_check._parse(["--out", "x", "--dtype", "bf16,tf32", "--batches", "1,8"])
+    options = gpu_check._parse(
+        ["--out", "x", "--dtype", "bf16,tf32", "--batches", "1,8", "--families", "plain,tuned"]
+    )
     for name in PARTS:
         json.dumps(gpu_check.what(name, options))
     for name in ("kernels", "modules", "network"):
@@ -211,6 +214,30 @@ def test_every_part_has_its_options() -> None:
             len(CASES["modules"]) + len(CASES["network"]) if name == "kernels" else 0
         )
         assert len(keys) == cases * 2 * 2 * 2
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    """Tests, then the paper's network at 256, 32 and 1 against eager, compile and max-autotune."""
+    options = gpu_check._parse(["--out", "x"])
+    assert options.parts[:2] == ["parity", "network"]
+    items = PARTS["network"].items(gpu_check.what("network", options), torch.device("cuda"))
+    keys = [item.key for item in items]
+    first = [f"paper bf16 batch {n} {f}" for f in ("plain", "tuned") for n in (256, 32, 1)]
+    assert keys[: len(first)] == first
+    assert keys[len(first)] == "paper bf16 batch 8 plain"
+    halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+    assert [{key.split()[0] for key in half} for half in halves] == [{"paper"}, {"torchvision"}]
+    assert {*timings.FAMILIES["plain"], *timings.FAMILIES["tuned"]} == {
+        "fused", "eager", "compile", "max-autotune",
+    }  # fmt: skip
+    plain = {p.plain for p in PROVIDERS.values()}
+    assert set().union(*timings.FAMILIES.values()) == plain
+    left, times = 100.0, []
+    for i in range(len(options.parts)):
+        times.append(left * gpu_check.share_of(options.parts[i:]))
+        left -= times[-1]
+    assert left == pytest.approx(0.0)
+    assert times[1] == pytest.approx(4 * times[-1])
 
 
 def turn(seconds: float, **previous: Any) -> Turn:
@@ -314,28 +341,50 @@ def test_small_shapes_launch_every_kernel() -> None:
     assert kernels - {launch.kernel for launch in launches} == set()
 
 
-def test_tune_runs_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    options = {"tune_arguments": ["--model", "paper"], "batches": [8], "cache": str(tmp_path)}
+# a tune command that adds to its table, and says what it was asked
+TUNE = """#!/bin/sh
+mkdir -p $FUSED_INCEPTION_CACHE/tables
+printf '["%s"]' "$(cat $FUSED_INCEPTION_CACHE/tables/sm_90.json | tr -d '"\\n ')$1" \
+  > $FUSED_INCEPTION_CACHE/tables/new
+mv $FUSED_INCEPTION_CACHE/tables/new $FUSED_INCEPTION_CACHE/tables/sm_90.json
+echo $@; exec sleep $SLEEP
+"""
+
+
+def test_tune_runs_its_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each search goes on with the tables of the one before, which come home in its results."""
+    options = {"tune_arguments": ["--model", "paper"], "batches": [8]}
     monkeypatch.setattr(search, "COMMANDS", {})
     (item,) = search.items(options, CPU)
     assert item.run(turn(30))["failures"] == ["this checkout has no tune command"]
     monkeypatch.setattr(search, "COMMANDS", {"tune": None})
     program = tmp_path / "python"
-    program.write_text("#!/bin/sh\necho $FUSED_INCEPTION_CACHE $@; exec sleep $SLEEP\n")
+    program.write_text(TUNE)
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setenv("SLEEP", "0")
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "sm_90.json").write_text("{}")
     training, inference = search.items(options, CPU)
-    facts = training.run(turn(search.CLOSING_SECONDS + 30.5))
+    first = training.run(turn(search.CLOSING_SECONDS + 30.5))
     command = "-m fused_inception tune --model paper --batch-size=8"
-    assert facts["tail"] == f"{tmp_path} {command} --budget-s=30\n"
-    assert facts["tables"] == ["sm_90.json"]
-    assert "complete" not in facts
+    assert first["tail"].endswith(f"{command} --budget-s=30\n")
+    assert first["tables"] == {"sm_90.json": ["-m"]}
+    assert "complete" not in first
     # a search that has taken all its time has more to do
     monkeypatch.setenv("SLEEP", "1")
-    facts = inference.run(turn(search.CLOSING_SECONDS + 1.5))
-    assert f"{command} --eval --budget-s=1" in facts["tail"]
-    assert facts["complete"] is False
-    assert inference.run(turn(search.CLOSING_SECONDS)) == {"complete": False}
+    end = time.time() + search.CLOSING_SECONDS + 1.5
+    second = inference.run(Turn(end, lambda facts: None, {}, {training.key: first}))
+    assert f"{command} --eval --budget-s=1" in second["tail"]
+    assert second["complete"] is False
+    assert second["tables"] == {"sm_90.json": ["[-m]-m"]}
+    # whoever has no time left keeps what it had
+    kept = inference.run(turn(search.CLOSING_SECONDS, **second))
+    assert kept == {name: second[name] for name in ("tables", "tables_at", "complete")}
+    record = Record.begin(tmp_path / "tune.json", "tune", options, dict(SESSION))
+    record.put(inference.key, "cut", **second)
+    record.put(training.key, "passed", **first)
+    assert search.main([str(record.path), str(tmp_path / "cache")]) == 0
+    (written,) = capsys.readouterr().out.split()
+    assert written == str(tmp_path / "cache/tables/sm_90.json")
+    assert json.loads(Path(written).read_text()) == ["[-m]-m"]
