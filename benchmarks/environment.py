@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fused_inception.tools.sources import digest
+
 ROOT = Path(__file__).resolve().parent.parent
 GPU_FACTS = (
     (
@@ -21,7 +23,7 @@ GPU_FACTS = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, threads, commit; on CUDA also driver, clocks and what holds them back."""
+    """Device, versions, threads, code; on CUDA also driver, clocks and what holds them back."""
     facts: dict[str, Any] = {
         "device": device_name(device),
         "system": f"{platform.system()} {platform.machine()}",
@@ -33,6 +35,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "pytest_benchmark": _version("pytest-benchmark"),
         "commit": _commit(),
+        "package": digest(ROOT / "fused_inception"),
+        "tests": digest(ROOT / "tests"),
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda

@@ -64,9 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     statuses = []
     for i, name in enumerate(options.parts):
         left = start + options.budget_s - CLOSING_SECONDS - time.time()
-        end = time.time() + left / (len(options.parts) - i)
+        end = time.time() + left * share_of(options.parts[i:])
         statuses.append(run(PARTS[name], what(name, options), session, end, options.out))
     return next((s for s in (FAILED, CANNOT, CUT) if s in statuses), PASSED)
+
+
+def share_of(names: Sequence[str]) -> float:
+    """Of the time that is left for the parts `names`, that of the first."""
+    shares = [PARTS[name].share for name in names]
+    return shares[0] / sum(shares)
 
 
 def run(
@@ -94,8 +100,8 @@ def what(part: str, options: argparse.Namespace) -> dict[str, Any]:
     if part == "parity":
         return {"tests": options.tests, "workers": options.workers}
     if part == "tune":
-        arguments, cache = shlex.split(options.tune_arguments), str(options.out.resolve())
-        return {"tune_arguments": arguments, "batches": options.batches, "cache": cache}
+        arguments = shlex.split(options.tune_arguments)
+        return {"tune_arguments": arguments, "batches": options.batches}
     if part == "profile":
         return {"providers": options.providers}
     if part == "sanitize":
@@ -129,14 +135,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     timing("--batches", type=_numbers, default=[256, 32, 1, 8, 128], help="default: 256,32,1,8,128")
     timing("--cases", type=_some(cases), help="names with commas; default: all")
     timing("--families", type=_some(FAMILIES), default=list(FAMILIES),
-           help="plain: eager and torch.compile; tuned: max-autotune; default: both")  # fmt: skip
+           help="plain: eager, torch.compile; tuned: max-autotune; others: eager NCHW, ours with "
+           "library convolutions; tuned-others: max-autotune's variants; default: all")  # fmt: skip
     add("--seconds", type=float, default=0.5, help="of a provider and direction, of a ceiling")
     add("--providers", type=_some(PROVIDERS), help="profile: names with commas; default: all")
     add(
         "--tune-arguments",
         default="--model paper",
-        help="tune: further ones (%(default)s); its "
-        "tables go to OUT/tables, and FUSED_INCEPTION_CACHE=OUT uses them",
+        help="tune: further ones (%(default)s); its tables are in OUT/tune.json: "
+        "`python -m benchmarks.gpu.search OUT/tune.json FOLDER` writes them, and "
+        "FUSED_INCEPTION_CACHE=FOLDER uses them",
     )
     options = parser.parse_args(arguments)
     options.parts = [options.only] if options.only else list(PARTS)

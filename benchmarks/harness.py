@@ -44,6 +44,18 @@ def settings(dtype: str) -> Iterator[None]:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
+@contextmanager
+def without_search() -> Iterator[None]:
+    """cuDNN takes its first guess: in fp64, which is not timed, each algorithm that it would try
+    takes seconds."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class Subject:
     """A provider's module with its input: what is called, and what a call gives."""
 
@@ -169,7 +181,8 @@ class Yardstick:
         exact.x = plain.x.detach().double().requires_grad_(plain.x.requires_grad)
         self.baseline = plain.everything()
         exact.dys = [dy.double() for dy in plain.dys]
-        self.want = exact.everything()
+        with without_search():
+            self.want = exact.everything()
 
     def check(self, name: str, got: Mapping[str, Tensor]) -> None:
         """The gate: twice PyTorch's own error for outputs and statistics, three times for

@@ -36,17 +36,36 @@ class Contest:
         return self.rows[name].median_s / self.ours.median_s
 
 
+@dataclass(frozen=True)
+class Race:
+    """All providers of one problem that took turns, in CUDA graphs and not."""
+
+    rows: dict[str, Row]
+
+    @property
+    def problem(self) -> Row:
+        """Any row: what they have in common."""
+        return next(iter(self.rows.values()))
+
+    def fastest(self, names: Iterable[str]) -> Row | None:
+        """Of those of `names` that took part."""
+        some = [self.rows[name] for name in names if name in self.rows]
+        return min(some, key=lambda row: row.median_s, default=None)
+
+
 @dataclass
 class Measured:
     """What the files of a folder hold.
 
     Attributes:
         contests: of all rows in which ours took part.
+        races: of all rows.
         parts: heads of `gpu_check`'s files by part, with their "items".
         environments: every different one, with the files that it stands in.
     """
 
     contests: list[Contest] = field(default_factory=list)
+    races: list[Race] = field(default_factory=list)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     environments: dict[str, list[str]] = field(default_factory=dict)
 
@@ -64,6 +83,7 @@ class Measured:
         for path in files:
             head, rows = read(path)
             found.contests += contests_of(rows)
+            found.races += [Race(group) for group in groups_of(rows)]
             sessions = head.get("sessions", [head])
             for session in sessions:
                 if "environment" in session:

@@ -21,9 +21,14 @@ HANG_SECONDS = 120.0
 
 
 def device_tests() -> list[str]:
-    """The test files of which some test takes the `device` fixture."""
+    """The test files of which some test takes the `device` fixture or has the marker "gpu"."""
     paths = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(p.relative_to(ROOT)) for p in paths if "device: torch.device" in p.read_text()]
+    return [
+        str(path.relative_to(ROOT))
+        for path in paths
+        for text in [path.read_text()]
+        if "device: torch.device" in text or "pytest.mark.gpu" in text
+    ]
 
 
 def run(
@@ -32,10 +37,12 @@ def run(
     end: float,
     before: Mapping[str, dict[str, Any]],
     say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda summary: None,
 ) -> dict[str, Any]:
-    """Run those of `tests` that take the device until `end`, a `time.time()`.
+    """Run those of `tests` that take the device, or need a GPU, until `end`, a `time.time()`.
 
-    `before` are the "outcomes" of an earlier run: those tests are not run again.
+    `before` are the "outcomes" of an earlier run: those tests are not run again. `keep` gets what
+    is known every few seconds: this process, too, may be ended.
 
     Returns:
         "complete", "outcomes" by test, "counts" of them, "failures" with messages, "unfinished"
@@ -52,7 +59,7 @@ def run(
             _start(tests, f"{i}/{workers}", done, logs[i], outputs[i], last) for i in range(workers)
         ]
         try:
-            _wait(processes, logs, end, say)
+            _wait(processes, end, lambda: keep(_told(logs, before, say)))
         finally:
             late = [process for process in processes if process.poll() is None]
             for process in late:
@@ -146,18 +153,21 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
 
 
-def _wait(
-    processes: list[subprocess.Popen[bytes]],
-    logs: list[Path],
-    end: float,
-    say: Callable[[str], None],
-) -> None:
+def _told(
+    logs: list[Path], before: Mapping[str, dict[str, Any]], say: Callable[[str], None]
+) -> dict[str, Any]:
+    summary = summarise([_events(log) for log in logs], before)
+    say(str(summary["counts"]))
+    return summary
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], end: float, report: Callable[[], None]) -> None:
     reported = time.time()
     while time.time() < end and any(process.poll() is None for process in processes):
         time.sleep(0.2)
         if time.time() - reported > REPORT_SECONDS:
             reported = time.time()
-            say(str(summarise([_events(log) for log in logs], {})["counts"]))
+            report()
 
 
 def _events(log: Path) -> list[dict[str, Any]]:

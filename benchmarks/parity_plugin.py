@@ -2,10 +2,18 @@
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# what every model uses: the module's kernels, stem, trunk, pools, BatchNorm
+CORE = (
+    "test_inception_kernels.py", "test_stem_kernels.py", "test_trunk_kernels.py",
+    "test_pooling_kernels.py", "test_batch_norm_kernels.py",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +30,34 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Log(config), "parity-log")
 
 
+def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The core's in bf16 and fp32, what only a GPU can run, all others; within each the first of
+    every file before the second of any: what is run when the time ends has seen every kernel."""
+    seen: Counter[tuple[int, str]] = Counter()
+    places: dict[pytest.Item, tuple[int, int]] = {}
+    for item in items:
+        fp16 = torch.float16 in _parameters(item)
+        rank = 0 if item.path.name in CORE and not fp16 else 1 if _needs_gpu(item) else 2
+        places[item] = rank, seen[rank, item.path.name]
+        seen[rank, item.path.name] += 1
+    return sorted(items, key=places.__getitem__)
+
+
+def _parameters(item: pytest.Item) -> list[Any]:
+    callspec = getattr(item, "callspec", None)
+    params = callspec.params.values() if callspec is not None else ()
+    # others may be compared element by element
+    return [value for value in params if isinstance(value, torch.dtype)]
+
+
+def _needs_gpu(item: pytest.Item) -> bool:
+    return item.get_closest_marker("gpu") is not None
+
+
+def _on_device(item: pytest.Item) -> bool:
+    return "device" in getattr(item, "fixturenames", ()) or _needs_gpu(item)
+
+
 class _Log:
     def __init__(self, config: pytest.Config) -> None:
         self._file = config.getoption("parity_log").open("w")
@@ -36,9 +72,8 @@ class _Log:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        on_device = [item for item in items if "device" in getattr(item, "fixturenames", ())]
-        on_device = [item for item in on_device if item.nodeid not in self._done]
-        share = on_device[self._first :: self._step]
+        left = [i for i in items if _on_device(i) and i.nodeid not in self._done]
+        share = in_order(left)[self._first :: self._step]
         config.hook.pytest_deselected(items=[item for item in items if item not in share])
         items[:] = share
         self._write(event="collected", tests=len(share))

@@ -18,7 +18,8 @@ _MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 # graph without a forward convolution, such as that of every backward: pytorch issue 189239.
 # Forcing channels last is the way around it
 _LAYOUT = {"force_layout_optimization": True}
-# a graph saves launches, which cost most where batches are small
+# a graph saves launches, which cost most where batches are small; of a network it is measured at
+# all batches, as one contender there has graphs of Inductor's own
 GRAPH_BATCHES = (1, 8)
 
 
@@ -85,15 +86,15 @@ PROVIDERS = _table()
 def contenders(group: str, batch: int, direction: str, device: torch.device) -> list[str]:
     """Names of the providers that a problem of `group` is given to.
 
-    Graphs hold whole calls of small batches, not a backward alone, whose forward lies outside.
+    Graphs hold whole calls, not a backward alone, whose forward lies outside.
     """
     if device.type != "cuda":
         return ["fused", "eager", "compile"]
+    graphs = direction != "backward" and (group == "network" or batch in GRAPH_BATCHES)
     return [
         p.name
         for p in PROVIDERS.values()
-        if not (p.graph and (batch not in GRAPH_BATCHES or direction == "backward"))
-        and (group == "network" or p.name != "max-autotune-cudagraphs")
+        if (graphs or not p.graph) and (group == "network" or p.name != "max-autotune-cudagraphs")
     ]
 
 

@@ -144,13 +144,13 @@ def _environment() -> str:
     return "" if value is None else os.environ.decodevalue(value)
 
 
-def _constant_when_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+def constant_when_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """torch.compiler.assume_constant_result, which would import the compiler with the package."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _interpreter_is_on() -> bool:
     # constant for a process: kernels are decorated for one mode when they are first imported
     import triton
@@ -158,7 +158,7 @@ def _interpreter_is_on() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

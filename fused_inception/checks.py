@@ -203,8 +203,9 @@ def norm_pair(first: str, a: Sequence[Tensor], second: str, b: Sequence[Tensor])
     Raises:
         ValueError: one alone is.
     """
-    if bool(a) != bool(b):
-        missing, given = (first, second) if b else (second, first)
+    # lengths: torch.compile of torch 2.11 traces no bool() of a list
+    if (len(a) > 0) != (len(b) > 0):
+        missing, given = (first, second) if len(b) > 0 else (second, first)
         raise ValueError(f"{given} must come with {missing}, which is None")
 
 

@@ -58,7 +58,7 @@ def check(case: AuxiliaryCase, inputs: list[Tensor], dy: Tensor) -> list[Tensor]
     return [y, *gradients]
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize(
     ("case", "dtype"), PROBLEMS, ids=[f"{case.name}-{dtype}" for case, dtype in PROBLEMS]
 )
@@ -68,7 +68,7 @@ def test_output_and_gradients(
     check(case, *case.tensors(dtype, device))
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("name", ["images-of-299", "adaptive-uneven"])
 def test_small_tiles(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, steps and splits of everything; the same bits in a second run."""

@@ -1,8 +1,12 @@
 """The bench command: table, files, and what it refuses."""
 
+import contextlib
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +113,41 @@ def test_what_is_wrong_is_not_timed(
     monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("timed"))
     assert run("--model", HERE + "fused_net") == 2
     assert "so it is not timed" in capsys.readouterr().err
+
+
+class _OnAGpu(torch.Tensor):
+    """A CPU tensor that says otherwise."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_is_timed_is_verified(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU at every batch size, whose launches are its own; in the modes that are timed."""
+    seen: list[tuple[int, bool, bool]] = []
+    real = bench.sample.prepared
+
+    @contextlib.contextmanager
+    def prepared(arguments: Any, batch: int) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        with real(arguments, batch) as (model, x):
+            yield model, x.as_subclass(_OnAGpu) if gpu else x
+
+    def verify(model: nn.Module, x: torch.Tensor, *, gradients: bool) -> Any:
+        seen.append((len(x), model.training, gradients))
+        return SimpleNamespace(ok=True)
+
+    monkeypatch.setattr(bench.sample, "prepared", prepared)
+    monkeypatch.setattr(bench, "verify", verify)
+    monkeypatch.setattr(bench, "measure", lambda models, x, mode, seconds: [result(x, mode)])
+    assert run("--model", HERE + "fused_net", "--batch-size", "1,4") == 0
+    sizes = (1, 4) if gpu else (1,)
+    assert seen == [(n, training, training) for n in sizes for training in (False, True)]
+
+
+def result(x: torch.Tensor, mode: str) -> bench.Result:
+    return bench.Result(len(x), mode, "eager", 1.0, 1.0, 1.0, 1.0, 1.0, None, 0.0)
 
 
 @pytest.mark.parametrize(

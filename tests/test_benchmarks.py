@@ -115,6 +115,22 @@ def test_every_kernel_case_passes_the_gate(case: str, monkeypatch: pytest.Monkey
     assert (problem.flops("forward") > 0) == ("conv" in case or "naive" in case)
 
 
+def test_the_yardstick_does_not_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying cuDNN's algorithms in fp64 takes longer than all timings; PyTorch's own in the dtype
+    that is timed do what is timed."""
+    searches: dict[torch.dtype, set[bool]] = {}
+    right = Subject.everything
+
+    def everything(self: Subject) -> dict[str, Tensor]:
+        dtype = self.x.dtype
+        searches.setdefault(dtype, set()).add(torch.backends.cudnn.benchmark)
+        return right(self)
+
+    monkeypatch.setattr(Subject, "everything", everything)
+    LineUp(PROBLEM).admit("fused")
+    assert searches == {torch.float32: {True}, torch.float64: {False}}
+
+
 def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are held together: one filter's alone may differ where a maximum flips."""
     monkeypatch.setattr(problems, "IMAGE_SIZE", 48)
@@ -131,10 +147,11 @@ def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         line_up.yardstick.check("broken", got)
 
 
-def test_graphs_hold_whole_calls_of_small_batches() -> None:
+def test_graphs_hold_whole_calls_of_networks_and_of_small_batches() -> None:
     gpu = torch.device("cuda")
-    every = contenders("network", 8, "step", gpu)
-    assert set(every) == set(PROVIDERS)
+    for batch, direction in ((1, "forward"), (8, "step"), (256, "step"), (256, "forward")):
+        every = contenders("network", batch, direction, gpu)
+        assert set(every) == set(PROVIDERS)
     modules = set(every) - {"max-autotune-cudagraphs"}
     assert set(contenders("modules", 1, "forward", gpu)) == modules
     for group, batch, direction in (("modules", 1, "backward"), ("kernels", 32, "step")):
@@ -338,9 +355,12 @@ def test_torchvision_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in bench_torchvision.PROVIDERS:
         assert timed(pair.work("step", name), 1, CPU) > 0
     right = fi.MaxPool2d.forward
-    monkeypatch.setattr(fi.MaxPool2d, "forward", lambda self, x: 2 * right(self, x))
-    with pytest.raises(AssertionError, match="FAILED"):
-        bench_torchvision.pair(2, "fp32")
+    for grad in (True, False):
+        # inference has launches of its own
+        wrong = lambda self, x: (1 + (torch.is_grad_enabled() is grad)) * right(self, x)  # noqa: B023, E731
+        monkeypatch.setattr(fi.MaxPool2d, "forward", wrong)
+        with pytest.raises(AssertionError, match="FAILED"):
+            bench_torchvision.pair(2, "fp32")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

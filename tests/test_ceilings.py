@@ -40,6 +40,21 @@ def test_ceilings_on_tiny_shapes(
         assert amounts[name] / facts["value"] <= seconds[-1] * 1.01
 
 
+def test_a_launch_is_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spread too; the graph is a stub that takes what its rounds say."""
+    from benchmarks.gpu import ceiling_kernels
+
+    samples = [0.001, 0.002, 0.004, 0.008, 0.016]
+    monkeypatch.setattr(ceiling_kernels, "_one_kernel", None)
+    monkeypatch.setattr(ceilings, "captured", lambda work: (work, None))
+    monkeypatch.setattr(ceilings, "calls_per_round", lambda *_: 1)
+    monkeypatch.setattr(ceilings, "in_turn", lambda *_: {"it": samples})
+    facts = ceilings.launch(torch.device("cpu"), 0.0)
+    assert facts["unit"] == "s"
+    spread = [facts[name] * ceilings.GRAPH_LAUNCHES for name in ("p20", "value", "p80")]
+    assert spread == pytest.approx([0.0018, 0.004, 0.0096], rel=1e-3)
+
+
 def test_wrong_results_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu import ceiling_kernels
 

@@ -57,7 +57,7 @@ def check(
         assert_within(name, ours.to(theirs.dtype), exact, theirs, slack=slack)
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_inception as fi
+from fused_inception.nn import stem
 from fused_inception.ops.ahead import calls_with_tensors
 from fused_inception.tools.launch_bench import LaunchBench, graph_seconds
 from fused_inception.tools.tune import problems_of
@@ -18,7 +20,10 @@ from fused_inception.tuning import dispatch
 from fused_inception.tuning.search import candidates
 from fused_inception.tuning.targets import target_of
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 def module_and_input(device: str = "cuda") -> tuple[fi.Inception, Tensor]:
@@ -32,12 +37,14 @@ def step(module: fi.Inception, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
 
-@pytest.fixture
+@contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Any operation that waits for the GPU raises."""
+    """Inside, any operation that waits for the GPU raises."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_kernels_run_on_the_current_stream() -> None:
@@ -66,12 +73,58 @@ def test_kernels_run_on_the_device_of_their_tensors() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.usefixtures("no_synchronisation")
+def batch_norm_and_input() -> tuple[fi.Inception, Tensor]:
+    module = fi.Inception(24, 8, 8, 16, 8, 16, 8, norm="batch").cuda()
+    return module, torch.randn(2, 24, 9, 9, device="cuda").requires_grad_()
+
+
+def network_and_input() -> tuple[fi.GoogLeNet, Tensor]:
+    network = fi.googlenet("paper", num_classes=10, image_size=64).cuda()
+    return network, torch.randn(2, 3, 64, 64, device="cuda")
+
+
+class Stem(torch.nn.Module):
+    """The network's first layers, as one operator."""
+
+    def __init__(self, network: fi.GoogLeNet) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(network._layers(stem.LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return stem.stem(x, [*self.layers])
+
+
+def stem_and_input() -> tuple[Stem, Tensor]:
+    network, x = network_and_input()
+    return Stem(network), x
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("parts", [(), dispatch.PARTS], ids=["ours", "library"])
-def test_a_step_never_waits_for_the_gpu(parts: tuple[str, ...]) -> None:
-    module, x = module_and_input()
-    with dispatch.forced(parts):
-        step(module, x)
+@pytest.mark.parametrize(
+    "made", [module_and_input, batch_norm_and_input, stem_and_input, network_and_input]
+)
+def test_nothing_waits_for_the_gpu(
+    made: Callable[[], tuple[torch.nn.Module, Tensor]], parts: tuple[str, ...], train: bool
+) -> None:
+    """In a step after the first, which compiles kernels and looks for cuDNN's algorithms."""
+    module, x = made()
+    module.train(train)
+
+    def run() -> None:
+        outputs = module(x)
+        if train:
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            sum(y.float().square().mean() for y in outputs).backward()
+
+    with dispatch.forced(parts), torch.set_grad_enabled(train):
+        run()
+        torch.cuda.synchronize()
+        with no_synchronisation():
+            # the mode is on: a read does wait
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                x.sum().item()
+            run()
 
 
 def test_a_captured_graph_sees_new_parameters() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check, parity, results
+from benchmarks import gpu_check, results
+from benchmarks.environment import environment
 from benchmarks.gpu import (
-    correctness,
     profiles,
     sanitize,
     search,
@@ -26,12 +26,17 @@ from benchmarks.gpu.parts import Part, Turn
 from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.table import PARTS
 from benchmarks.problems import CASES, Problem
+from benchmarks.providers import PROVIDERS
 from fused_inception import backend, record_launches
+from fused_inception.tools import sources
 from tests.conftest import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-ENVIRONMENT = {"device": "none", "torch": "2", "commit": "abc", "gpu": {"driver_version": "1"}}
+ENVIRONMENT = {
+    "device": "none", "torch": "2", "commit": "abc", "package": "1f", "tests": "2e",
+    "gpu": {"driver_version": "1"},
+}  # fmt: skip
 SESSION = {"command": "a test", "environment": ENVIRONMENT}
 
 # a part whose items do what their names say
@@ -144,10 +149,10 @@ def test_results_of_another_run_are_not_gone_on_with(
 ) -> None:
     check(tmp_path, "good")
     before = (tmp_path / "fake.json").read_text()
-    for change in ({"commit": "def"}, {"gpu": {"driver_version": "2"}}):
+    for change in ({"package": "3d"}, {"gpu": {"driver_version": "2"}}):
         status, _ = check(tmp_path, "good", environment=ENVIRONMENT | change)
         assert status == gpu_check.CANNOT
-    assert "commit abc, now def" in capsys.readouterr().err
+    assert "package 1f, now 3d" in capsys.readouterr().err
     status, _ = check(tmp_path, "other")
     assert status == gpu_check.CANNOT
     assert "options" in capsys.readouterr().err
@@ -155,6 +160,33 @@ def test_results_of_another_run_are_not_gone_on_with(
     (tmp_path / "fake.json").write_text("[]")
     with pytest.raises(MismatchError, match="holds no results of gpu_check"):
         Record.read(tmp_path / "fake.json")
+
+
+def test_results_go_by_the_code_not_by_its_commit(tmp_path: Path) -> None:
+    """A tree without git has no commit, and a changed one the commit of another."""
+    session = {"environment": ENVIRONMENT | {"commit": None}}
+    other_tests = {"environment": session["environment"] | {"tests": "4c"}}
+    for part in ("network", "parity"):
+        Record.begin(tmp_path / f"{part}.json", part, {}, SESSION)
+        Record.begin(tmp_path / f"{part}.json", part, {}, session)
+    Record.begin(tmp_path / "network.json", "network", {}, other_tests)
+    with pytest.raises(MismatchError, match="tests 2e, now 4c"):
+        Record.begin(tmp_path / "parity.json", "parity", {}, other_tests)
+
+
+def test_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    found = [sources.digest(tmp_path / "a")]
+    for name, text in (("x.py", "1"), ("x.py", "2"), ("y.py", ""), ("notes.txt", "no code")):
+        (tmp_path / "a" / name).write_text(text)
+        found.append(sources.digest(tmp_path / "a"))
+    (tmp_path / "a/y.py").rename(tmp_path / "a/z.py")
+    found.append(sources.digest(tmp_path / "a"))
+    assert len(set(found)) == len(found) - 1
+    assert found[3] == found[4]
+    where = environment(CPU)
+    assert where["package"] == sources.digest(ROOT / "fused_inception")
+    assert all(len(where[name]) == 16 for name in ("package", "tests"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -166,10 +198,12 @@ def test_gpu_check_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_every_part_has_its_options() -> None:
-    """Results hold what decides them, as JSON; eight files at the most."""
+    """Results hold what decides them, as JSON; eight files at the most, one for each part."""
     names = ["parity", "sanitize", "ceilings", "kernels", "modules", "network", "tune", "profile"]
     assert sorted(PARTS) == sorted(names)
-    options = gpu_check._parse(["--out", "x", "--dtype", "bf16,tf32", "--batches", "1,8"])
+    options = gpu_check._parse(
+        ["--out", "x", "--dtype", "bf16,tf32", "--batches", "1,8", "--families", "plain,tuned"]
+    )
     for name in PARTS:
         json.dumps(gpu_check.what(name, options))
     for name in ("kernels", "modules", "network"):
@@ -182,86 +216,32 @@ def test_every_part_has_its_options() -> None:
         assert len(keys) == cases * 2 * 2 * 2
 
 
-PARITY_TESTS = """
-import os
-import pytest
-
-@pytest.fixture
-def device(): ...
-
-def test_right(device): ...
-
-def test_wrong(device):
-    assert 1 == 2
-
-def test_without_device():
-    assert 1 == 3
-
-def test_dies(device):
-    os._exit(7)
-
-def test_behind_it(device): ...
-"""
-
-
-def some_tests(folder: Path) -> list[str]:
-    path = folder / "test_some.py"
-    path.write_text(PARITY_TESTS)
-    return [str(path)]
+def test_what_matters_most_is_measured_first() -> None:
+    """Tests, then the paper's network at 256, 32 and 1 against eager, compile and max-autotune."""
+    options = gpu_check._parse(["--out", "x"])
+    assert options.parts[:2] == ["parity", "network"]
+    items = PARTS["network"].items(gpu_check.what("network", options), torch.device("cuda"))
+    keys = [item.key for item in items]
+    first = [f"paper bf16 batch {n} {f}" for f in ("plain", "tuned") for n in (256, 32, 1)]
+    assert keys[: len(first)] == first
+    assert keys[len(first)] == "paper bf16 batch 8 plain"
+    halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+    assert [{key.split()[0] for key in half} for half in halves] == [{"paper"}, {"torchvision"}]
+    assert {*timings.FAMILIES["plain"], *timings.FAMILIES["tuned"]} == {
+        "fused", "eager", "compile", "max-autotune",
+    }  # fmt: skip
+    plain = {p.plain for p in PROVIDERS.values()}
+    assert set().union(*timings.FAMILIES.values()) == plain
+    left, times = 100.0, []
+    for i in range(len(options.parts)):
+        times.append(left * gpu_check.share_of(options.parts[i:]))
+        left -= times[-1]
+    assert left == pytest.approx(0.0)
+    assert times[1] == pytest.approx(4 * times[-1])
 
 
 def turn(seconds: float, **previous: Any) -> Turn:
     return Turn(time.time() + seconds, lambda facts: None, previous)
-
-
-def test_parity_goes_on_behind_what_kills_it(tmp_path: Path) -> None:
-    """Failures with their messages; no outcome is measured twice."""
-    facts = correctness.run(some_tests(tmp_path), 1, turn(90))
-    assert facts["counts"] == {"passed": 2, "failed": 1, "died": 1, "not run": 0}
-    assert facts["complete"]
-    died, wrong = facts["failures"]
-    assert "test_wrong" in wrong
-    assert "assert 1 == 2" in wrong
-    assert died.endswith("test_dies: its process died")
-    outcomes = facts["outcomes"]
-    assert {name.partition("::")[2] for name in outcomes} == {
-        "test_right", "test_wrong", "test_dies", "test_behind_it",
-    }  # fmt: skip
-    again = correctness.run(some_tests(tmp_path), 1, turn(60, outcomes=outcomes))
-    assert (again["outcomes"], again["complete"]) == (outcomes, True)
-
-
-def test_parity_ends_with_its_time(tmp_path: Path) -> None:
-    """After the test that runs when the time is spent."""
-    facts = correctness.run(some_tests(tmp_path), 1, turn(parity.GRACE_SECONDS))
-    assert facts["counts"] == {"passed": 1, "not run": 3}
-    assert (facts["complete"], facts["failures"]) == (False, [])
-
-
-@pytest.mark.parametrize(
-    ("events", "complete"),
-    [
-        ([{"event": "collected", "tests": 0}], True),
-        ([{"event": "collected", "tests": 1}], False),
-        ([{"event": "unreadable", "test": "t.py", "message": "no such module"}], False),
-        ([], False),
-    ],
-)
-def test_parity_is_complete_where_every_process_ran_its_share(
-    events: list[dict[str, Any]], complete: bool
-) -> None:
-    share = [
-        {"event": "collected", "tests": 1},
-        {"event": "started", "test": "t", "at": 0.0},
-        {"event": "passed", "test": "t", "seconds": 1.0, "message": None},
-    ]
-    assert parity.summarise([share, events], {})["complete"] is complete
-
-
-def test_parity_finds_the_tests_of_the_device() -> None:
-    found = parity.device_tests()
-    assert "tests/test_inception_kernels.py" in found
-    assert "tests/test_geometry.py" not in found
 
 
 def test_timed_rows_of_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,14 +286,43 @@ def test_sanitizer_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
     program = tmp_path / "compute-sanitizer"
     program.write_text("#!/bin/sh\n[ $1 = --tool=memcheck ] || { echo raced; exit 99; }\n")
     program.chmod(0o755)
-    memory, *_ = items = sanitize.items({}, CPU)
-    assert len(items) == len(sanitize.TOOLS) * len(sanitize.GROUPS)
+    compilation, memory, *_ = items = sanitize.items({}, CPU)
+    assert compilation.key == "compile"
+    assert len(items) == 1 + len(sanitize.TOOLS) * len(sanitize.GROUPS)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert memory.run(turn(30))["exit_status"] == 0
     race = next(item for item in items if item.key == "racecheck kernels")
     assert race.run(turn(30))["failures"] == ["exit status 99:\nraced\n"]
-    facts = sanitize.watched([sys.executable, "-c", "import time; time.sleep(30)"], {}, 0.0)
-    assert facts == {"complete": False}
+
+
+def test_what_is_watched_ends_with_all_that_it_started() -> None:
+    """A sanitizer's program is a process of its own, and holds the GPU."""
+    code = (
+        "import subprocess, sys, time; "
+        "child = subprocess.Popen(['sleep', '60'], stdout=-3, stderr=-3); "
+        "print(child.pid, flush=True); {end}"
+    )
+    for end, seconds in (("time.sleep(60)", 3.0), ("sys.exit(5)", 60.0)):
+        start = time.time()
+        facts = sanitize.watched([sys.executable, "-c", code.format(end=end)], {}, start + seconds)
+        assert time.time() - start < 30
+        if seconds < 60:
+            assert facts["complete"] is False
+            pid = int(facts["tail"])
+        else:
+            assert facts["exit_status"] == 5
+            pid = int(facts["failures"][0].split()[-1])
+        while alive(pid):
+            assert time.time() - start < 40
+            time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Not ended, nor waiting for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
@@ -332,28 +341,50 @@ def test_small_shapes_launch_every_kernel() -> None:
     assert kernels - {launch.kernel for launch in launches} == set()
 
 
-def test_tune_runs_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    options = {"tune_arguments": ["--model", "paper"], "batches": [8], "cache": str(tmp_path)}
+# a tune command that adds to its table, and says what it was asked
+TUNE = """#!/bin/sh
+mkdir -p $FUSED_INCEPTION_CACHE/tables
+printf '["%s"]' "$(cat $FUSED_INCEPTION_CACHE/tables/sm_90.json | tr -d '"\\n ')$1" \
+  > $FUSED_INCEPTION_CACHE/tables/new
+mv $FUSED_INCEPTION_CACHE/tables/new $FUSED_INCEPTION_CACHE/tables/sm_90.json
+echo $@; exec sleep $SLEEP
+"""
+
+
+def test_tune_runs_its_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each search goes on with the tables of the one before, which come home in its results."""
+    options = {"tune_arguments": ["--model", "paper"], "batches": [8]}
     monkeypatch.setattr(search, "COMMANDS", {})
     (item,) = search.items(options, CPU)
     assert item.run(turn(30))["failures"] == ["this checkout has no tune command"]
     monkeypatch.setattr(search, "COMMANDS", {"tune": None})
     program = tmp_path / "python"
-    program.write_text("#!/bin/sh\necho $FUSED_INCEPTION_CACHE $@; exec sleep $SLEEP\n")
+    program.write_text(TUNE)
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setenv("SLEEP", "0")
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "sm_90.json").write_text("{}")
     training, inference = search.items(options, CPU)
-    facts = training.run(turn(search.CLOSING_SECONDS + 30.5))
+    first = training.run(turn(search.CLOSING_SECONDS + 30.5))
     command = "-m fused_inception tune --model paper --batch-size=8"
-    assert facts["tail"] == f"{tmp_path} {command} --budget-s=30\n"
-    assert facts["tables"] == ["sm_90.json"]
-    assert "complete" not in facts
+    assert first["tail"].endswith(f"{command} --budget-s=30\n")
+    assert first["tables"] == {"sm_90.json": ["-m"]}
+    assert "complete" not in first
     # a search that has taken all its time has more to do
     monkeypatch.setenv("SLEEP", "1")
-    facts = inference.run(turn(search.CLOSING_SECONDS + 1.5))
-    assert f"{command} --eval --budget-s=1" in facts["tail"]
-    assert facts["complete"] is False
-    assert inference.run(turn(search.CLOSING_SECONDS)) == {"complete": False}
+    end = time.time() + search.CLOSING_SECONDS + 1.5
+    second = inference.run(Turn(end, lambda facts: None, {}, {training.key: first}))
+    assert f"{command} --eval --budget-s=1" in second["tail"]
+    assert second["complete"] is False
+    assert second["tables"] == {"sm_90.json": ["[-m]-m"]}
+    # whoever has no time left keeps what it had
+    kept = inference.run(turn(search.CLOSING_SECONDS, **second))
+    assert kept == {name: second[name] for name in ("tables", "tables_at", "complete")}
+    record = Record.begin(tmp_path / "tune.json", "tune", options, dict(SESSION))
+    record.put(inference.key, "cut", **second)
+    record.put(training.key, "passed", **first)
+    assert search.main([str(record.path), str(tmp_path / "cache")]) == 0
+    (written,) = capsys.readouterr().out.split()
+    assert written == str(tmp_path / "cache/tables/sm_90.json")
+    assert json.loads(Path(written).read_text()) == ["[-m]-m"]

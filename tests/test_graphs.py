@@ -1,12 +1,23 @@
 """Models in CUDA graphs: refused inputs anywhere, captures where there is a GPU."""
 
+import contextlib
+import copy
+from collections.abc import Callable
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fused_inception as fi
+from fused_inception.tools import graphs
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test for a machine with a GPU."""
+    return pytest.mark.gpu(NO_GPU(test))
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -14,6 +25,49 @@ def test_without_a_gpu_it_says_so() -> None:
         fi.graphed(fi.Inception(16, 8, 8, 8, 8, 8, 8), torch.zeros(1, 16, 4, 4))
     with pytest.raises(ValueError, match="needs an input on a CUDA device, got a list"):
         fi.graphed(fi.Inception(16, 8, 8, 8, 8, 8, 8), [torch.zeros(1, 16, 4, 4)])  # type: ignore[arg-type]
+
+
+class Asks(nn.Linear):
+    """Notes at each call whether autocast keeps casts."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.kept: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(torch.is_autocast_cache_enabled())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_autocast_keeps_no_cast_in_a_capture(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is of CUDA is a stub: neither a run ahead nor the capture sees a cached cast."""
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda model, inputs: model(*inputs))
+    monkeypatch.setattr(graphs, "_check", lambda model, x: None)
+    monkeypatch.setattr(graphs, "_as_before", lambda model, device: contextlib.nullcontext())
+    model, x = Asks().train(train), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        fi.graphed(model, x)
+        model(x)
+    assert model.kept == [True, *[False] * (1 if train else graphs.WARM_UPS + 1), True]
+
+
+def test_a_cast_is_made_anew_where_none_is_kept() -> None:
+    """Also where one was kept before: that is why the capture may stand anywhere."""
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        with torch.no_grad():
+            model.weight.mul_(2)
+            model.bias.mul_(2)
+        assert torch.equal(model(x), before)
+        with graphs._without_cached_casts():
+            assert torch.equal(model(x), 2 * before)
 
 
 def network(variant: str = "paper") -> nn.Module:
@@ -41,6 +95,30 @@ def test_inference_follows_its_parameters(variant: str) -> None:
     assert not torch.equal(got, other)
     with pytest.raises(ValueError, match=r"captured for \(2, 3, 64, 64\)"):
         run(images(1)[:1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("train", [True, False])
+def test_autocast_is_captured_and_may_end(train: bool) -> None:
+    """Casts are made anew in each replay, from the parameters of then."""
+    model = network().eval()
+    layer = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).to("cuda")
+    for plain in (model, layer):
+        captured = copy.deepcopy(plain).train(train and plain is layer)
+        with torch.autocast("cuda", torch.bfloat16):
+            plain(images(0))
+            run = fi.graphed(captured, images(0))
+        # whatever was freed is written over
+        junk = [torch.full_like(p, torch.nan) for p in plain.parameters() for _ in range(4)]
+        for changed in (plain, captured):
+            with torch.no_grad():
+                for p in changed.parameters():
+                    p.mul_(1.1)
+        with torch.autocast("cuda", torch.bfloat16):
+            got = run(images(1))
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            torch.testing.assert_close(got, plain(images(1)), rtol=2e-2, atol=2e-2)
+        del junk
 
 
 @needs_gpu

@@ -17,6 +17,7 @@ from fused_inception.ops import inception_triton
 from fused_inception.ops.problem import problem_of
 from fused_inception.tuning import chosen, heuristic
 from fused_inception.tuning.configs import BranchesConfig, DgradConfig, PointwiseConfig, Tile
+from tests import tf32
 from tests.cases import INCEPTION_CASES, InceptionCase, InceptionTensors
 from tests.tolerances import assert_within
 
@@ -39,6 +40,14 @@ def problem(
     return InceptionCase("", dims, batch, height, width).tensors(dtype, device)
 
 
+def far_from_gates(p: InceptionTensors) -> InceptionTensors:
+    """With biases that no rounding of a product outweighs: every other channel is closed."""
+    scale = [6.0, 6.0, 60.0, 6.0, 60.0, 6.0]
+    signs = [1 - 2 * (torch.arange(len(b), device=b.device) % 2) for b in p.biases]
+    biases = [(k * sign).to(b) for k, sign, b in zip(scale, signs, p.biases, strict=True)]
+    return p._replace(biases=biases)
+
+
 def run(p: InceptionTensors, needs: list[bool] = ALL) -> list[Tensor]:
     """y and the gradients by the kernels."""
     y, saved = inception_triton.forward(p.x, p.filters, p.biases, True)
@@ -54,9 +63,9 @@ def plain(p: InceptionTensors) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, p.dy)]
 
 
-def check(p: InceptionTensors, got: list[Tensor]) -> None:
+def check(p: InceptionTensors, got: list[Tensor], baseline: list[Tensor] | None = None) -> None:
     """Each result as near to fp64 as PyTorch's in the dtype of x, and in its parameter's dtype."""
-    want, baseline = plain(p.to(torch.float64)), plain(p.to(p.x.dtype))
+    want, baseline = plain(p.to(torch.float64)), baseline or plain(p.to(p.x.dtype))
     like = [p.dy, p.x, *p.filters, *p.biases]
     for name, ours, exact, theirs, source in zip(NAMES, got, want, baseline, like, strict=True):
         assert ours.dtype == source.dtype, name
@@ -78,14 +87,23 @@ def test_output_and_all_gradients(
 def test_tf32_is_used_only_where_torch_allows_it(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    p = problem(device)
+    """On a GPU its products are as near to fp64 as those of operands cut to TF32."""
+    p = far_from_gates(problem(device, height=9, width=11))
+    with tf32.Products():
+        cut = plain(p)
     for allow in (True, False):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allow)
-        with record_launches() as launches:
+        with monkeypatch.context() as patch, record_launches() as launches:
+            patch.setattr(torch.backends.cudnn, "allow_tf32", allow)
             got = run(p)
         precisions = {x.config["PRECISION"] for x in launches if "PRECISION" in x.config}
         assert precisions == {"tf32" if allow else "ieee"}
-        check(p, got)
+        check(p, got, cut if allow else None)
+    # a yardstick of its own: IEEE is a hundred times nearer, bf16 is out of its reach
+    check(p, cut, cut)
+    with pytest.raises(AssertionError, match="allowed"):
+        check(p, cut)
+    with pytest.raises(AssertionError, match="allowed"):
+        check(p, [t.float() for t in plain(p.to(torch.bfloat16))], cut)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")

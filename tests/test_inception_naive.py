@@ -73,7 +73,7 @@ def check(p: InceptionTensors, got: list[Tensor]) -> None:
 
 
 @implementations
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @cases
 def test_output_and_all_gradients(

@@ -22,7 +22,7 @@ from tests.cases import INCEPTION_CASES, InceptionCase
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", INCEPTION_CASES, ids=lambda case: case.name)
 def test_module(case: InceptionCase, dtype: torch.dtype, device: torch.device) -> None:
@@ -31,7 +31,7 @@ def test_module(case: InceptionCase, dtype: torch.dtype, device: torch.device) -
         modules.check(p, modules.run(p))
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("part", MODULE_PARTS)
 def test_each_part_of_a_module_alone(part: str, device: torch.device) -> None:
     p = modules.problem(device)
@@ -42,7 +42,7 @@ def test_each_part_of_a_module_alone(part: str, device: torch.device) -> None:
     assert ("_gate_kernel" in kernels) == part.endswith(".dgrad")
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", INCEPTION_CASES[2:7:4], ids=lambda case: case.name)
 def test_module_with_norms(case: InceptionCase, dtype: torch.dtype, device: torch.device) -> None:
@@ -51,7 +51,7 @@ def test_module_with_norms(case: InceptionCase, dtype: torch.dtype, device: torc
         norms.check(p, norms.run(p))
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 def test_moments_are_of_as_many_pixels_as_ours(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +73,7 @@ def rounded_first(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding:
     return (torch.conv2d(x, weight, None, stride, padding) + bias[:, None, None]).relu()
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", convolutions.CASES)
 def test_convolution(name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -87,7 +87,7 @@ def test_convolution(name: str, dtype: torch.dtype, device: torch.device) -> Non
         assert ours.stride() == (h * w * c, 1, w * c, c)
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 def test_convolution_of_a_channel_slice(device: torch.device) -> None:
     (x, weight, bias), dy = convolutions.data("3x3", torch.float32, device)
     wide = torch.full((x.shape[0], 40, *x.shape[2:]), math.nan, device=device)
@@ -97,7 +97,7 @@ def test_convolution_of_a_channel_slice(device: torch.device) -> None:
     convolutions.check(inputs, dy, got, 1, 1, yardstick=rounded_first)
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("part", CONV_PARTS)
 @pytest.mark.parametrize("name", ["first-layer", "3x3"])
 def test_each_part_of_a_convolution_alone(name: str, part: str, device: torch.device) -> None:
@@ -111,7 +111,7 @@ def test_each_part_of_a_convolution_alone(name: str, part: str, device: torch.de
         assert (f"_{kind}_kernel" in kernels) == (part != f"conv.{name_of_part}")
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "c_out", "kernel", "stride"),

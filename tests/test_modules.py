@@ -105,7 +105,7 @@ def test_inception(norm: str | None, kernel_5x5: int) -> None:
 def test_fused_inception_is_one_operator() -> None:
     """A training step crosses an operator once for each module, auxiliary head and the pool."""
     network = fi.googlenet("paper", num_classes=3, image_size=64)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         loss_of(network(torch.randn(1, 3, 64, 64))).backward()
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["fused_inception::inception"] == 9

@@ -164,7 +164,7 @@ def test_only_needed_gradients(needed: tuple[int, ...]) -> None:
 def test_frozen_parts_compute_no_gradient() -> None:
     data = InceptionCase("", SMALL, 1, 4, 4).tensors(torch.float32)
     data.filters[2].requires_grad_()
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         functional.inception(*in_public_order(data)).sum().backward()
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::convolution_backward"] == 1
@@ -231,7 +231,7 @@ def test_contiguous_input_is_converted_once() -> None:
 @pytest.mark.parametrize(("side", "convolutions"), [(12, 6), (16, 4)])
 def test_1x1_convolutions_are_one_where_that_pays(side: int, convolutions: int) -> None:
     data = InceptionCase("", SMALL, 1, side, side).tensors(torch.float32)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         functional.inception(*in_public_order(data))
     assert {e.key: e.count for e in profile.key_averages()}["aten::conv2d"] == convolutions
 

@@ -17,6 +17,7 @@ from fused_inception.ops import ahead
 from fused_inception.tools import run
 from fused_inception.tools.data import Data
 from fused_inception.tools.options import from_flags
+from fused_inception.tuning.targets import standing_for, target_of
 from tests.conftest import HAS_TRITON
 from tests.test_house import ROOT
 
@@ -44,7 +45,8 @@ def test_traced_launches_are_those_of_a_step(device: torch.device, training: boo
     model, x = small_model().to(device).train(training), images(device)
     with fi.backend("triton"):
         calls = ahead.calls_of(model, x, training=training)
-        with fi.record_launches() as traced:
+        # tensors without data are no GPU's: they stand for the one that runs
+        with standing_for(target_of(device)), fi.record_launches() as traced:
             for call in calls:
                 call.run()
         with fi.record_launches() as launched, torch.set_grad_enabled(training):

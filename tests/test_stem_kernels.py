@@ -135,7 +135,7 @@ def check(name: str, dtype: torch.dtype, device: torch.device) -> list[Launch]:
     return list(launches)
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -149,7 +149,7 @@ def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.devic
     check(name, dtype, device)
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -156,7 +156,7 @@ def small_network(library: Any) -> nn.Sequential:
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.usefixtures("ieee_fp32", "few_large_tiles")
+@pytest.mark.usefixtures("few_large_tiles")
 def test_the_kernels_learn_as_the_reference_does(device: torch.device) -> None:
     """The same with the kernels: filters are packed anew behind each step of the optimiser."""
     start = small_network(reference).state_dict()

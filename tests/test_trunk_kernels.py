@@ -110,7 +110,7 @@ def one_by_one(inputs: list[Tensor], **options: Any) -> list[Tensor]:
         return results(functional.inception_trunk, inputs, **options)
 
 
-@pytest.mark.usefixtures("nan_filled_empty", "ieee_fp32")
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -362,3 +362,19 @@ class TestCommands:
 
 def test_the_module_is_not_hidden_by_the_function() -> None:
     assert verify_tool.verify is fi.verify
+
+
+def test_inference_has_launches_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong without gradients alone is found without them alone."""
+    model = biased().eval()
+    right = fi.Inception.forward
+    monkeypatch.setattr(
+        fi.Inception,
+        "forward",
+        lambda self, x: (1.0 + 0.1 * (not torch.is_grad_enabled())) * right(self, x),
+    )
+    assert fi.verify(model, images()).ok
+    report = fi.verify(model, images(), gradients=False)
+    assert not report.ok
+    assert all(check.gradient is None for check in [*report.blocks, report.model])
+    assert torch.is_grad_enabled()

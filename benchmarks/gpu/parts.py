@@ -1,6 +1,6 @@
 """What a part is: items that are run one after another, each of which may fail alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,14 @@ class Turn:
     Attributes:
         end: a `time.time()` to be ready at.
         previous: facts of an earlier run that was cut; empty at first.
+        others: what all items of the part have found so far, by key.
         keep: writes what is known so far, in case that the time ends.
     """
 
     end: float
     keep: Callable[[dict[str, Any]], None]
     previous: dict[str, Any] = field(default_factory=dict)
+    others: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Part:
-    """`items` of the command's options and the device."""
+    """`items` of the command's options and the device; `share` is how much of a budget for several
+    parts is for this one, beside those of the others."""
 
     name: str
     text: str
     items: Callable[[dict[str, Any], torch.device], list[Item]]
     item_seconds: float = ITEM_SECONDS
+    share: float = 1.0
 
 
 def brief(error: BaseException) -> str:

@@ -37,7 +37,7 @@ def run(problem: Problem, direction: str, name: str) -> dict[str, Any]:
         work = LineUp(problem).work(direction, name)
         work.run(None)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             for _ in range(STEPS):
                 work.run(None)
             if cuda:

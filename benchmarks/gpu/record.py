@@ -7,8 +7,10 @@ from typing import Any
 
 from benchmarks.results import write
 
-# what has to agree where a run goes on with the results of another
-SAME = ("device", "driver", "torch", "triton", "cuda", "cudnn", "python", "commit")
+# what has to agree where a run goes on with the results of another; not the commit: there may be
+# none, and files may differ from it
+SAME = ("device", "driver", "torch", "triton", "cuda", "cudnn", "python", "package")
+TESTED = (*SAME, "tests")
 LARGEST = 16 * 2**20
 # how an item ended: it has to be run again after CUT alone
 PASSED, FAILED, DIED, HUNG, CUT = "passed", "failed", "died", "hung", "cut"
@@ -67,7 +69,7 @@ class Record:
         if path.exists():
             record = cls.read(path)
             environments = [record.sessions[0]["environment"], session["environment"]]
-            theirs, ours = (_identity(e) for e in environments)
+            theirs, ours = (_identity(part, e) for e in environments)
             theirs |= {"part": record.part, "options": record.options}
             ours |= {"part": part, "options": json.loads(json.dumps(options))}
             wrong = [k for k in ours if theirs[k] != ours[k]]
@@ -112,6 +114,7 @@ class Record:
             raise ValueError(f"{self.path} has become larger than {LARGEST} bytes")
 
 
-def _identity(environment: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(part: str, environment: Mapping[str, Any]) -> dict[str, Any]:
+    names = TESTED if part == "parity" else SAME
     driver = (environment.get("gpu") or {}).get("driver_version")
-    return {name: environment.get(name) for name in SAME} | {"driver": driver}
+    return {name: environment.get(name) for name in names} | {"driver": driver}

@@ -1,8 +1,10 @@
 """compute-sanitizer over small shapes of every kernel."""
 
+import contextlib
 import glob
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,10 +25,19 @@ PLACES = ("/usr/local/cuda*/bin/compute-sanitizer", "/opt/cuda*/bin/compute-sani
 
 
 def items(options: dict[str, Any], device: torch.device) -> list[Item]:
-    """A tool and a group each; one that says so where there is no compute-sanitizer."""
+    """The kernels' compilation, then a tool and a group each; one that says so where there is no
+    compute-sanitizer."""
     program = find()
     if program is None:
         return [Item("compute-sanitizer", lambda turn: {"found": False, "note": _missing()})]
+    compilation = [sys.executable, "-m", "benchmarks.gpu.small_shapes", "--compile", *GROUPS]
+    return [
+        Item("compile", lambda turn: watched(compilation, {}, turn.end)),
+        *_checks(program),
+    ]
+
+
+def _checks(program: str) -> list[Item]:
     return [
         Item(
             f"{tool} {group}", lambda turn, tool=tool, group=group: _run(program, tool, group, turn)
@@ -61,16 +72,25 @@ def _run(program: str, tool: str, group: str, turn: Turn) -> dict[str, Any]:
 
 
 def watched(command: Sequence[str], variables: dict[str, str], end: float) -> dict[str, Any]:
-    """Run a command until `end`; a failure is told with the last that it printed."""
+    """Run a command until `end`, when all that it has started is ended too; a failure is told with
+    the last that it printed."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **variables}, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    in_time = True
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **variables}, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-            timeout=max(1.0, end - time.time()),
-        )  # fmt: skip
+        output, _ = process.communicate(timeout=max(1.0, end - time.time()))
     except subprocess.TimeoutExpired:
-        return {"complete": False}
-    facts: dict[str, Any] = {"exit_status": done.returncode, "tail": done.stdout[-3000:]}
-    if done.returncode:
-        facts["failures"] = [f"exit status {done.returncode}:\n{facts.pop('tail')}"]
+        in_time = False
+    finally:
+        # the program that a sanitizer runs, and the compilers of a search, are processes of theirs
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if not in_time:
+        output, _ = process.communicate()
+        return {"complete": False, "tail": output[-3000:]}
+    facts: dict[str, Any] = {"exit_status": process.returncode, "tail": output[-3000:]}
+    if process.returncode:
+        facts["failures"] = [f"exit status {process.returncode}:\n{facts.pop('tail')}"]
     return facts

@@ -1,13 +1,18 @@
 """The search for launches, by the package's own command."""
 
+import argparse
+import json
 import sys
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.parts import Item, Turn
+from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.sanitize import watched
 from fused_inception.__main__ import COMMANDS
 
@@ -30,17 +35,58 @@ def items(options: dict[str, Any], device: torch.device) -> list[Item]:
 
 def _item(key: str, flags: list[str], options: dict[str, Any]) -> Item:
     arguments = [*options["tune_arguments"], *flags]
-    return Item(key, lambda turn: run(arguments, options["cache"], turn))
+    return Item(key, lambda turn: run(arguments, turn))
 
 
-def run(arguments: list[str], cache: str, turn: Turn) -> dict[str, Any]:
-    """Its tables go to a folder in `cache`; the next search goes on with them."""
+def run(arguments: list[str], turn: Turn) -> dict[str, Any]:
+    """It goes on with the tables of the searches before it, and what it leaves stands in its
+    results: one file of a part comes home, and a new machine has no other."""
     seconds = int(turn.end - time.time() - CLOSING_SECONDS)
     if seconds < 1:
-        return {"complete": False}
+        return {**_tables_of(turn.previous), "complete": False}
     command = [sys.executable, "-m", "fused_inception", "tune", *arguments]
     start = time.time()
-    facts = watched([*command, f"--budget-s={seconds}"], {"FUSED_INCEPTION_CACHE": cache}, turn.end)
+    with tempfile.TemporaryDirectory() as cache:
+        write_tables(turn.others, Path(cache))
+        variables = {"FUSED_INCEPTION_CACHE": cache}
+        facts = watched([*command, f"--budget-s={seconds}"], variables, turn.end)
+        paths = sorted(Path(cache).glob("tables/*.json"))
+        facts["tables"] = {path.name: json.loads(path.read_text()) for path in paths}
+    facts["tables_at"] = time.time()
     if time.time() - start > FINISHED * seconds and not facts.get("failures"):
         facts["complete"] = False
-    return facts | {"tables": [path.name for path in sorted(Path(cache).glob("tables/*.json"))]}
+    return facts
+
+
+def _tables_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: facts[name] for name in ("tables", "tables_at") if name in facts}
+
+
+def write_tables(items: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
+    """The newest tables of a part's items, as `FUSED_INCEPTION_CACHE` of `folder` finds them."""
+    newest = max(items.values(), key=lambda facts: facts.get("tables_at", 0.0), default={})
+    paths = []
+    for name, content in newest.get("tables", {}).items():
+        paths.append(folder / "tables" / name)
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        paths[-1].write_text(json.dumps(content, indent=1))
+    return paths
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the tables that the part "tune" has found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.search")
+    parser.add_argument("results", type=Path, help="tune.json of gpu_check")
+    parser.add_argument("folder", type=Path, help="FUSED_INCEPTION_CACHE of later runs")
+    options = parser.parse_args(arguments)
+    try:
+        items = Record.read(options.results).items
+    except (OSError, MismatchError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    for path in write_tables(items, options.folder):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The parts by name, in the order in which they are run."""
+"""The parts by name, in the order in which they are run: what matters most first."""
 
 from benchmarks.gpu import ceilings, correctness, profiles, sanitize, search
 from benchmarks.gpu.parts import Part
@@ -9,10 +9,10 @@ _UNBOUNDED = float("inf")
 PARTS = {
     part.name: part
     for part in (
-        Part("parity", "the kernels' tests, compiled", correctness.items, _UNBOUNDED),
+        Part("parity", "the kernels' tests, compiled", correctness.items, _UNBOUNDED, 3.0),
+        Part("network", "whole networks", items_of("network"), share=4.0),
         Part("ceilings", "what the device can do at most", ceilings.items, 120.0),
         Part("modules", "the nine modules, bias and BatchNorm", items_of("modules")),
-        Part("network", "whole networks", items_of("network")),
         Part("kernels", "single operators, and the stem", items_of("kernels", "stem")),
         Part("tune", "search launches for the network's shapes", search.items, _UNBOUNDED),
         Part("profile", "kernels of a step of each provider", profiles.items),

@@ -50,7 +50,7 @@ def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
             record.put(key, CUT, **facts, spent=spent)
 
         try:
-            facts = item.run(Turn(options.end, keep, previous))
+            facts = item.run(Turn(options.end, keep, previous, record.items))
         except Exception as error:
             # what it had found until then stands
             facts = {k: v for k, v in record.items.get(item.key, {}).items() if k != "status"}

@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fused_inception.backend import constant_when_compiled
+
 NAMESPACE = "fused_inception"
 # operator -> what it runs
 IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -77,9 +79,15 @@ def autocasts(x: Tensor) -> bool:
     return (
         x.is_floating_point()
         and x.dtype != torch.float64
-        and torch.amp.is_autocast_available(device_type)
+        and _has_autocast(device_type)
         and torch.is_autocast_enabled(device_type)
     )
+
+
+@constant_when_compiled
+def _has_autocast(device_type: str) -> bool:
+    # torch.compile of torch 2.11 cannot trace it
+    return torch.amp.is_autocast_available(device_type)
 
 
 def autocast(x: Tensor) -> Tensor:

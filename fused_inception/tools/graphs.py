@@ -24,12 +24,13 @@ def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
     `load_state_dict` are seen: filters are packed, and BatchNorm is folded, in every replay.
     Running statistics advance in every replay of a training graph, and dropout draws anew. What
     replays cannot see are tensors put in the place of those captured (`model.to(...)`, `fuse_`):
-    capture again. Buffers and random numbers are as before when this returns.
+    capture again. Buffers and random numbers are as before when this returns. Autocast is captured
+    as it is in force here; casts are part of the graphs, not of autocast's cache, which is emptied
+    when autocast ends.
 
     Args:
         model: on one CUDA device, in the mode to capture.
         x: an input of the shape, dtype and device to come; only its metadata must fit later ones.
-            With autocast around the training graph: `torch.autocast(..., cache_enabled=False)`.
 
     Returns:
         The callable. Its results are overwritten by no later call in eval mode; in training mode by
@@ -37,8 +38,7 @@ def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
 
     Raises:
         ValueError: no CUDA tensors, or a hook on `model` in training mode.
-        RuntimeError: PyTorch could not capture: something in `model` waits for the GPU, or autocast
-            keeps its cache.
+        RuntimeError: PyTorch could not capture: something in `model` waits for the GPU.
     """
     _check(model, x)
     if not model.training:
@@ -48,7 +48,7 @@ def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
             f"a training graph needs a {type(model).__name__} without hooks of its own (those on "
             "its children are captured with it); got a model with hooks"
         )
-    with _as_before(model, x.device):
+    with _as_before(model, x.device), _without_cached_casts():
         return torch.cuda.make_graphed_callables(model, (x,))
 
 
@@ -60,7 +60,12 @@ class _GraphedInference:
         self._model = model
         self._x = torch.empty_like(x).copy_(x.detach())
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(x.device), torch.no_grad(), _as_before(model, x.device):
+        with (
+            torch.cuda.device(x.device),
+            torch.no_grad(),
+            _as_before(model, x.device),
+            _without_cached_casts(),
+        ):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -94,6 +99,18 @@ def _check(model: nn.Module, x: Tensor) -> None:
                 f"a CUDA graph needs all of the model on {x.device}, where the input is; "
                 f"{name} is on {tensor.device}"
             )
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Inside, autocast casts parameters at each use: a cast that it keeps would be freed with the
+    cache under the graph, and not be made anew from other parameters."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ from fused_inception.tools.launch_bench import (
     library_speed_ups,
 )
 from fused_inception.tools.options import pick_device, positive
-from fused_inception.tools.precompile import processors
+from fused_inception.tools.precompile import precompile, processors
+from fused_inception.tools.sources import launches_digest
 from fused_inception.tools.text import aligned
 from fused_inception.tuning import chosen, dispatch, table
 from fused_inception.tuning.search import Winner, candidates, search
@@ -108,6 +109,19 @@ def problems_of(lookups: Iterable[tuple[str, table.Key]]) -> list[chosen.Problem
     return sorted(found, key=lambda problem: order.index(problem.family))
 
 
+def _compile(model: nn.Module, x: torch.Tensor) -> None:
+    """All that is launched before a search compiles its own candidates, in parallel: ours, and what
+    goes with the library's convolutions."""
+    if x.device.type != "cuda":
+        return
+    for parts in ((), dispatch.PARTS):
+        with dispatch.forced(parts), torch.set_grad_enabled(model.training):
+            try:
+                print(precompile(model, x), flush=True)
+            except RuntimeError as error:
+                print(f"kernels are compiled one by one: {error}", flush=True)
+
+
 def _lookups(calls: Iterable[Call], target: Target) -> Lookups:
     # here, as it loads Triton
     from fused_inception.ops.ahead_triton import lookups_of
@@ -140,6 +154,7 @@ class Tuning:
         clock."""
         from tqdm import tqdm
 
+        _compile(model, x)
         calls = ahead.calls_with_tensors(copy.deepcopy(model), x, training=model.training)
         lookups = _lookups(calls, self.target)
         done = set() if again else self._written()
@@ -220,8 +235,8 @@ class Tuning:
         table.write(self.path, self.target.name, [entry])
 
     def _written(self) -> set[tuple[str, table.Key]]:
-        """What the table has from the same GPU and versions."""
-        names = ("gpu", "torch", "triton", "version")
+        """What the table has from the same GPU and versions, and from the kernels as they are."""
+        names = ("gpu", "torch", "triton", "version", "sources")
         try:
             entries = table.read(self.path, self.target.name) if self.path.exists() else []
         except (ValueError, OSError):
@@ -247,6 +262,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "version": _version("fused-inception"),
         "commit": _ask("git", "rev-parse", "HEAD"),
+        "sources": launches_digest(),
         "command": arguments,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

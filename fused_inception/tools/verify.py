@@ -4,6 +4,7 @@ import argparse
 import copy
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from fused_inception.adapters.fuse import fuse_
@@ -98,7 +99,7 @@ class VerifyReport:
         return "\n".join([*lines, f"verdict: {verdict}"])
 
 
-def verify(model: nn.Module, x: Tensor) -> VerifyReport:
+def verify(model: nn.Module, x: Tensor, *, gradients: bool = True) -> VerifyReport:
     """Compare `model`, fused, with plain PyTorch and with float64 on the batch `x`.
 
     Three copies of `model` run in its mode, forward and backward from a random gradient: fused
@@ -116,12 +117,14 @@ def verify(model: nn.Module, x: Tensor) -> VerifyReport:
     Args:
         model: any; DistributedDataParallel and torch.compile's wrapper are looked through.
         x: its one argument, on its device.
+        gradients: False runs forward alone, as under `torch.no_grad()`: inference has launches of
+            its own.
 
     Raises:
         ValueError: `model` has no block that can be fused.
     """
     model = unwrapped(model)
-    with undisturbed(x):
+    with undisturbed(x), torch.set_grad_enabled(gradients):
         fused, plain = _ready(copy.deepcopy(model)), _ready(plain_twin(model))
         report = fuse_(fused)
         wanted = set(fused_blocks(report))

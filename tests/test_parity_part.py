@@ -1,0 +1,146 @@
+"""The part "parity" of `gpu_check`: which of the tests it runs, in which order, what it keeps."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import parity, parity_plugin
+from benchmarks.gpu import correctness
+from benchmarks.gpu.parts import Turn
+from tests.test_gpu_check import ROOT, turn
+
+PARITY_TESTS = """
+import os
+import pytest
+
+@pytest.fixture
+def device(): ...
+
+def test_right(device): ...
+
+def test_wrong(device):
+    assert 1 == 2
+
+def test_without_device():
+    assert 1 == 3
+
+def test_dies(device):
+    os._exit(7)
+
+def test_behind_it(device): ...
+"""
+
+
+def some_tests(folder: Path) -> list[str]:
+    path = folder / "test_some.py"
+    path.write_text(PARITY_TESTS)
+    return [str(path)]
+
+
+def test_parity_goes_on_behind_what_kills_it(tmp_path: Path) -> None:
+    """Failures with their messages; no outcome is measured twice."""
+    facts = correctness.run(some_tests(tmp_path), 1, turn(90))
+    assert facts["counts"] == {"passed": 2, "failed": 1, "died": 1, "not run": 0}
+    assert facts["complete"]
+    died, wrong = facts["failures"]
+    assert "test_wrong" in wrong
+    assert "assert 1 == 2" in wrong
+    assert died.endswith("test_dies: its process died")
+    outcomes = facts["outcomes"]
+    assert {name.partition("::")[2] for name in outcomes} == {
+        "test_right", "test_wrong", "test_dies", "test_behind_it",
+    }  # fmt: skip
+    again = correctness.run(some_tests(tmp_path), 1, turn(60, outcomes=outcomes))
+    assert (again["outcomes"], again["complete"]) == (outcomes, True)
+
+
+def test_parity_ends_with_its_time(tmp_path: Path) -> None:
+    """After the test that runs when the time is spent."""
+    facts = correctness.run(some_tests(tmp_path), 1, turn(parity.GRACE_SECONDS))
+    assert facts["counts"] == {"passed": 1, "not run": 3}
+    assert (facts["complete"], facts["failures"]) == (False, [])
+
+
+@pytest.mark.parametrize(
+    ("events", "complete"),
+    [
+        ([{"event": "collected", "tests": 0}], True),
+        ([{"event": "collected", "tests": 1}], False),
+        ([{"event": "unreadable", "test": "t.py", "message": "no such module"}], False),
+        ([], False),
+    ],
+)
+def test_parity_is_complete_where_every_process_ran_its_share(
+    events: list[dict[str, Any]], complete: bool
+) -> None:
+    share = [
+        {"event": "collected", "tests": 1},
+        {"event": "started", "test": "t", "at": 0.0},
+        {"event": "passed", "test": "t", "seconds": 1.0, "message": None},
+    ]
+    assert parity.summarise([share, events], {})["complete"] is complete
+
+
+def test_parity_keeps_what_it_has_found_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ends the part in the middle of it loses the test that runs, no more."""
+    path = tmp_path / "test_some.py"
+    path.write_text(
+        "import pytest, time\n"
+        "@pytest.fixture\n"
+        "def device(): ...\n"
+        "def test_wrong(device): assert 1 == 2\n"
+        "def test_long(device): time.sleep(2)\n"
+    )
+    monkeypatch.setattr(parity, "REPORT_SECONDS", 0.5)
+    kept: list[dict[str, Any]] = []
+    correctness.run([str(path)], 1, Turn(time.time() + 90, kept.append))
+    first = next(facts for facts in kept if facts["outcomes"])
+    (name,) = first["outcomes"]
+    assert name.endswith("::test_wrong")
+    assert "assert 1 == 2" in first["failures"][0]
+
+
+ORDERED_TESTS = """
+import pytest
+import torch
+
+@pytest.fixture
+def device(): ...
+
+{rest}
+"""
+
+
+def test_parity_runs_the_core_first(tmp_path: Path) -> None:
+    """bf16 and fp32 of the kernels that every model uses, one file after another; then what only a
+    GPU can run; then all others."""
+    dtypes = "@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)\n"
+    core = dtypes + "def test_a(device, dtype): ...\ndef test_b(device): ...\n"
+    other = "@pytest.mark.gpu\ndef test_gpu(): ...\ndef test_c(device): ...\ndef test_d(): ...\n"
+    files = {"test_inception_kernels.py": core, "test_some.py": other, "test_stem_kernels.py": core}
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    for name, rest in files.items():
+        (tmp_path / name).write_text(ORDERED_TESTS.format(rest=rest))
+    facts = correctness.run([str(tmp_path / name) for name in files], 1, turn(90))
+    assert facts["complete"], facts
+    found = [
+        re.sub(r"test_|_kernels.py|torch.", "", name.split("/")[-1]) for name in facts["outcomes"]
+    ]
+    assert found == [
+        "inception::a[bfloat16]", "stem::a[bfloat16]", "inception::b", "stem::b",
+        "some.py::gpu",
+        "inception::a[float16]", "some.py::c", "stem::a[float16]",
+    ]  # fmt: skip
+    assert all((ROOT / "tests" / name).exists() for name in parity_plugin.CORE)
+
+
+def test_parity_finds_the_tests_of_the_device() -> None:
+    found = parity.device_tests()
+    assert "tests/test_inception_kernels.py" in found
+    assert {"tests/test_gpu.py", "tests/test_graphs.py"} <= {*found}
+    assert "tests/test_geometry.py" not in found
