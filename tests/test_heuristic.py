@@ -41,7 +41,9 @@ def configurations(
         yield conv_heuristic.conv_config(dims.in_channels, dims.ch3x3, k, pixels, ops, target)
     yield conv_heuristic.image_conv_config(147, 64, pixels, ops, target)
     widths = (dims.ch1x1, dims.ch3x3red, dims.ch3x3)
+    yield conv_heuristic.stem_conv_config(64, pixels, ops, target)
     yield conv_heuristic.stem_wgrad_config(147, widths, 4 * pixels, pixels, ops, target)
+    yield conv_heuristic.stem_wgrad_config(256, widths, 4 * pixels, pixels, ops, target, True)
 
 
 def tiles_of(config: object) -> list[Tile]:

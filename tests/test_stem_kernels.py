@@ -13,18 +13,20 @@ from torch import Tensor, nn
 import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.geometry import Window
+from fused_inception.kernels.stem import ImageToPack, launch_stem_pack_image
+from fused_inception.kernels.stem_conv import launch_stem_conv_fwd
 from fused_inception.launches import Launch
 from fused_inception.ops import pooling_triton, stem_triton
 from fused_inception.ops import stem as ops
 from fused_inception.tuning import dispatch
-from fused_inception.tuning.configs import MarchConfig, Tile, VectorConfig, WgradJob
+from fused_inception.tuning.configs import MarchConfig, StemConvConfig, Tile, VectorConfig, WgradJob
 from fused_inception.tuning.targets import Target
 from tests.tolerances import assert_within, assert_within_l2
 from tests.tracing import SavedMemory
 
 DGRAD = Tile(1024, 16, 16)
 NAMES = ("x", "w1", "b1", "w2", "b2", "w3", "b3")
-FORWARD = ["_image_conv_fwd_kernel", "_max_pool_lrn_fwd_kernel", "_stem_pack_kernel",
+FORWARD = ["_stem_pack_kernel", "_stem_conv_fwd_kernel", "_max_pool_lrn_fwd_kernel",
            "_conv2d_fwd_kernel", "_conv2d_fwd_kernel", "_lrn_max_pool_fwd_kernel"]  # fmt: skip
 BACKWARD = ["_lrn_max_pool_bwd_kernel", "_stem_pack_kernel", "_conv2d_dgrad_kernel",
             "_conv2d_dgrad_kernel", "_max_pool_lrn_bwd_kernel", "_stem_wgrad_kernel",
@@ -57,17 +59,20 @@ CASES = {
     "33x31": Case((1, 3, 33, 31)),
     "paper-widths": Case((1, 3, 17, 15), (64, 64, 192)),
     "one-pixel": Case(
-        (2, 1, 1, 1), options={"pool1": Window(3, 2, 1, True), "pool2": Window(2, 1, 1)}
+        (5, 1, 1, 1), options={"pool1": Window(3, 2, 1, True), "pool2": Window(2, 1, 1)}
     ),
     "other-options": Case(
         (2, 4, 9, 12), (16, 8, 8), 4,
         {"stride": 1, "padding": 2, "pool1": Window(2, 2), "norm1": (3, 0.5, 0.75, 2.0),
          "norm2": (4, 0.3, 0.6, 1.5), "pool2": Window(3, 1, 1)},
     ),
+    # reads the image as it is, with the filter of the stem
+    "stride-3": Case((1, 3, 24, 27), options={"stride": 3}),
     "empty-batch": Case((0, 3, 15, 15)),
 }  # fmt: skip
-# for all but the numerics: a filter of few taps
+# for all but the numerics: a filter of few taps, whose image is not packed
 SMALL = Case((2, 3, 19, 17), kernel=3, options={"padding": 1})
+EITHER = {"as-it-is": SMALL, "packed": CASES["15x15"]}
 
 # for the operator around them: one tap where it may be, and one channel a norm
 TINY = Case(
@@ -75,6 +80,8 @@ TINY = Case(
     {"padding": 1, "pool1": Window(1, 2), "norm1": (1, 0.5, 0.75, 1.0),
      "norm2": (1, 0.5, 0.75, 1.0), "pool2": Window(1, 1)},
 )  # fmt: skip
+TINY_PACKED = replace(TINY, image=(1, 3, 7, 5), kernel=7, options={**TINY.options, "padding": 3})
+EITHER_TINY = {"as-it-is": TINY, "packed": TINY_PACKED}
 
 
 @pytest.fixture(autouse=True)
@@ -165,15 +172,17 @@ def test_with_convolutions_of_the_library(
         kernels = {launch.kernel for launch in check(name, dtype, device)}
     if name != "empty-batch":
         assert {"_epilogue_kernel", "_gate_kernel", "_stem_wgrad_kernel"} <= kernels
-    assert not kernels & {"_image_conv_fwd_kernel", "_conv2d_fwd_kernel", "_conv2d_dgrad_kernel"}
+    ours = {"_image_conv_fwd_kernel", "_stem_conv_fwd_kernel", "_conv2d_fwd_kernel"}
+    assert not kernels & (ours | {"_conv2d_dgrad_kernel"})
 
 
 @pytest.mark.parametrize("part", dispatch.CONV_PARTS)
-def test_each_part_by_the_library(part: str, device: torch.device) -> None:
-    inputs = SMALL.tensors(torch.float32, device)
-    ours = fused(inputs, **SMALL.options)
+@pytest.mark.parametrize("case", EITHER.values(), ids=EITHER)
+def test_each_part_by_the_library(case: Case, part: str, device: torch.device) -> None:
+    inputs = case.tensors(torch.float32, device)
+    ours = fused(inputs, **case.options)
     with dispatch.forced([part]):
-        theirs = fused(inputs, **SMALL.options)
+        theirs = fused(inputs, **case.options)
     for got, want in zip(theirs, ours, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -202,15 +211,16 @@ def test_gates_are_those_of_the_layers(special: str, device: torch.device) -> No
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
-def test_bitwise_the_same_again_and_for_any_strides(device: torch.device) -> None:
-    x, *parameters = SMALL.tensors(torch.float32, device)
+@pytest.mark.parametrize("case", EITHER.values(), ids=EITHER)
+def test_bitwise_the_same_again_and_for_any_strides(case: Case, device: torch.device) -> None:
+    x, *parameters = case.tensors(torch.float32, device)
     wide = nn.functional.pad(x, (1, 2, 3, 1), value=math.nan)
     cut = wide.contiguous(memory_format=torch.channels_last)[:, :, 3:-1, 1:-2]
     with fi.backend("triton"):
         runs = []
         for image in (x, x, cut):
             leaves = [t.detach().requires_grad_() for t in (image, *parameters)]
-            y = functional.googlenet_stem(*leaves, **SMALL.options)
+            y = functional.googlenet_stem(*leaves, **case.options)
             dy = torch.ones_like(y) if image is x else y.new_ones(()).expand(y.shape)
             runs.append([y, *torch.autograd.grad(y, leaves, dy)])
     for run in runs[1:]:
@@ -228,16 +238,17 @@ SUBSETS = {
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
-def test_what_is_frozen_costs_nothing(device: torch.device) -> None:
-    inputs = TINY.tensors(torch.float32, device)
-    everything = dict(zip(NAMES, fused(inputs, **TINY.options)[1:], strict=True))
+@pytest.mark.parametrize("case", EITHER_TINY.values(), ids=EITHER_TINY)
+def test_what_is_frozen_costs_nothing(case: Case, device: torch.device) -> None:
+    inputs = case.tensors(torch.float32, device)
+    everything = dict(zip(NAMES, fused(inputs, **case.options)[1:], strict=True))
     for subset, (data_gradients, others) in SUBSETS.items():
         needed = subset.split()
         leaves = [
             t.detach().requires_grad_(n in needed) for n, t in zip(NAMES, inputs, strict=True)
         ]
         with fi.backend("triton"):
-            y = functional.googlenet_stem(*leaves, **TINY.options)
+            y = functional.googlenet_stem(*leaves, **case.options)
         with fi.record_launches() as launches:
             y.backward(gradient_of(y))
         for name, leaf in zip(NAMES, leaves, strict=True):
@@ -250,9 +261,12 @@ def test_what_is_frozen_costs_nothing(device: torch.device) -> None:
         assert [launch.kernel for launch in launches] == want, subset
 
 
-def test_splits_change_little(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = SMALL.tensors(torch.float32, device)
-    want = fused(inputs, **SMALL.options)
+@pytest.mark.parametrize("case", [SMALL, CASES["33x31"]], ids=EITHER)
+def test_splits_change_little(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = case.tensors(torch.float32, device)
+    want = fused(inputs, **case.options)
     choose = stem_triton.stem_wgrad_config
 
     def split(*problem: Any) -> Any:
@@ -262,7 +276,7 @@ def test_splits_change_little(device: torch.device, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(stem_triton, "stem_wgrad_config", split)
     with fi.record_launches() as launches:
-        got = fused(inputs, **SMALL.options)
+        got = fused(inputs, **case.options)
     (grid,) = [launch.grid for launch in launches if launch.kernel == "_stem_wgrad_kernel"]
     assert grid[0] >= 3 * 3
     for ours, other in zip(got, want, strict=True):
@@ -278,28 +292,88 @@ def test_launches_and_saved_bytes(device: torch.device) -> None:
     with fi.backend("triton"), fi.record_launches() as launches, memory.watch():
         y = functional.googlenet_stem(*inputs)
     assert [launch.kernel for launch in launches] == FORWARD
-    # 15 -> 8 -> 4 -> 2 pixels a side; the image, z and pooled, r, y of conv3, two indices
+    # 15 -> 8 -> 4 -> 2 pixels a side; the packed image, z and pooled, r, y of conv3, two indices
     c1, c2, c3 = CASES["15x15"].widths
-    maps = 3 * 15 * 15 + 4 * 4 * (2 * c1 + c2 + c3)
-    assert memory.bytes == 2 * (2 * maps + 4 * 4 * c1 + 2 * 2 * c3)
+    maps = 16 * 11 * 11 + 4 * 4 * (2 * c1 + c2 + c3)
+    want = 2 * (2 * maps + 4 * 4 * c1 + 2 * 2 * c3)
+    assert memory.bytes == want
     with fi.record_launches() as launches:
         y.sum().backward()
     assert [launch.kernel for launch in launches] == BACKWARD
+    # an image that needs a gradient is kept itself too
+    memory = SavedMemory(nn.ParameterList(inputs[1:]))
+    with fi.backend("triton"), memory.watch():
+        functional.googlenet_stem(inputs[0].requires_grad_(), *inputs[1:])
+    assert memory.bytes == want + 2 * 2 * 3 * 15 * 15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "cut"])
+def test_packed_image_and_filter(layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    x, w1, b1, w2, b2, w3, b3 = Case((2, 3, 11, 8)).tensors(torch.float32, device)
+    if layout != "contiguous":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "cut":
+        x = x[:, 1:, 2:, 1:-2]
+        w1 = w1[:, 1:]
+    n, c, height, width = x.shape
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    flat, biases, packed = launch_stem_pack_image(
+        ImageToPack(x, w1, b1, rows, columns), w2, w3, [b2, b3], dtype
+    )
+    assert packed.shape == (n, rows + 3, columns + 3, 16)
+    bottom, right = 2 * rows + 2 - height, 2 * columns + 2 - width
+    wide = nn.functional.pad(x, (4, right, 4, bottom)).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    # [N, C, U, dy, V, dx] -> [N, U, V, dx, dy, C]
+    own = wide.permute(0, 2, 4, 5, 3, 1).to(dtype)
+    rest = torch.zeros_like(packed).unflatten(3, (2, 8))
+    rest[..., 0, 6] = 1
+    rest[..., :6].unflatten(4, (2, 3))[..., :c] = own
+    assert torch.equal(packed, rest.flatten(3))
+    # the same of the filter, whose first row and column are not there
+    taps = nn.functional.pad(w1, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
+    filters = torch.zeros(len(w1), 4, 4, 2, 8, dtype=dtype, device=device)
+    filters[..., :6].unflatten(4, (2, 3))[..., :c] = taps.permute(0, 2, 4, 5, 3, 1).to(dtype)
+    assert torch.equal(flat[-filters.numel() :], filters.flatten())
+    assert torch.equal(biases, torch.cat([b2, b3, b1]))
+
+
+# the interpreter computes with NumPy, which warns of infinity times zero
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [16, 64])
+def test_nothing_reaches_a_window_from_outside(
+    special: float, step: int, device: torch.device
+) -> None:
+    """What is not finite is seen by the windows of 7 x 7 that hold it and no other."""
+    x, w1, b1, w2, b2, w3, b3 = Case((16, 3, 12, 13)).tensors(torch.float32, device)
+    for i in range(len(x)):
+        x[i, i % 3, 4 + i // 4, 4 + i % 4] = special
+    flat, biases, packed = launch_stem_pack_image(
+        ImageToPack(x, w1, b1, 6, 7), w2, w3, [b2, b3], torch.float32
+    )
+    y = torch.empty((16, 6, 7, 8), device=device).permute(0, 3, 1, 2)
+    config = StemConvConfig(Tile(256, 16, step), 4, 2)
+    weight = flat[-8 * 256 :].view(8, 256)
+    launch_stem_conv_fwd(packed, weight, biases[-8:], y, config, precision="ieee")
+    want = nn.functional.conv2d(x.double(), w1.double(), b1.double(), 2, 3).relu().float()
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert 0.1 < want.isfinite().float().mean() < 0.9
 
 
 def test_inference_launches_five_times_and_keeps_nothing(device: torch.device) -> None:
     inputs = CASES["15x15"].tensors(torch.bfloat16, device)
-    with fi.backend("triton"):
-        want = functional.googlenet_stem(*(t.clone().requires_grad_() for t in inputs))
+    want = reference.googlenet_stem(*(t.double() for t in inputs))
+    baseline = reference.googlenet_stem(*inputs)
     with fi.backend("triton"), torch.no_grad():
         functional.googlenet_stem(*inputs)
         with fi.record_launches() as launches:
             y = functional.googlenet_stem(*inputs)
-        assert torch.equal(y, want)
-        # packed filters stay until one changes
-        assert [x.kernel for x in launches] == [k for k in FORWARD if "pack" not in k]
+        assert_within_l2("y", y, want, baseline)
+        # the image is read as it is, packed filters stay until one changes
+        assert [x.kernel for x in launches] == ["_image_conv_fwd_kernel", *FORWARD[2:]]
         inputs[3].mul_(2)
-        assert not torch.equal(functional.googlenet_stem(*inputs), want)
+        assert not torch.equal(functional.googlenet_stem(*inputs), y)
 
 
 def test_mixed_precision_and_layout_of_filter_gradients(device: torch.device) -> None:
@@ -319,9 +393,10 @@ def test_mixed_precision_and_layout_of_filter_gradients(device: torch.device) ->
         assert (ours - other).norm() <= 0.05 * other.float().norm()
 
 
-def test_operator_passes_opcheck(device: torch.device) -> None:
-    inputs = TINY.tensors(torch.float32, device)
-    stem = ops.Stem(2, **TINY.options)
+@pytest.mark.parametrize("case", EITHER_TINY.values(), ids=EITHER_TINY)
+def test_operator_passes_opcheck(case: Case, device: torch.device) -> None:
+    inputs = case.tensors(torch.float32, device)
+    stem = ops.Stem(2, **case.options)
     options = (stem.integers, stem.constants)
     assert ops.Stem.of(*options) == stem
     x, *parameters = [t.requires_grad_() for t in inputs]
@@ -335,15 +410,19 @@ def test_operator_passes_opcheck(device: torch.device) -> None:
     # it has no gradient, so there is nothing to trace behind it
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.googlenet_stem_backward, backward, test_utils=tests)
+    if case is TINY_PACKED:
+        backward = (backward[0], None, *backward[2:-1], [False, *needs[1:]])
+        torch.library.opcheck(ops.googlenet_stem_backward, backward, test_utils=tests)
 
 
-def test_compiles_as_one_graph(device: torch.device) -> None:
+@pytest.mark.parametrize("case", EITHER_TINY.values(), ids=EITHER_TINY)
+def test_compiles_as_one_graph(case: Case, device: torch.device) -> None:
     torch._dynamo.reset()
-    inputs = TINY.tensors(torch.float32, device)
+    inputs = case.tensors(torch.float32, device)
     compiled = torch.compile(functional.googlenet_stem, fullgraph=True, backend="aot_eager")
     with fi.backend("triton"):
-        got = results(compiled, inputs, **TINY.options)
-    for ours, theirs in zip(got, fused(inputs, **TINY.options), strict=True):
+        got = results(compiled, inputs, **case.options)
+    for ours, theirs in zip(got, fused(inputs, **case.options), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -35,11 +35,12 @@ class Gemm:
     itemsize: int
     kind: str  # "pointwise", "window" or "filters"
     partials: int = 0  # elements of all filter gradients of its launch; 0: of this one
+    useful: int = 0  # products that are none of a padded filter; 0: all
 
     @property
     def multiply_adds(self) -> int:
-        """Products; taps on the padding count, as they do in the paper."""
-        return self.rows * self.columns * self.depth
+        """Products; taps on the padding of a map count, as they do in the paper."""
+        return self.useful or self.rows * self.columns * self.depth
 
     @property
     def splits(self) -> int:

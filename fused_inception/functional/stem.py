@@ -60,7 +60,9 @@ def googlenet_stem(
 
     Autograd saves, besides `x` and the parameters, on the Triton path the first pooled map before
     and after its norm, the outputs of conv2 and conv3 and one byte a pooled element; no ReLU mask:
-    the gates are in these maps. A double backward raises RuntimeError.
+    the gates are in these maps. A filter of 7 x 7 with stride 2 and padding 3 of at most 3 channels
+    reads a packed image, which is saved too, 16 elements for 2 x 2 pixels, and `x` then only where
+    it needs a gradient. A double backward raises RuntimeError.
     """
     filters, biases = [w1, w2, w3], [b1, b2, b3]
     checks.image_batch(x)

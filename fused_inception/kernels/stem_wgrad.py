@@ -11,6 +11,13 @@ from fused_inception.kernels.image_conv import image_wgrad_tile
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.pack import is_channels_last_filter
 from fused_inception.kernels.stem import StemShape
+from fused_inception.kernels.stem_conv import (
+    DEPTH,
+    ONE,
+    finish_image_filter,
+    packed_wgrad_tile,
+    windows_until_last,
+)
 from fused_inception.kernels.wgrad import wgrad_tile
 from fused_inception.tuning.configs import FinishConfig, StemWgradConfig
 
@@ -47,19 +54,21 @@ def column_sums(
     do_not_specialize=[
         "end1", "end3", "end2", "chunk1", "chunk3", "chunk2", "chunk_sums",
         "n_pixels", "height", "width",
-        "n_pixels1", "image_height", "image_width", "height1", "width1",
+        "n_windows1", "image_height", "image_width", "height1", "width1",
         "x_image_stride", "x_channel_stride", "x_row_stride", "x_column_stride",
     ]
 )  # fmt: skip
 def _stem_wgrad_kernel(
     # tensors
-    x_ptr,  # [N, C_IN, H, W] any strides, any floating dtype
+    x_ptr,  # [N, C_IN, H, W] any strides, any floating dtype; with PACKED of `stem_conv`
     dz1_ptr,  # [P1, C1]
     z_ptr,  # [P, C1] input of conv2
     dz2_ptr,  # [P, C2]
     r_ptr,  # [P, C2] input of conv3
     dz3_ptr,  # [P, C3]
-    out1_ptr,  # [splits, POSITIONS + 1, C1] fp32; the last row is the bias gradient
+    # [splits, POSITIONS + 1, C1] fp32, the last row is the bias gradient; with PACKED
+    # [splits, 256, C1], row ONE is
+    out1_ptr,
     out2_ptr,  # [splits, C1, C2] fp32
     out3_ptr,  # [splits, 9 * C2, C3] fp32
     sums_ptr,  # [chunks, C3] fp32 column sums of dz3
@@ -74,7 +83,7 @@ def _stem_wgrad_kernel(
     n_pixels,  # of the maps of conv2 and conv3
     height,
     width,
-    n_pixels1,  # of the output of conv1
+    n_windows1,  # output pixels of conv1, or of the packed image up to the last window
     image_height,
     image_width,
     height1,
@@ -92,6 +101,7 @@ def _stem_wgrad_kernel(
     K1: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     # tile
     M1: tl.constexpr,
@@ -107,16 +117,22 @@ def _stem_wgrad_kernel(
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Program ranges: conv1 with its bias, whose programs gather and so run longest, conv3, conv2,
-    column sums for the bias of conv3; a range that is not needed has no programs."""
+    """Program ranges: conv1 with its bias, whose programs run longest where they gather, conv3,
+    conv2, column sums for the bias of conv3; a range that is not needed has no programs."""
     pid = tl.program_id(0)
     if pid < end1:
-        image_wgrad_tile(
-            x_ptr, dz1_ptr, out1_ptr,
-            pid, chunk1, n_pixels1, image_height, image_width, height1, width1,
-            x_image_stride, x_channel_stride, x_row_stride, x_column_stride,
-            C_IN, C1, K1, STRIDE, PADDING, C1, PRECISION, M1, N1, P1,
-        )  # fmt: skip
+        if PACKED:
+            packed_wgrad_tile(
+                x_ptr, dz1_ptr, out1_ptr,
+                pid, chunk1, n_windows1, height1, width1, C1, PRECISION, M1, N1, P1, NUM_STAGES,
+            )  # fmt: skip
+        else:
+            image_wgrad_tile(
+                x_ptr, dz1_ptr, out1_ptr,
+                pid, chunk1, n_windows1, image_height, image_width, height1, width1,
+                x_image_stride, x_channel_stride, x_row_stride, x_column_stride,
+                C_IN, C1, K1, STRIDE, PADDING, C1, PRECISION, M1, N1, P1,
+            )  # fmt: skip
     elif pid < end3:
         wgrad_tile(
             r_ptr, r_ptr, dz3_ptr, out3_ptr,
@@ -137,8 +153,8 @@ def _stem_wgrad_kernel(
 class StemMaps:
     """What the convolutions read, and the gradients of what they make before their ReLU.
 
-    x: the image, any strides; z, r: inputs of conv2 and conv3, dense; dz1, dz2: None where nothing
-    needs them.
+    x: the image, any strides, or packed; z, r: inputs of conv2 and conv3, dense; dz1, dz2: None
+    where nothing needs them.
     """
 
     x: torch.Tensor
@@ -147,6 +163,7 @@ class StemMaps:
     dz1: torch.Tensor | None
     dz2: torch.Tensor | None
     dz3: torch.Tensor
+    packed: bool  # is x the packed image of `stem_conv`?
 
 
 @dataclass(frozen=True)
@@ -175,8 +192,13 @@ def launch_stem_wgrad(
     n_pixels, n_pixels1 = n * height * width, n * dz1.shape[2] * dz1.shape[3]
     # of each filter gradient: positions x output channels, and the tile's extents along them
     tile1, tile2, tile3 = config.conv1.tile, config.conv2.tile, config.conv3.tile
+    n_windows1 = n_pixels1
+    extents1 = (conv1.positions + 1, conv1.c_out, tile1.block_n, tile1.block_m)
+    if maps.packed:
+        n_windows1 = windows_until_last(n_pixels1, *dz1.shape[2:])
+        extents1 = (DEPTH, conv1.c_out, tile1.block_m, tile1.block_n)
     jobs = (
-        (config.conv1, n_pixels1, conv1.positions + 1, conv1.c_out, tile1.block_n, tile1.block_m),
+        (config.conv1, n_windows1, *extents1),
         (config.conv2, n_pixels, conv1.c_out, shape.c2, tile2.block_m, tile2.block_n),
         (config.conv3, n_pixels, 9 * shape.c2, c3, tile3.block_m, tile3.block_n),
     )
@@ -199,7 +221,7 @@ def launch_stem_wgrad(
             *(maps.x, dz1, maps.z, dz2, maps.r, maps.dz3, *partial, sums3),
             *(end1, end3, end2, chunks[0], chunks[2], chunks[1], sums.pixels),
             *(n_pixels, height, width),
-            *(n_pixels1, *maps.x.shape[2:], *dz1.shape[2:], *maps.x.stride()),
+            *(n_windows1, *maps.x.shape[2:], *dz1.shape[2:], *maps.x.stride()),
         ),
         dict(
             C_IN=conv1.c_in,
@@ -209,6 +231,7 @@ def launch_stem_wgrad(
             K1=conv1.kernel,
             STRIDE=conv1.stride,
             PADDING=conv1.padding,
+            PACKED=maps.packed,
             PRECISION=precision,
             **config.tiles(),
             NUM_STAGES=config.num_stages,
@@ -226,12 +249,12 @@ def launch_stem_wgrad(
 )  # fmt: skip
 def _stem_finish_kernel(
     # tensors
-    partial1_ptr,  # [splits1, POSITIONS + 1, C1] fp32, and so on as the launch before left them
+    partial1_ptr,  # [splits1, ROWS1, C1] fp32, and so on as the launch before left them
     partial2_ptr,
     partial3_ptr,
     sums2_ptr,  # [rows2, C2] column sums of dz2
     sums3_ptr,  # [rows3, C3] column sums of dz3
-    dw1_ptr,  # [C1, POSITIONS]
+    dw1_ptr,  # [C1, C_IN, K1, K1]
     dw2_ptr,  # [C2, C1]
     dw3_ptr,  # [C3, C2, 9], or [C3, 9, C2] with LAST3
     db1_ptr,
@@ -249,7 +272,10 @@ def _stem_finish_kernel(
     end_b3,
     end_b2,
     # problem
-    POSITIONS: tl.constexpr,
+    POSITIONS: tl.constexpr,  # of a filter of conv1
+    ROWS1: tl.constexpr,
+    BIAS1: tl.constexpr,  # the row that is the gradient of conv1's bias
+    PACKED: tl.constexpr,
     C1: tl.constexpr,
     C2: tl.constexpr,
     C3: tl.constexpr,
@@ -260,7 +286,6 @@ def _stem_finish_kernel(
 ):
     """Program ranges: three filters, three biases; a result that is not needed has no programs."""
     pid = tl.program_id(0)
-    ROWS1: tl.constexpr = POSITIONS + 1
     if pid < end_w3:
         finish_filter(
             partial3_ptr, dw3_ptr, pid, splits3, C3, C2, 9, C2, C3, LAST3, BLOCK_M, BLOCK_N
@@ -271,17 +296,23 @@ def _stem_finish_kernel(
             C2, C1, 1, C1, C2, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif pid < end_w1:
-        finish_filter(
-            partial1_ptr, dw1_ptr, pid - end_w2, splits1,
-            C1, POSITIONS, 1, ROWS1, C1, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        if PACKED:
+            finish_image_filter(
+                partial1_ptr, dw1_ptr, pid - end_w2, splits1,
+                C1, POSITIONS // 49, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            finish_filter(
+                partial1_ptr, dw1_ptr, pid - end_w2, splits1,
+                C1, POSITIONS, 1, ROWS1, C1, False, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     elif pid < end_b3:
         finish_bias(sums3_ptr, db3_ptr, pid - end_w1, rows3, C3, C3, BLOCK_M, BLOCK_N)
     elif pid < end_b2:
         finish_bias(sums2_ptr, db2_ptr, pid - end_b3, rows2, C2, C2, BLOCK_M, BLOCK_N)
     else:
         finish_bias(
-            partial1_ptr + POSITIONS * C1, db1_ptr, pid - end_b2, splits1,
+            partial1_ptr + BIAS1 * C1, db1_ptr, pid - end_b2, splits1,
             C1, ROWS1 * C1, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -293,11 +324,14 @@ def launch_stem_finish(
     filter_grads: list[torch.Tensor],
     bias_grads: list[torch.Tensor],
     config: FinishConfig,
+    *,
+    packed: bool,
 ) -> None:
     """Fill the gradients of three filters and three biases; those with no elements are left out.
 
     That of conv1's filter is contiguous, the others contiguous or channels last; any dtype. sums2:
-    [rows, C2] column sums of conv2's gradient.
+    [rows, C2] column sums of conv2's gradient. packed: of conv1's partial sums, as
+    `StemMaps.packed`.
     """
     filters, sums3 = partials.filters, partials.sums3
     ends = finish_ends(filter_grads[::-1], bias_grads[::-1], config)
@@ -311,6 +345,9 @@ def launch_stem_finish(
         ),
         dict(
             POSITIONS=shape.conv1.positions,
+            ROWS1=DEPTH if packed else shape.conv1.positions + 1,
+            BIAS1=ONE if packed else shape.conv1.positions,
+            PACKED=packed,
             C1=shape.conv1.c_out,
             C2=shape.c2,
             C3=shape.c3,

@@ -71,6 +71,12 @@ class Stem:
         second = self.pool1.out(first)
         return first, second, self.pool2.out(second)
 
+    def packs_image(self, w1: Tensor) -> bool:
+        """Whether training reads a packed image, which is kept for backward in place of the
+        image."""
+        _, c_in, kernel, _ = w1.shape
+        return (kernel, self.stride, self.padding) == (7, 2, 3) and c_in <= 3
+
 
 def why_not(filters: Sequence[Tensor], stem: Stem) -> str | None:
     """Why there is no operator for such a stem; None where there is."""
@@ -123,12 +129,17 @@ def _forward_fake(
         return y, []
     pooled, index1, z = like(c1, 1, x.dtype), like(c1, 1, torch.uint8), like(c1, 1, x.dtype)
     r, y2, index2 = like(c2, 1, x.dtype), like(c3, 1, x.dtype), like(c3, 2, torch.uint8)
-    return y, [pooled, index1, z, r, y2, index2]
+    saved = [pooled, index1, z, r, y2, index2]
+    if stem.packs_image(w1):
+        from fused_inception.kernels.stem_conv import packed_image_shape
+
+        saved.append(x.new_empty(packed_image_shape(x.shape[0], heights[0], widths[0])))
+    return y, saved
 
 
 def _backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     saved: list[Tensor],
     filters: list[Tensor],
     biases: list[Tensor],
@@ -140,12 +151,12 @@ def _backward(
 
     stem = Stem.of(integers, constants)
     gradients = stem_triton.backward(dy, x, saved, filters, biases, stem, needs)
-    return settle_all(gradients, x, (*filters, *biases), needs)
+    return settle_all(gradients, dy if x is None else x, (*filters, *biases), needs)
 
 
 def _backward_fake(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     saved: list[Tensor],
     filters: list[Tensor],
     biases: list[Tensor],
@@ -153,7 +164,7 @@ def _backward_fake(
     constants: list[float],
     needs: list[bool],
 ) -> list[Tensor]:
-    return gradients_like(x, (*filters, *biases), needs)
+    return gradients_like(dy if x is None else x, (*filters, *biases), needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
@@ -162,7 +173,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*saved)
     if ctx.saves:
-        ctx.save_for_backward(x, *filters, *biases, *saved)
+        # of the image behind a packed one only its own gradient needs to know
+        packed = Stem.of(ctx.integers, ctx.constants).packs_image(filters[0])
+        kept = x if x.requires_grad or not packed else None
+        ctx.save_for_backward(kept, *filters, *biases, *saved)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
@@ -193,7 +207,7 @@ googlenet_stem = register(
 )
 googlenet_stem_backward = register(
     "googlenet_stem_backward",
-    "(Tensor dy, Tensor x, Tensor[] saved, Tensor[] filters, Tensor[] biases,"
+    "(Tensor dy, Tensor? x, Tensor[] saved, Tensor[] filters, Tensor[] biases,"
     f" {_OPTIONS}, bool[] needs) -> Tensor[]",
     implementation=_backward,
     fake=_backward_fake,

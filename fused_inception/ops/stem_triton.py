@@ -12,14 +12,25 @@ from fused_inception.kernels.conv2d import launch_conv2d_dgrad, launch_conv2d_fw
 from fused_inception.kernels.epilogue import launch_epilogue, launch_gate
 from fused_inception.kernels.image_conv import ImageConv, launch_image_conv_dgrad
 from fused_inception.kernels.launch import cdiv
-from fused_inception.kernels.stem import StemShape, launch_stem_pack
+from fused_inception.kernels.stem import (
+    ImageToPack,
+    StemShape,
+    launch_stem_pack,
+    launch_stem_pack_image,
+)
+from fused_inception.kernels.stem_conv import BORDER, DEPTH, launch_stem_conv_fwd
 from fused_inception.kernels.stem_wgrad import StemMaps, launch_stem_finish, launch_stem_wgrad
 from fused_inception.ops import conv2d_triton, filter_cache, library_triton, pooling_triton
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.stem import Stem
 from fused_inception.tuning import dispatch
-from fused_inception.tuning.chosen import conv_config, image_conv_config, stem_wgrad_config
+from fused_inception.tuning.chosen import (
+    conv_config,
+    image_conv_config,
+    stem_conv_config,
+    stem_wgrad_config,
+)
 from fused_inception.tuning.configs import ImageConvConfig
 from fused_inception.tuning.conv_heuristic import epilogue_config
 from fused_inception.tuning.heuristic import finish_config
@@ -28,35 +39,47 @@ from fused_inception.tuning.heuristic import finish_config
 def forward(
     x: Tensor, filters: list[Tensor], biases: list[Tensor], stem: Stem, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """y [N, C3, H, W] exactly channels last, and with `save` what `backward` needs beside x and the
-    filters.
+    """y [N, C3, H, W] exactly channels last, and with `save` what `backward` needs beside the
+    filters and x.
 
     x: an image of any strides. Filters and biases in any floating dtype.
+
+    With `save` the image is packed where `Stem.packs_image` says so, and takes its place for
+    backward: x is then of use for its own gradient alone.
 
     Saved: the pooled map and its winning taps, 1 byte each; the inputs of conv2 and of conv3; the
     output of conv3; the winning taps of the second pool. The gates of the three ReLUs are among
     them: the pooled map (only a winner gets a gradient, and its value is there), conv3's input, its
-    output.
+    output. Behind them the packed image.
     """
     w1, w2, w3 = filters
-    # of its output only the pooled map is of use
-    y1, _ = conv2d_triton.forward(x, w1, biases[0], stem.stride, stem.padding, False)
+    shape = _shape(filters, stem)
+    image: list[Tensor] = []
+    if save and stem.packs_image(w1):
+        out_height, out_width = (stem.sides(side, shape.conv1.kernel)[0] for side in x.shape[2:])
+        to_pack = ImageToPack(x, w1, biases[0], out_height, out_width)
+        flat, b, packed = launch_stem_pack_image(to_pack, w2, w3, biases[1:], x.dtype)
+        image = [packed]
+        y1 = _convolve_image(to_pack, packed, shape.packed1(flat), b[shape.c2 + shape.c3 :], stem)
+    else:
+        # of its output only the pooled map is of use
+        y1, _ = conv2d_triton.forward(x, w1, biases[0], stem.stride, stem.padding, False)
+        flat, b = filter_cache.packed(
+            [w2, w3], biases[1:], x.dtype,
+            lambda: launch_stem_pack(w2, w3, biases[1:], x.dtype), save=save,
+        )  # fmt: skip
     z, pooled_and_index = pooling_triton.max_pool2d_lrn(y1, *stem.norm1, stem.pool1, save)
     del y1
-    flat, b = filter_cache.packed(
-        [w2, w3], biases[1:], x.dtype,
-        lambda: launch_stem_pack(w2, w3, biases[1:], x.dtype), save=save,
-    )  # fmt: skip
-    packed2, packed3 = _shape(filters, stem).packed(flat, backward=False)
-    r = _convolve(z, packed2, b[: w2.shape[0]], kernel=1)
-    y2 = _convolve(r, packed3, b[w2.shape[0] :], kernel=3)
+    packed2, packed3 = shape.packed(flat, backward=False)
+    r = _convolve(z, packed2, b[: shape.c2], kernel=1)
+    y2 = _convolve(r, packed3, b[shape.c2 : shape.c2 + shape.c3], kernel=3)
     y, index = pooling_triton.lrn_max_pool2d(y2, *stem.norm2, stem.pool2, save)
-    return y, [*pooled_and_index, z, r, y2, *index] if save else []
+    return y, [*pooled_and_index, z, r, y2, *index, *image] if save else []
 
 
 def backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     saved: list[Tensor],
     filters: list[Tensor],
     biases: list[Tensor],
@@ -65,10 +88,11 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of x, three filters, three biases; 0 elements where `needs` says no.
 
-    dy: [N, C3, H, W] in the dtype of x, any strides. dx comes exactly channels last, the gradient
+    dy: [N, C3, H, W] in the dtype of x, any strides. x: None where the image was packed and needs
+    no gradient. dx comes exactly channels last, the gradient
     of conv1's filter contiguous, another filter's in its strides.
     """
-    pooled, index1, z, r, y2, index2 = saved
+    pooled, index1, z, r, y2, index2, *image = saved
     need_x, need_w, need_b = needs[0], needs[1:4], needs[4:]
     need1 = need_x or need_w[0] or need_b[0]
     need2 = need1 or need_w[1] or need_b[1]
@@ -79,28 +103,39 @@ def backward(
     )
     dz1, dz2, sums2 = None, None, dz3.new_empty((0, shape.c2), dtype=torch.float32)
     if need2:
-        flat, _ = launch_stem_pack(filters[1], filters[2], None, x.dtype)
+        flat, _ = launch_stem_pack(filters[1], filters[2], None, y2.dtype)
         packed2, packed3 = shape.packed(flat, backward=True)
         dz2, sums2 = _data_gradient(dz3, packed3, r, r, kernel=3)
         if need1:
             dz, _ = _data_gradient(dz2, packed2, z, None, kernel=1)
-            n, _, *sides = x.shape
-            height, width = (stem.sides(side, shape.conv1.kernel)[0] for side in sides)
+            map_shape = (dz3.shape[0], shape.conv1.c_out, *_sides1(x, image, stem, shape))
             dz1 = pooling_triton.max_pool2d_lrn_backward(
-                dz, (n, shape.conv1.c_out, height, width), pooled, index1, *stem.norm1, stem.pool1,
-                gated=True,
+                dz, map_shape, pooled, index1, *stem.norm1, stem.pool1, gated=True
             )  # fmt: skip
-    dx = x.new_empty(0)
-    if need_x and dz1 is not None:
+    dx = y2.new_empty(0)
+    if need_x and dz1 is not None and x is not None:
         dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
         launch_image_conv_dgrad(
             shape.conv1, dz1, filters[0].contiguous(), dx, _image_config(shape, dz1),
             precision=precision,
         )  # fmt: skip
+    first = image[0] if image else x
+    assert first is not None  # for the type checker: what is not packed is kept
     gradients = _parameter_gradients(
-        shape, StemMaps(x, z, r, dz1, dz2, dz3), sums2, filters, biases, need_w, need_b
-    )
+        shape, StemMaps(first, z, r, dz1, dz2, dz3, packed=len(image) > 0), sums2,
+        filters, biases, need_w, need_b,
+    )  # fmt: skip
     return [dx, *gradients]
+
+
+def _sides1(x: Tensor | None, image: list[Tensor], stem: Stem, shape: StemShape) -> tuple[int, int]:
+    """Rows and columns of conv1's output, of which the image or the packed one tells."""
+    if image:
+        _, height, width, _ = image[0].shape
+        return height - BORDER, width - BORDER
+    assert x is not None  # for the type checker: what is not packed is kept
+    height, width = (stem.sides(side, shape.conv1.kernel)[0] for side in x.shape[2:])
+    return height, width
 
 
 def _shape(filters: list[Tensor], stem: Stem) -> StemShape:
@@ -112,6 +147,30 @@ def _shape(filters: list[Tensor], stem: Stem) -> StemShape:
 def _image_config(shape: StemShape, dz1: Tensor) -> ImageConvConfig:
     ops, target, pixels = problem_of(dz1)
     return image_conv_config(shape.conv1.positions, shape.conv1.c_out, pixels, ops, target)
+
+
+def _convolve_image(
+    image: ImageToPack, packed: Tensor, weight: Tensor, bias: Tensor, stem: Stem
+) -> Tensor:
+    """relu(conv1 + bias), exactly channels last, of the packed image; by the library of the image
+    itself."""
+    c_out, c_in, kernel, _ = image.weight.shape
+    y = empty_channels_last(
+        image.x.shape[0], c_out, image.out_height, image.out_width,
+        dtype=packed.dtype, device=packed.device,
+    )  # fmt: skip
+    ops, target, pixels = problem_of(y)
+    plan = dispatch.conv_plan(c_in, c_out, kernel, stem.stride, pixels, ops, target)
+    if plan.library("conv.forward"):
+        y, _ = conv2d_triton.forward(
+            image.x, image.weight, image.bias, stem.stride, stem.padding, False
+        )
+        return y
+    launch_stem_conv_fwd(
+        packed, weight, bias, y, stem_conv_config(c_out, pixels, ops, target),
+        precision=ops.precision,
+    )  # fmt: skip
+    return y
 
 
 def _convolve(x: Tensor, packed: Tensor, bias: Tensor, *, kernel: int) -> Tensor:
@@ -198,10 +257,15 @@ def _parameter_gradients(
         widths = (shape.conv1.c_out, shape.c2, shape.c3)
         partials = launch_stem_wgrad(
             shape, maps,
-            stem_wgrad_config(shape.conv1.positions, widths, pixels1, pixels, ops, target),
+            stem_wgrad_config(
+                DEPTH if maps.packed else shape.conv1.positions, widths, pixels1, pixels, ops,
+                target, maps.packed,
+            ),
             # the gradient of conv1's bias comes with that of its filter
             filters=(need_w[0] or need_b[0], ours[1].numel() > 0, ours[2].numel() > 0),
             bias3=need_b[2], precision=ops.precision,
         )  # fmt: skip
-        launch_stem_finish(shape, partials, sums2, ours, grads[3:], finish_config())
+        launch_stem_finish(
+            shape, partials, sums2, ours, grads[3:], finish_config(), packed=maps.packed
+        )
     return grads

@@ -32,6 +32,7 @@ from fused_inception.tuning.configs import (
     NaiveWgradConfig,
     NormConfig,
     PointwiseConfig,
+    StemConvConfig,
     StemWgradConfig,
     VectorConfig,
     WgradConfig,
@@ -137,6 +138,7 @@ wgrad_config = _family(WgradConfig, wgrad_heuristic.wgrad_config)
 norm_config = _family(NormConfig, norm_heuristic.norm_config)
 conv_config = _family(ConvConfig, conv_heuristic.conv_config)
 image_conv_config = _family(ImageConvConfig, conv_heuristic.image_conv_config)
+stem_conv_config = _family(StemConvConfig, conv_heuristic.stem_conv_config)
 stem_wgrad_config = _family(StemWgradConfig, conv_heuristic.stem_wgrad_config)
 avg_pool_project_config = _family(AvgPoolProjectConfig, conv_heuristic.avg_pool_project_config)
 naive_config = _family(NaiveConfig, naive_heuristic.naive_config)

@@ -195,6 +195,15 @@ class ImageConvConfig:
 
 
 @dataclass(frozen=True)
+class StemConvConfig:
+    """The stem's first convolution, of a packed image: forward; the step divides 64."""
+
+    forward: Tile
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class ConvConfig:
     """One "same" convolution: forward (pixels, output, input channels), its data and its weight
     gradient."""

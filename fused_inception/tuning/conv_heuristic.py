@@ -11,6 +11,7 @@ from fused_inception.tuning.configs import (
     ConvConfig,
     EpilogueConfig,
     ImageConvConfig,
+    StemConvConfig,
     StemWgradConfig,
     Tile,
     WgradJob,
@@ -70,6 +71,22 @@ def image_conv_config(
 
 
 @functools.lru_cache(maxsize=4096)
+def stem_conv_config(c_out: int, n_pixels: int, ops: Operands, target: Target) -> StemConvConfig:
+    """The stem's first convolution of a packed image, four steps of 64 in 16 bits.
+
+    So short a program does not fill a pipeline of its own: three should fit a processor, each with
+    two stages and the row that waits in registers.
+    """
+    tile = conv_tile(n_pixels, c_out, 64, 4, ops, target, max_elements=128 * 64)
+    return StemConvConfig(tile, warps([tile]), min(2, stages([tile], ops, target)))
+
+
+def _half_of(target: Target) -> Target:
+    """With so much shared memory that what `stages` makes fits twice: it leaves a quarter."""
+    return replace(target, shared_bytes=target.shared_bytes * 2 // 3)
+
+
+@functools.lru_cache(maxsize=4096)
 def stem_wgrad_config(
     positions: int,
     widths: tuple[int, int, int],
@@ -77,26 +94,36 @@ def stem_wgrad_config(
     n_pixels: int,
     ops: Operands,
     target: Target,
+    packed: bool = False,
 ) -> StemWgradConfig:
-    """Filter gradients of the stem: `n_pixels1` behind conv1, `n_pixels` behind conv2 and conv3.
+    """Filter gradients of the stem: `n_pixels1` behind conv1, `n_pixels` behind conv2 and conv3;
+    `positions` of a filter of conv1, with `packed` those of the packed one.
 
     The gathers of conv1 wait for memory, and hide that behind those of a second program: two should
     fit a processor, so accumulators are of 128 x 128 at the most, with half of the shared memory.
     """
     c1, c2, c3 = widths
-    image = image_conv_config(positions, c1, n_pixels1, ops, target)
-    gradients = [FilterGradient(9 * c2, c3, max_elements=128 * 128), FilterGradient(c1, c2)]
-    conv3, conv2 = wgrad_jobs(gradients, n_pixels, ops, target)
-    tiles = [conv2.tile, conv3.tile]
-    # `stages` leaves a quarter
-    half = replace(target, shared_bytes=target.shared_bytes * 2 // 3)
+    largest = 128 * 128
+    gradients = [FilterGradient(9 * c2, c3, max_elements=largest), FilterGradient(c1, c2)]
+    if packed:
+        first = FilterGradient(positions, c1, max_elements=largest, pixels=n_pixels1)
+        conv1, conv3, conv2 = wgrad_jobs([first, *gradients], n_pixels, ops, target)
+        tiles = [conv1.tile, conv2.tile, conv3.tile]
+        num_warps = warps(tiles)
+    else:
+        image = image_conv_config(positions, c1, n_pixels1, ops, target)
+        conv1 = image.wgrad
+        conv3, conv2 = wgrad_jobs(gradients, n_pixels, ops, target)
+        # that of conv1 is not pipelined
+        tiles = [conv2.tile, conv3.tile]
+        num_warps = max(image.num_warps, warps(tiles))
     return StemWgradConfig(
-        conv1=image.wgrad,
+        conv1=conv1,
         conv2=conv2,
         conv3=conv3,
         sums=mask_config(c3, n_pixels, target),
-        num_warps=max(image.num_warps, warps(tiles)),
-        num_stages=stages(tiles, ops, half),
+        num_warps=num_warps,
+        num_stages=stages(tiles, ops, _half_of(target)),
     )
 
 

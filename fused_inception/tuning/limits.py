@@ -10,6 +10,7 @@ from fused_inception.tuning.configs import (
     MaskConfig,
     NormConfig,
     PointwiseConfig,
+    StemConvConfig,
     Tile,
 )
 from fused_inception.tuning.targets import Target
@@ -33,6 +34,8 @@ def why_not(config: Any, itemsize: int, target: Target) -> str | None:
         wide = config.gemm if isinstance(config, PointwiseConfig) else config.conv3
         if config.tail_n >= wide.block_n:
             return f"tail_n {config.tail_n} is not below block_n {wide.block_n}"
+    if isinstance(config, StemConvConfig) and config.forward.block_k > 64:
+        return f"block_k must divide 64, got {config.forward.block_k}"
     needed = shared_bytes(config, itemsize)
     if needed > target.shared_bytes:
         return f"needs {needed} bytes of shared memory, {target.name} has {target.shared_bytes}"

@@ -33,6 +33,7 @@ class FilterGradient:
     columns: int
     gathered: bool = False  # its rows are read through the pool's winners
     max_elements: int | None = None
+    pixels: int | None = None  # where they are not those of the launch
 
     def tile(self, n_pixels: int, ops: Operands, target: Target) -> Tile:
         """The cheapest, of however many splits."""
@@ -55,19 +56,20 @@ def wgrad_jobs(
     gradients: Sequence[FilterGradient], n_pixels: int, ops: Operands, target: Target
 ) -> list[WgradJob]:
     """Tile and splits of each of `gradients`, which one launch computes in this order."""
-    tiles = [gradient.tile(n_pixels, ops, target) for gradient in gradients]
+    pixels = [n_pixels if gradient.pixels is None else gradient.pixels for gradient in gradients]
+    tiles = [g.tile(n, ops, target) for g, n in zip(gradients, pixels, strict=True)]
 
     def jobs(limit: float) -> list[WgradJob]:
         found = []
-        for gradient, tile in zip(gradients, tiles, strict=True):
-            splits = math.ceil(gradient.seconds(tile, n_pixels, ops, target) / limit)
-            found.append(WgradJob(tile, max(1, min(splits, n_pixels // (4 * tile.block_k)))))
+        for gradient, n, tile in zip(gradients, pixels, tiles, strict=True):
+            splits = math.ceil(gradient.seconds(tile, n, ops, target) / limit)
+            found.append(WgradJob(tile, max(1, min(splits, n // (4 * tile.block_k)))))
         return found
 
     def seconds(jobs: list[WgradJob]) -> float:
         programs, partials = [], 0
-        for gradient, job in zip(gradients, jobs, strict=True):
-            chunk, splits = job.chunks(n_pixels)
+        for gradient, n, job in zip(gradients, pixels, jobs, strict=True):
+            chunk, splits = job.chunks(n)
             tiles = math.ceil(gradient.rows / job.tile.block_m)
             tiles *= math.ceil(gradient.columns / job.tile.block_n)
             programs.append((tiles * splits, gradient.seconds(job.tile, chunk, ops, target)))

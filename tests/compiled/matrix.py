@@ -52,6 +52,8 @@ def _auxiliary(below: str, batch: int) -> Problem:
 # layer of GoogLeNet -> its problem for a batch
 LAYERS: dict[str, Callable[[int], Problem]] = {
     "stem": lambda n: Stem(n, IMAGE),
+    # not in the network: reads the image as it is, in training too
+    "stem-rgba": lambda n: Stem(n, IMAGE, channels=4),
     # its parts, as operators of their own
     "conv1": lambda n: Convolution(n, 3, 64, kernel=7, stride=2, side=IMAGE),
     "conv2": lambda n: Convolution(n, 64, 64, kernel=1, stride=1, side=SIZES.maxpool1),
@@ -107,7 +109,7 @@ class Group:
 
 # every test run: what the heuristics return for GoogLeNet in bf16 on sm_90, and each kernel for
 # the other types there and for bf16 on the other targets
-STEM = ("stem", "conv1", "pool1", "conv2", "conv3", "pool2")
+STEM = ("stem", "stem-rgba", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
 LIBRARY = ("4c-library", "4c-bn-library", "conv1-library", "conv3-bn-library")
 FAMILIES = (

@@ -223,16 +223,19 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Stem:
-    """The stem of the paper's network, of images in torch's own layout."""
+    """The stem of the paper's network, of images in torch's own layout; of more than 3 channels
+    they are not packed."""
 
     batch: int
     side: int
+    channels: int = 3
 
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The script of the operator; in training the image needs no gradient."""
         options = StemOptions(2, 3, STEM_POOL, STEM_NORM, STEM_NORM, STEM_POOL)
-        x = torch.empty((self.batch, 3, self.side, self.side), dtype=dtype, device="meta")
-        shapes = ((64, 3, 7, 7), (64, 64, 1, 1), (192, 64, 3, 3))
+        image = (self.batch, self.channels, self.side, self.side)
+        x = torch.empty(image, dtype=dtype, device="meta")
+        shapes = ((64, self.channels, 7, 7), (64, 64, 1, 1), (192, 64, 3, 3))
         filters = [torch.empty(shape, device="meta") for shape in shapes]
         biases = [torch.empty(shape[0], device="meta") for shape in shapes]
         y, saved = stem_triton.forward(x, filters, biases, options, training)
