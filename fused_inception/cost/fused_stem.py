@@ -9,7 +9,6 @@ from fused_inception.cost.plan import Plan
 from fused_inception.geometry import align_up
 
 
-
 def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -> Tensor:
     """Images `x` to the input of the first module; `launch` writes down a launch of ours.
 

@@ -9,7 +9,7 @@ from fused_inception.functional.layout import settle
 from fused_inception.geometry import AvgWindow
 from fused_inception.ops import avg_pool_project as _avg_pool_project
 from fused_inception.ops import global_pool as _global_pool
-from fused_inception.ops.registration import autocast, autocasts
+from fused_inception.ops.registration import autocast, autocasts, call
 
 
 def global_avg_pool2d(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def global_avg_pool2d(x: Tensor) -> Tensor:
     Autograd saves no tensor. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    return _global_pool.global_avg_pool2d(x, None, 1.0, resolve(x))
+    return call(_global_pool.global_avg_pool2d, x, None, 1.0, resolve(x))
 
 
 def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
@@ -61,7 +61,7 @@ def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) 
     # the draw is torch's own launch, of [N, C]; so a CUDA graph draws anew in every replay. Drawing
     # a seed for a generator inside the kernel would be as many launches, and other numbers
     _, kept = torch.native_dropout(x.new_empty(x.shape[:2]), p, True)
-    y = _global_pool.global_avg_pool2d(x, kept, 0.0 if p == 1 else 1 / (1 - p), impl)
+    y = call(_global_pool.global_avg_pool2d, x, kept, 0.0 if p == 1 else 1 / (1 - p), impl)
     return torch.flatten(y, 1)
 
 
@@ -123,5 +123,5 @@ def _pool_project(x: Tensor, weight: Tensor, bias: Tensor, pool: AvgWindow) -> T
     x = settle(autocast(x), impl)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     options = pool.kernel, pool.stride, pool.ceil_mode, pool.grid
-    y, _ = _avg_pool_project.avg_pool2d_conv1x1_relu(x, weight, bias, *options, save, impl)
+    y, _ = call(_avg_pool_project.avg_pool2d_conv1x1_relu, x, weight, bias, *options, save, impl)
     return y

@@ -14,7 +14,7 @@ from fused_inception.functional.pooling import pool
 from fused_inception.geometry import Window
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import trunk as _trunk
-from fused_inception.ops.registration import autocast, autocasts
+from fused_inception.ops.registration import autocast, autocasts, call
 
 
 def inception_trunk(
@@ -65,8 +65,8 @@ def inception_trunk(
     if impl == "triton" and _trunk.why_not(filters, trunk) is None:
         x = settle(autocast(x), impl)
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
-        y, tapped, _ = _trunk.inception_trunk(
-            x, filters, biases, trunk.integers, list(trunk.taps), save
+        y, tapped, _ = call(
+            _trunk.inception_trunk, x, filters, biases, trunk.integers, list(trunk.taps), save
         )
         return y, tuple(tapped)
     outputs = []

@@ -189,7 +189,7 @@ def _differentiate(
     reached = [at for at, grad in zip(ctx.taps, d_taps, strict=True) if grad is not None]
     last = convs // CONVS - 1 if dy is not None else max(reached, default=-1)
     # torch wants the structure of the inputs, where an empty list is one of tensors
-    options = [None if given else [] for given in (ctx.pools, ctx.taps)]
+    options: list[Any] = [None if given else [] for given in (ctx.pools, ctx.taps)]
     if last < 0:
         return None, [None] * convs, [None] * convs, *options, None
     if not ctx.saves:
