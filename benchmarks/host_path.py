@@ -1,8 +1,8 @@
 """What a call costs on the host: the Triton path on a CPU, where launches end before the driver.
 
-Nothing is compiled or computed. Tensors lie in host memory; Triton binds and specialises the
-arguments of every launch as for a GPU, and finds a stub where the compiled kernel would be. Left
-out are the driver's own launch and CUDA's allocator. Totals are processor time of the calling
+Nothing is compiled or computed. Tensors lie in host memory; launches are found in their memory, or
+by Triton, as for a GPU, with a stub where the compiled kernel would be. Left out are the driver's
+own launch and CUDA's allocator. Totals are processor time of the calling
 thread; parts are timed in rounds of their own by clocks that make their sum larger. Of all rounds
 the fastest counts: what else the machine does only adds.
 """
@@ -41,7 +41,7 @@ PARTS = {
     "config": "look-up of launch configurations",
     "allocation": "torch.empty and its kin",
     "run": "kernels.launch.run",
-    "triton": "Triton: binding, specialisation, its cache",
+    "triton": "kernels.relaunch.launch: what a launch was compiled for, or Triton's own binding",
 }
 ALLOCATORS = ("empty", "empty_like", "empty_strided", "zeros", "zeros_like")
 
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def ours_us(self) -> float:
-        """Without Triton's share, of one launch."""
+        """Without finding the compiled kernel, of one launch."""
         return (self.total_us - self.parts_us["triton"]) / max(1, self.launches)
 
 
@@ -92,6 +92,7 @@ def no_driver() -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from fused_inception.kernels import relaunch
     from tests.compiled.collect import StubDriver
 
     launched = SimpleNamespace(
@@ -108,6 +109,7 @@ def no_driver() -> Iterator[None]:
         # a plain function: a mock that records its calls takes longer than what it stands for
         mock.patch("fused_inception.backend._interpreter_is_on", lambda: True),  # noqa: PT008
         mock.patch.object(JITFunction, "_do_compile", compiled),
+        mock.patch.object(relaunch, "DEVICES", frozenset({"cpu"})),
         fi.backend("triton"),
     ):
         yield
@@ -116,9 +118,7 @@ def no_driver() -> Iterator[None]:
 @contextmanager
 def clocked(clock: Clock) -> Iterator[None]:
     """Everything that belongs to a part is timed."""
-    from triton.runtime.jit import JITFunction
-
-    from fused_inception.kernels import launch
+    from fused_inception.kernels import launch, relaunch
 
     part_of: dict[int, tuple[str, Any]] = {}
 
@@ -147,8 +147,8 @@ def clocked(clock: Clock) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch, name, timed))
         timed = clock.wrap("allocation", torch.Tensor.new_empty)
         stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", timed))
-        timed = clock.wrap("triton", JITFunction.run)
-        stack.enter_context(mock.patch.object(JITFunction, "run", timed))
+        timed = clock.wrap("triton", relaunch.launch)
+        stack.enter_context(mock.patch.object(relaunch, "launch", timed))
         timed = clock.wrap("dispatch", torch._ops.OpOverload.__call__)
         stack.enter_context(mock.patch.object(torch._ops.OpOverload, "__call__", timed))
         yield

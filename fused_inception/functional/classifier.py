@@ -9,7 +9,7 @@ from fused_inception.functional.layout import settle
 from fused_inception.geometry import AvgWindow
 from fused_inception.ops import avg_pool_project as _avg_pool_project
 from fused_inception.ops import global_pool as _global_pool
-from fused_inception.ops.registration import autocast, autocasts
+from fused_inception.ops.registration import autocast, autocasts, call
 
 
 def global_avg_pool2d(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def global_avg_pool2d(x: Tensor) -> Tensor:
     Autograd saves no tensor. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    return _global_pool.global_avg_pool2d(x, None, 1.0, resolve(x))
+    return call(_global_pool.global_avg_pool2d, x, None, 1.0, resolve(x))
 
 
 def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
@@ -58,7 +58,7 @@ def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) 
     if not training or p == 0:
         return torch.flatten(global_avg_pool2d(x), 1)
     impl = resolve(x)
-    y = _global_pool.global_avg_pool2d(x, *drawn(x, x.shape[1], p), impl)
+    y = call(_global_pool.global_avg_pool2d, x, *drawn(x, x.shape[1], p), impl)
     return torch.flatten(y, 1)
 
 
@@ -128,5 +128,5 @@ def _pool_project(x: Tensor, weight: Tensor, bias: Tensor, pool: AvgWindow) -> T
     x = settle(autocast(x), impl)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     options = pool.kernel, pool.stride, pool.ceil_mode, pool.grid
-    y, _ = _avg_pool_project.avg_pool2d_conv1x1_relu(x, weight, bias, *options, save, impl)
+    y, _ = call(_avg_pool_project.avg_pool2d_conv1x1_relu, x, weight, bias, *options, save, impl)
     return y

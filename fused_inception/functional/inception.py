@@ -1,8 +1,5 @@
 """The Inception module with biases, and its naive form."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +8,7 @@ from fused_inception.backend import resolve
 from fused_inception.functional.layout import settle
 from fused_inception.ops import inception as _inception
 from fused_inception.ops import inception_naive as _inception_naive
-from fused_inception.ops.registration import autocast, autocasts
+from fused_inception.ops.registration import autocast, autocasts, call
 
 
 def inception(
@@ -98,11 +95,11 @@ def inception_naive(
 
 
 def _module(
-    op: Callable[..., Any], x: Tensor, filters: list[Tensor], biases: list[Tensor]
+    op: torch._ops.OpOverload, x: Tensor, filters: list[Tensor], biases: list[Tensor]
 ) -> Tensor:
     """Run a form of the module."""
     impl = resolve(x)
     x = settle(autocast(x), impl)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
-    y, _ = op(x, filters, biases, save, impl)
+    y, _ = call(op, x, filters, biases, save, impl)
     return y

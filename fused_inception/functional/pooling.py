@@ -1,8 +1,5 @@
 """Pooling and local response normalisation."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,6 +8,7 @@ from fused_inception.backend import BackendError, resolve, selected
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import Window
 from fused_inception.ops import pooling as _pooling
+from fused_inception.ops.registration import call
 
 
 def max_pool2d(
@@ -136,7 +134,7 @@ def max_pool2d_lrn(
     return pool(_pooling.max_pool2d_lrn, x, window, size, alpha, beta, k)
 
 
-def pool(op: Callable[..., Any], x: Tensor, window: Window | None, *norm: float) -> Tensor:
+def pool(op: torch._ops.OpOverload, x: Tensor, window: Window | None, *norm: float) -> Tensor:
     """Run an operator of `ops.pooling`."""
     impl = resolve(x)
     if impl == "triton" and window is not None and window.kernel > _pooling.MAX_KERNEL:
@@ -150,5 +148,5 @@ def pool(op: Callable[..., Any], x: Tensor, window: Window | None, *norm: float)
     if window is not None:
         options += [window.kernel, window.stride, window.padding, window.ceil_mode]
     save = torch.is_grad_enabled() and x.requires_grad
-    y, _ = op(settle(x, impl), *options, save, impl)
+    y, _ = call(op, settle(x, impl), *options, save, impl)
     return y

@@ -10,7 +10,7 @@ from fused_inception.functional.pooling import pool
 from fused_inception.geometry import STEM_NORM, STEM_POOL, Window
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import stem as _stem
-from fused_inception.ops.registration import autocast, autocasts
+from fused_inception.ops.registration import autocast, autocasts, call
 
 
 def googlenet_stem(
@@ -74,7 +74,7 @@ def googlenet_stem(
     if impl == "triton" and _stem.why_not(filters, stem) is None:
         x = autocast(x)
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
-        y, _ = _stem.googlenet_stem(x, filters, biases, stem.integers, stem.constants, save)
+        y, _ = call(_stem.googlenet_stem, x, filters, biases, stem.integers, stem.constants, save)
         return y
     x = conv2d_relu(x, w1, b1, stride, padding)
     x = pool(_pooling.max_pool2d_lrn, x, pool1, *norm1)

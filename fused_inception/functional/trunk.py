@@ -18,7 +18,7 @@ from fused_inception.functional.pooling import pool
 from fused_inception.geometry import Window
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import trunk as _trunk
-from fused_inception.ops.registration import autocast, autocasts
+from fused_inception.ops.registration import autocast, autocasts, call
 
 
 def inception_trunk(
@@ -82,8 +82,9 @@ def inception_trunk(
             last = parameters[-1]
             channels = sum(last[i].shape[0] for i in (0, 4, 8, 10))
             kept, scale = drawn(x, channels, dropout)
-        y, tapped, _ = _trunk.inception_trunk(
-            x, filters, biases, kept, scale, trunk.integers, _save_from(x, parameters)
+        y, tapped, _ = call(
+            _trunk.inception_trunk,
+            *(x, filters, biases, kept, scale, trunk.integers, _save_from(x, parameters)),
         )
         return y, tuple(tapped)
     outputs = []

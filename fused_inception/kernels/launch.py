@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fused_inception import launches
+from fused_inception.kernels import relaunch
 
 
 def cdiv(a: int, b: int) -> int:
@@ -57,6 +58,6 @@ def run(
         kernel.warmup(*args, grid=grid, **constants, num_warps=num_warps)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **constants, num_warps=num_warps)
+            relaunch.launch(kernel, grid, args, constants, num_warps)
     else:
-        kernel[grid](*args, **constants, num_warps=num_warps)
+        relaunch.launch(kernel, grid, args, constants, num_warps)

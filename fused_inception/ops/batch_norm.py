@@ -26,6 +26,7 @@ from fused_inception.ops.layout import (
     settle_all,
 )
 from fused_inception.ops.registration import (
+    call,
     refuse_double_backward,
     register,
     register_autocast,
@@ -162,8 +163,8 @@ class _Family:
     ) -> tuple[Tensor, list[Tensor]]:
         """The operator with bias."""
         if not geometry:
-            return inception.inception(x, filters, biases, save, impl)
-        return conv2d.conv2d_relu(x, filters[0], biases[0], *geometry, save, impl)
+            return call(inception.inception, x, filters, biases, save, impl)
+        return call(conv2d.conv2d_relu, x, filters[0], biases[0], *geometry, save, impl)
 
     def evaluate_fake(self, x: Tensor, filters: list[Tensor], *rest: Any) -> Tensor:
         geometry = rest[LISTS - 1 : LISTS - 1 + self.geometry]

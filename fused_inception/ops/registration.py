@@ -1,6 +1,6 @@
 """What every operator here has in common: its registration, and the rules that are all alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +11,8 @@ from fused_inception.backend import constant_when_compiled
 NAMESPACE = "fused_inception"
 # operator -> what it runs
 IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+# operator -> the same with its gradient, for eager calls
+_FUNCTIONS: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
 
 # registrations live as long as this object
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -35,8 +37,86 @@ def register(
 def register_autograd(
     op: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
-    """Give `op` its gradient."""
+    """Give `op` its gradient, for calls through `torch.ops` and through `call`."""
     torch.library.register_autograd(op._name, backward, setup_context=setup_context, lib=_library)
+    _FUNCTIONS[op] = _function(op, backward, setup_context)
+
+
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """`op(*arguments)`, its gradient recorded by a plain `torch.autograd.Function`.
+
+    What `torch.library.register_autograd` makes flattens and restores lists of tensors as trees,
+    four times a step. It serves compilers, and whoever calls `torch.ops` directly. Here the first
+    tensor is as autocast wants it: the operator's own rule runs below the gradient.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*arguments)
+    tensors = [t for argument in arguments for t in _tensors(argument)]
+    if not any(t.requires_grad for t in tensors):
+        return op(*arguments)
+    shape_of_output: list[int | None] = []
+    flat = iter(_FUNCTIONS[op].apply(arguments, shape_of_output, *tensors))
+    output = _restored(flat, shape_of_output)
+    return output[0] if len(output) == 1 else tuple(output)
+
+
+def _function(
+    op: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """`op` as a function of its arguments, a list for the shape of its output, and of the tensors
+    among its arguments, one by one, as autograd wants them."""
+
+    def forward(ctx: Any, arguments: Any, shape: list[int | None], *_: Tensor) -> Any:
+        output = op(*arguments)
+        setup_context(ctx, arguments, output)
+        outputs = output if isinstance(output, tuple) else (output,)
+        shape += map(_length, outputs)
+        ctx.shape_of_output = shape
+        ctx.shape_of_input = [_length(argument) for argument in arguments]
+        return tuple(t for part in outputs for t in _tensors(part))
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        shape, flat_needs = ctx.shape_of_input, ctx.needs_input_grad
+        ctx.needs_input_grad = _restored(iter(flat_needs[2:]), shape, False)
+        try:
+            results = backward(ctx, *_restored(iter(grads), ctx.shape_of_output))
+        finally:
+            ctx.needs_input_grad = flat_needs
+        results = results if isinstance(results, tuple) else (results,)
+        flat = [None, None]
+        for result, length in zip(results, shape, strict=True):
+            if length is None:
+                flat.append(result)
+            elif length > 0:
+                flat += result
+        return tuple(flat)
+
+    name = f"{op._opname}_function"
+    members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    return type(name, (torch.autograd.Function,), members)
+
+
+def _tensors(argument: Any) -> Iterable[Tensor]:
+    """The tensors of one argument."""
+    if isinstance(argument, Tensor):
+        return (argument,)
+    return argument if _length(argument) else ()
+
+
+def _length(argument: Any) -> int | None:
+    """How many tensors an argument has: None for a tensor, 0 for a list of none and for options."""
+    if isinstance(argument, Tensor):
+        return None
+    are_tensors = isinstance(argument, list) and argument and isinstance(argument[0], Tensor)
+    return len(argument) if are_tensors else 0
+
+
+def _restored(flat: Iterator[Any], shape: Sequence[int | None], none: Any = ()) -> list[Any]:
+    """What was flattened, again in lists; `none` where there was nothing."""
+    return [
+        next(flat) if length is None else [next(flat) for _ in range(length)] if length else none
+        for length in shape
+    ]
 
 
 def refuse_double_backward(op: torch._ops.OpOverload, reference: str) -> None:

@@ -1,0 +1,151 @@
+"""A kernel that has been launched is launched again without Triton's binding of its arguments.
+
+Triton binds, specialises and looks up at every launch, about 20 us on a CPU of 2020; what it finds
+depends on a key that takes a few microseconds to put together. The key here is at least as fine as
+Triton's, so a remembered kernel is the one that Triton would have found.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# whose specialisation and launch protocol this file follows; others take Triton's own way
+_VERSIONS = ("3.6.", "3.7.")
+_MOST_INTEGERS = 10_000
+# types of devices; on AMD's GPUs, which torch calls "cuda" too, Triton also specialises on sizes
+DEVICES = frozenset(
+    {"cuda"} if triton.__version__.startswith(_VERSIONS) and torch.version.hip is None else ()
+)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A compiled kernel and what Triton would launch it with."""
+
+    kernel: Any  # alive, so that its id stays its own
+    driver: Any
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]  # as the signature has them, behind the run-time arguments
+
+
+_known: dict[tuple[Any, ...], _Known] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+) -> None:
+    """`kernel[grid](*args, **constants, num_warps=num_warps)` on the current device, which is that
+    of the first of `args`."""
+    try:
+        key = _key(kernel, args, constants, num_warps)
+        known = None if key is None else _known.get(key)
+    except TypeError:  # an argument that has no rule below, a constant without a hash
+        key = known = None
+    if key is None:
+        kernel[grid](*args, **constants, num_warps=num_warps)
+        return
+    active = driver.active
+    if known is not None and known.driver is active:
+        grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
+        stream = active.get_current_stream(args[0].device.index)
+        # no metadata and no hooks: only hooks read the metadata
+        known.run(
+            grid_x, grid_y, grid_z, stream, known.function, known.metadata, None, None, None,
+            *args, *known.constants,
+        )  # fmt: skip
+        return
+    compiled = kernel[grid](*args, **constants, num_warps=num_warps)
+    rest = kernel.arg_names[len(args) :]
+    # None: a hook has stopped the compilation; other names: an argument has its default
+    if compiled is not None and constants.keys() == set(rest):
+        _known[key] = _Known(
+            kernel, active, compiled.run, compiled.function, compiled.packed_metadata,
+            tuple(constants[name] for name in rest),
+        )  # fmt: skip
+
+
+def _key(
+    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], num_warps: int
+) -> tuple[Any, ...] | None:
+    """All that Triton compiles a kernel by; None where it must see the launch itself: an
+    interpreted kernel, a hook.
+
+    Finer than Triton in arguments of `do_not_specialize` and in addresses, which it only knows as
+    multiples of 16 or not.
+
+    Raises:
+        TypeError: an argument is neither tensor nor number nor None.
+    """
+    device = args[0].device
+    if device.type not in DEVICES or type(kernel) is not JITFunction:
+        return None
+    # globals are constants of a kernel; Triton looks whether they are still what they were
+    if kernel.pre_run_hooks or kernel.used_global_vals:
+        return None
+    runtime = knobs.runtime
+    if (
+        _has_calls(runtime.launch_enter_hook)
+        or _has_calls(runtime.launch_exit_hook)
+        # Triton 3.6 knows it while it compiles only
+        or runtime.add_stages_inspection_hook is not None
+    ):
+        return None
+    return (
+        id(kernel), device, num_warps, kernel.debug or runtime.debug,
+        knobs.compilation.instrumentation_mode, tuple(constants), tuple(constants.values()),
+        # a loop in one expression: at every launch, over up to 40 arguments
+        *[
+            (arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype, arg.data_ptr() & 15))
+            if isinstance(arg, torch.Tensor)
+            else _kinds[arg]
+            if type(arg) is int
+            else _kind_of_other(arg)
+            for arg in args
+        ],
+    )  # fmt: skip
+
+
+class _Kinds(dict[int, int]):
+    """What Triton specialises an integer on: 1 is a constant; else the width and whether 16 divides
+    it."""
+
+    def __missing__(self, value: int) -> int:
+        wide = 0 if -(2**31) <= value < 2**31 else 2 if value < 2**63 else 4
+        kind = -1 if value == 1 else wide | (value & 15 == 0)
+        # sizes of maps and grids: few in a process, unless it makes new ones for ever
+        if len(self) < _MOST_INTEGERS:
+            self[value] = kind
+        return kind
+
+
+_kinds = _Kinds()
+
+
+def _kind_of_other(arg: Any) -> Any:
+    """Of what is neither tensor nor integer.
+
+    Raises:
+        TypeError: there is no rule for it here.
+    """
+    if arg is None:
+        return None
+    if type(arg) is float:
+        return float
+    raise TypeError(f"no rule for a {type(arg).__name__}")
+
+
+def _has_calls(hook: Any) -> bool:
+    """Whether a hook would be called: Triton's chains of hooks may be empty."""
+    return bool(getattr(hook, "calls", hook))
