@@ -241,6 +241,30 @@ def test_folded_in_eval_and_never_stale(impl: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("single", [False, True], ids=["module", "convolution"])
+def test_empty_batch_counts_and_changes_nothing_else(single: bool, impl: str) -> None:
+    """As PyTorch's own layers have it."""
+    if single:
+        ours = fi.ConvBlock(8, 16, kernel_size=3, padding=1, norm="batch")
+        theirs = fi.reference.ConvBlock(8, 16, kernel_size=3, padding=1, norm="batch")
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(0, 8, 4, 5)
+    else:
+        ours = block()
+        theirs, x = twin_of(ours), torch.randn(0, 24, 4, 5)
+    for module in (ours, theirs):
+        with fi.backend(impl):
+            y = module(x)
+            y.sum().backward()
+    assert y.shape[0] == 0
+    for (name, got), want in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(got, want), name
+    for (name, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(got.grad, want.grad), name
+        assert not got.grad.any(), name
+
+
 def test_errors() -> None:
     x = torch.randn(1, 24, 1, 1)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):

@@ -162,6 +162,16 @@ def test_compiles_into_one_graph(impl: str, device: torch.device) -> None:
     torch.testing.assert_close(dx, torch.autograd.grad(want.sum(), x)[0])
 
 
+def test_what_follows_may_work_in_place(device: torch.device) -> None:
+    x = draw((2, 8, 3, 3), torch.float32, device).requires_grad_()
+    layers = torch.nn.Sequential(
+        fi.GlobalAvgPool2d(), torch.nn.Flatten(), torch.nn.Dropout(0.5, inplace=True)
+    )
+    for backend in ("torch", "triton"):
+        with fi.backend(backend):
+            layers(x).sum().backward()
+
+
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
 def test_wrong_probability(p: float) -> None:
     with pytest.raises(ValueError, match="p must be between 0 and 1, got"):

@@ -1,6 +1,9 @@
 """`verify`: what it finds, what it leaves as it was; the commands `verify` and `explain`."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +21,7 @@ from fused_inception.tools import verify as verify_tool
 from fused_inception.tools.side_by_side import Error
 from tests.torchvision_import import import_torchvision
 
+ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (16, 8, 16, 24, 8, 16, 8)
 
 
@@ -317,6 +321,16 @@ class TestCommands:
         command = ["verify", "--model", "tests.test_verify:make_biased", "--image-size", "8"]
         assert main(command) == 1
         assert "FAILED" in capsys.readouterr().out
+
+    def test_torchvision_in_a_process_of_its_own(self, tv: ModuleType) -> None:
+        """Also where its wheel was built for another torch."""
+        command = ["explain", "--model", "torchvision:googlenet", "--image-size", "33", "--eval"]
+        done = subprocess.run(
+            [sys.executable, "-m", "fused_inception", *command],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "inception5b  Inception" in done.stdout
 
     def test_torchvision(self, tv: ModuleType, capsys: pytest.CaptureFixture) -> None:
         command = [

@@ -93,9 +93,12 @@ class _Family:
         *geometry, momentum, eps, skip = options
         running = Running(means, variances, batches, momentum, skip)
         running.advance()
-        y, saved = self.implementation(impl).forward(
-            x, filters, gammas, betas, running, eps, *geometry
-        )
+        script = self.implementation(impl)
+        if x.numel():
+            y, saved = script.forward(x, filters, gammas, betas, running, eps, *geometry)
+        else:  # it counts, and there is nothing to take the statistics of
+            y = self.empty_output(x, filters, geometry)
+            saved = script.saved_like(x, filters, *geometry)
         running.mark()
         return y, *saved
 
@@ -118,6 +121,9 @@ class _Family:
         *options: Any,
     ) -> list[Tensor]:
         *geometry, eps, needs, impl = options
+        if not x.numel():
+            found = gradients_like(x, (*filters, *gammas, *betas), needs)
+            return [torch.zeros_like(t) for t in found]
         backward = self.implementation(impl).backward
         gradients: Sequence[Tensor | None]
         if impl == "triton":

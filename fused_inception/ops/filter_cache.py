@@ -3,16 +3,26 @@
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Packed = tuple[torch.Tensor, torch.Tensor]
 _T = TypeVar("_T")
-_Entry = tuple[tuple[object, ...], list["weakref.ref[torch.Tensor]"], Any]
+
+
+class _Entry(NamedTuple):
+    key: tuple[object, ...]
+    tensors: list["weakref.ref[torch.Tensor]"]
+    # while these live, no other storage gets the identity of one of them
+    storages: list[StorageWeakRef]
+    result: Any
+
 
 _entries: dict[int, _Entry] = {}
 _lock = threading.Lock()
+_listening = False
 
 
 def packed(
@@ -38,26 +48,46 @@ def kept(
 
     Not safe, so made anew: in grad mode and when a backward will follow (an optimiser step may
     come at any time), under CUDA-graph capture (a replay must see the parameters of its own time),
-    for inference tensors (they carry no version). Writes through `.data` do not raise a version:
-    call `clear()` after them. A tensor comes first in one kind of thing alone.
+    for inference tensors (they carry no version). A step of an optimiser empties the cache, as
+    fused ones raise no version. Nor do writes through `.data`: call `clear()` after them. A tensor
+    comes first in one kind of thing alone.
     """
     capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if save or torch.is_grad_enabled() or capturing or any(t.is_inference() for t in tensors):
         return make()
-    # _version: the public name of the counter that autograd checks saved tensors against does not
-    # exist
-    key = (*options, *((t.data_ptr(), t._version, t.dtype, t.device, t.stride()) for t in tensors))
+    key = (*options, *map(_identity, tensors))
     owner = id(tensors[0])
     with _lock:
         entry = _entries.get(owner)
-    if entry is not None and entry[0] == key and _same(entry[1], tensors):
-        return entry[2]
+    if entry is not None and entry.key == key and _same(entry.tensors, tensors):
+        return entry.result
+    _listen()
     result = make()
     # the entry dies with the first tensor, so that a reused address is never mistaken for it
     first = weakref.ref(tensors[0], lambda _: _entries.pop(owner, None))
+    storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
     with _lock:
-        _entries[owner] = (key, [first, *map(weakref.ref, tensors[1:])], result)
+        _entries[owner] = _Entry(key, [first, *map(weakref.ref, tensors[1:])], storages, result)
     return result
+
+
+def _identity(t: torch.Tensor) -> tuple[object, ...]:
+    """Changes with the values of `t`, and when other memory is put under it."""
+    # _version: the counter that autograd checks saved tensors against has no public name
+    storage = t.untyped_storage()._cdata
+    return storage, t.storage_offset(), t._version, t.dtype, t.device, t.stride()
+
+
+def _listen() -> None:
+    """Have every step of every optimiser empty the cache."""
+    global _listening
+    with _lock:
+        if _listening:
+            return
+        _listening = True
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(lambda *_: clear())
 
 
 def _same(refs: list["weakref.ref[torch.Tensor]"], tensors: list[torch.Tensor]) -> bool:
@@ -67,5 +97,6 @@ def _same(refs: list["weakref.ref[torch.Tensor]"], tensors: list[torch.Tensor]) 
 def clear() -> None:
     """Forget all packed filters: needed only after writes that bypass version counters
     (`.data`)."""
-    with _lock:
-        _entries.clear()
+    if _entries:
+        with _lock:
+            _entries.clear()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_inception.ops.layout import channels_last, empty_channels_last
+from fused_inception.ops.layout import empty_channels_last
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -22,8 +22,9 @@ def _forward(x: Tensor, kept: Tensor | None, scale: float, impl: str) -> Tensor:
         from fused_inception.ops import global_pool_triton
 
         return global_pool_triton.forward(x, kept, scale)
-    # 16-bit means are accumulated in fp32
-    return channels_last(_drop(x.mean((2, 3), keepdim=True), kept, scale))
+    # 16-bit means are accumulated in fp32; memory of its own: what follows may work in place
+    y = _forward_fake(x, kept, scale, impl)
+    return y.copy_(_drop(x.mean((2, 3), keepdim=True), kept, scale))
 
 
 def _forward_fake(x: Tensor, kept: Tensor | None, scale: float, impl: str) -> Tensor:

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -113,8 +114,34 @@ def model_of(name: str, image_size: int) -> nn.Module:
         raise UserError(f"--model {name}: {error}") from None
 
 
+def import_torchvision(module: str) -> ModuleType:
+    """The module named, such as "torchvision.models", also beside a torch that torchvision's wheel
+    was not built for: its compiled library does not load there, and its networks need none.
+
+    Raises:
+        ImportError, RuntimeError: there is no torchvision, or it does not load for another reason.
+    """
+    try:
+        return importlib.import_module(module)
+    except RuntimeError as error:
+        if _definitions or "torchvision::" not in str(error):
+            raise
+    # torchvision registers the shapes of these operators when it is imported, and stops where
+    # nothing defines them; a definition is enough
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _definitions.append(library)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    return importlib.import_module(module)
+
+
+_definitions: list[torch.library.Library] = []
+
+
 def _torchvision_model(name: str) -> nn.Module:
-    models = importlib.import_module("torchvision.models")
+    models = import_torchvision("torchvision.models")
     options: dict[str, Any] = {"init_weights": True} if name == "googlenet" else {}
     return getattr(models, name)(**options)
 
