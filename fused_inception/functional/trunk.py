@@ -1,6 +1,7 @@
 """A run of Inception modules with biases."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from fused_inception.geometry import Window
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import trunk as _trunk
 from fused_inception.ops.registration import autocast, autocasts, call
+
+# descriptions of arguments that were found to fit, and how many are kept
+_fitting: set[tuple[Any, ...]] = set()
+_MOST = 256
 
 
 def inception_trunk(
@@ -57,7 +62,7 @@ def inception_trunk(
     byte a pooled element. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    checks.trunk_parameters(x, parameters, pools, taps, casts=autocasts(x))
+    _check(x, parameters, pools, taps)
     impl = resolve(x)
     filters = [t for module in parameters for t in module[::2]]
     biases = [t for module in parameters for t in module[1::2]]
@@ -76,3 +81,33 @@ def inception_trunk(
         if i in pools:
             x = pool(_pooling.max_pool2d, x, pools[i])
     return global_avg_pool2d(x), tuple(outputs[i] for i in taps)
+
+
+def _check(
+    x: Tensor,
+    parameters: Sequence[Sequence[Tensor]],
+    pools: Mapping[int, Window],
+    taps: Sequence[int],
+) -> None:
+    """`checks.trunk_parameters`, once for arguments of one description: a network has a hundred
+    parameters, and to describe them takes a third of the time."""
+    casts = autocasts(x)
+    if torch.compiler.is_compiling():
+        checks.trunk_parameters(x, parameters, pools, taps, casts=casts)
+        return
+    tensors = [x, *(t for module in parameters for t in module)]
+    # all that the checks read
+    description = (
+        tuple([len(module) for module in parameters]),
+        tuple([t.shape for t in tensors]),
+        tuple([t.dtype for t in tensors]),
+        tuple([t.device for t in tensors]),
+        tuple(pools.items()),
+        tuple(taps),
+        casts,
+    )
+    if description not in _fitting:
+        checks.trunk_parameters(x, parameters, pools, taps, casts=casts)
+        if len(_fitting) >= _MOST:
+            _fitting.clear()
+        _fitting.add(description)
