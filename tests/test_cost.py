@@ -252,6 +252,20 @@ def test_fusing_saves_time_launches_and_memory(variant, batch, training):
         assert total.seconds(H200.roofline()) <= total.seconds(H200) <= total.eager_seconds(H200)
 
 
+def test_without_a_graph_our_launches_cost_what_the_host_was_measured_to_take():
+    device = dataclasses.replace(
+        H200, host_seconds=cost.Figure(1.0, True, ""), our_host_seconds=cost.Figure(100.0, True, "")
+    )
+    ours, theirs = (cost.network(batch=1, plan=plan) for plan in ("fused", "compiled"))
+    launches = ours.launches("triton", "packing")
+    assert 0 < launches < ours.launches()
+    assert ours.eager_seconds(device) == 99 * launches + ours.launches()
+    assert theirs.eager_seconds(device) == theirs.launches()
+    # never less than the kernels themselves
+    large = cost.network(batch=256, plan="fused")
+    assert large.eager_seconds(H200) == large.seconds(H200)
+
+
 def test_paper_network_keeps_a_quarter_of_what_eager_keeps():
     eager, fused = (cost.network(plan=plan).saved_bytes for plan in ("eager", "fused"))
     assert fused <= eager / 4

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fused_inception as fi
 from fused_inception import functional, reference
+from fused_inception.functional import trunk
 from fused_inception.geometry import InceptionDims, Window
 from fused_inception.ops import trunk as ops
 from tests.test_trunk_kernels import CASES, POOL, Case, of_modules, results
@@ -81,6 +82,46 @@ def test_wrong_arguments(
         functional.inception_trunk(
             inputs[0], of_modules(inputs[1:]), **{"pools": {}, "taps": (), **options}
         )
+
+
+def test_arguments_that_fitted_once_are_checked_anew_when_they_change() -> None:
+    good = WIDE.tensors(torch.float32)
+    options: dict[str, Any] = {"pools": {0: Window(5, 2)}, "taps": ()}
+
+    def run(tensors: list[Tensor], **changes: Any) -> None:
+        functional.inception_trunk(tensors[0], of_modules(tensors[1:]), **{**options, **changes})
+
+    for _ in range(2):
+        run(good)
+    for i in (1, 2, 13, 24):
+        for change in (good[i][:-1], good[i].double(), good[i].to("meta")):
+            with pytest.raises((ValueError, TypeError), match=r"^module [01]: [wb]"):
+                run([*good[:i], change, *good[i + 1 :]])
+    for x in (good[0][:, :-1], good[0].double()):
+        with pytest.raises((ValueError, TypeError), match=r"^module 0: w1"):
+            run([x, *good[1:]])
+    with pytest.raises(ValueError, match="does not fit a side of 4"):
+        run([good[0][..., :4], *good[1:]])
+    for changes in ({"taps": (1, 0)}, {"pools": {0: Window(7, 1)}}, {"pools": {2: POOL}}):
+        with pytest.raises(ValueError, match=r"taps|module 0: a window|pools"):
+            run(good, **changes)
+    cast = [good[0], *(t.bfloat16() for t in good[1:])]
+    with torch.autocast("cpu", torch.bfloat16):
+        run(cast)
+    with pytest.raises(TypeError, match="module 0: w1 must be float32"):
+        run(cast)
+    with pytest.raises(ValueError, match="24 for module 0"):
+        functional.inception_trunk(good[0], [good[1:]], **options)
+    run(good)
+
+
+def test_descriptions_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trunk, "_MOST", 2)
+    monkeypatch.setattr(trunk, "_fitting", set())
+    x, *parameters = WIDE.tensors(torch.float32)
+    for n in range(1, 6):
+        functional.inception_trunk(x.expand(n, -1, -1, -1), of_modules(parameters), pools={})
+    assert 0 < len(trunk._fitting) <= 2
 
 
 def test_wrong_numbers_of_parameters_and_types() -> None:

@@ -33,7 +33,8 @@ class Device:
     stream_rate: Figure  # bytes from the L2 cache to all processors
     cache_bytes: Figure  # of the L2 cache, as far as one kernel finds what another left
     launch_seconds: Figure  # a kernel inside a CUDA graph takes at least so long
-    host_seconds: Figure  # CPU time of an operator that is launched on its own
+    host_seconds: Figure  # CPU time of an operator of PyTorch that is launched on its own
+    our_host_seconds: Figure  # CPU time of our operators for each kernel that they launch
     tile_seconds: Figure  # prologue and epilogue of a tile, not hidden by its neighbours
     memory_share: Figure  # kernels that are bound by memory
     scatter_share: Figure  # of the same: windows, 8-byte indices, atomics
@@ -81,6 +82,10 @@ H200 = Device(
     cache_bytes=_assumed(30e6, "half of 60 MB: each half of the chip keeps a copy of its own"),
     launch_seconds=_assumed(1.75e-6, "usual for CUDA graphs on this generation"),
     host_seconds=_assumed(5e-6, "usual for eager PyTorch on a server's CPU"),
+    our_host_seconds=_measured(
+        56e-6,
+        "benchmarks.host_path, the paper's network at N = 1: a CPU, two shared cores, no driver",
+    ),
     tile_seconds=_assumed(0.4e-6, "pipeline start, epilogue and store of one tile"),
     memory_share=_assumed(0.85, "streaming kernels usually reach 0.8 to 0.9 of a copy"),
     scatter_share=_assumed(0.5, "pooling with 8-byte indices, atomic additions"),

@@ -10,6 +10,7 @@ from fused_inception.cost.device import COLUMN_SHARE, TILE_ELEMENTS, TILE_ROWS, 
 from fused_inception.geometry import align_up
 
 FORWARD, BACKWARD = "forward", "backward"
+OURS = ("triton", "packing")  # sources of our own launches
 # A launch of filter gradients ends with its last program, and each split writes and reads partial
 # sums: with p pixels and n elements of all its gradients a program of a full tile is best given
 # SPLIT_SHARE * sqrt(p * n) pixels, and not below SPLIT_PIXELS. It is sqrt(16 bytes / (rate of the
@@ -96,7 +97,7 @@ class Op:
         moved = self.read_bytes + self.write_bytes
         memory = (moved - cached) / (device.memory_rate.value * share.value)
         stream = moved / (device.stream_rate.value * share.value)
-        products = _products_seconds(self.gemms, self.source in ("triton", "packing"), device)
+        products = _products_seconds(self.gemms, self.source in OURS, device)
         return max(memory, stream, products, self.launches * device.launch_seconds.value)
 
 
@@ -192,7 +193,10 @@ class Cost:
 
     def eager_seconds(self, device: Device) -> float:
         """Predicted seconds where the CPU launches every kernel."""
-        return max(self.seconds(device), self.launches() * device.host_seconds.value)
+        ours = self.launches(*OURS)
+        host = ours * device.our_host_seconds.value
+        host += (self.launches() - ours) * device.host_seconds.value
+        return max(self.seconds(device), host)
 
 
 class Recorder:

@@ -1,6 +1,7 @@
 """A run of Inception modules with biases."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from fused_inception.geometry import Window
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import trunk as _trunk
 from fused_inception.ops.registration import autocast, autocasts, call
+
+# descriptions of arguments that were found to fit, and how many are kept
+_fitting: set[tuple[Any, ...]] = set()
+_MOST = 256
 
 
 def inception_trunk(
@@ -67,7 +72,7 @@ def inception_trunk(
     RuntimeError.
     """
     checks.image_batch(x)
-    checks.trunk_parameters(x, parameters, pools, taps, casts=autocasts(x))
+    _check(x, parameters, pools, taps)
     checks.probability(dropout)
     if dropout and not global_pool:
         raise ValueError(f"dropout is behind the global pool: without one it is 0, got {dropout}")
@@ -108,3 +113,33 @@ def _save_from(x: Tensor, parameters: Sequence[Sequence[Tensor]]) -> int:
         return 0
     needs = (any(t.requires_grad for t in module) for module in parameters)
     return next((i for i, need in enumerate(needs) if need), len(parameters))
+
+
+def _check(
+    x: Tensor,
+    parameters: Sequence[Sequence[Tensor]],
+    pools: Mapping[int, Window],
+    taps: Sequence[int],
+) -> None:
+    """`checks.trunk_parameters`, once for arguments of one description: a network has a hundred
+    parameters, and to describe them takes a third of the time."""
+    casts = autocasts(x)
+    if torch.compiler.is_compiling():
+        checks.trunk_parameters(x, parameters, pools, taps, casts=casts)
+        return
+    tensors = [x, *(t for module in parameters for t in module)]
+    # all that the checks read
+    description = (
+        tuple([len(module) for module in parameters]),
+        tuple([t.shape for t in tensors]),
+        tuple([t.dtype for t in tensors]),
+        tuple([t.device for t in tensors]),
+        tuple(pools.items()),
+        tuple(taps),
+        casts,
+    )
+    if description not in _fitting:
+        checks.trunk_parameters(x, parameters, pools, taps, casts=casts)
+        if len(_fitting) >= _MOST:
+            _fitting.clear()
+        _fitting.add(description)

@@ -20,14 +20,15 @@ def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
     """What a fused operator would pass over in an inner layer: its type, a hook."""
     if type(module) is not expected:
         return f"is a {type(module).__name__}"
+    own = module.__dict__
     if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     ):
         return "has a hook"
-    if "forward" in vars(module):  # as some libraries wrap modules
+    if "forward" in own:  # as some libraries wrap modules
         return "has a forward of its own"
     return None
 

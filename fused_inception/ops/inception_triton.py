@@ -15,12 +15,11 @@ from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.kernels.wgrad import launch_wgrad
 from fused_inception.ops import filter_cache, library_triton
 from fused_inception.ops.layout import (
-    dims_of,
     empty_channels_last,
     empty_filter_grads,
     for_kernels,
 )
-from fused_inception.ops.problem import problem_of
+from fused_inception.ops.problem import dims_of, problem_of
 from fused_inception.tuning import chosen, dispatch, heuristic
 
 

@@ -1,7 +1,16 @@
-"""How the launch heuristics see a problem: its operands, its GPU, its pixels."""
+"""How the launch heuristics see a problem: its widths, its operands, its GPU, its pixels.
+
+Descriptions that are equal are one object: what is cached by them is found by identity, without
+comparing field by field.
+"""
+
+import functools
+from collections.abc import Sequence
 
 import torch
 
+from fused_inception.geometry import InceptionDims
+from fused_inception.ops import layout
 from fused_inception.tuning.heuristic import Operands
 from fused_inception.tuning.targets import Target, target_of
 
@@ -13,9 +22,21 @@ def problem_of(t: torch.Tensor) -> tuple[Operands, Target, int]:
     """
     n, _, height, width = t.shape
     exact = t.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
-    pixels = n * height * width
-    operands = Operands(t.element_size(), "ieee" if exact else "tf32")
-    return operands, target_of(t.device), power_of_two(pixels)
+    operands = _operands(t.element_size(), "ieee" if exact else "tf32")
+    return operands, target_of(t.device), power_of_two(n * height * width)
+
+
+def dims_of(filters: Sequence[torch.Tensor]) -> InceptionDims:
+    """`layout.dims_of`, for filters whose widths are numbers and no symbols of a compiler."""
+    return _same_dims(layout.dims_of(filters))
+
+
+_operands = functools.cache(Operands)
+
+
+@functools.lru_cache(maxsize=1024)
+def _same_dims(dims: InceptionDims) -> InceptionDims:
+    return dims
 
 
 def power_of_two(n: int) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fused_inception.ops import global_pool_triton, inception_triton, pooling_triton
 from fused_inception.ops.inception_triton import Masked, ReluBelow, saved_like
-from fused_inception.ops.layout import channels_last, dims_of
+from fused_inception.ops.layout import channels_last
+from fused_inception.ops.problem import dims_of
 from fused_inception.ops.trunk import CONVS, Trunk, of_modules
 
 __all__ = ["Memory", "backward", "forward", "saved_like"]
