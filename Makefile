@@ -26,7 +26,7 @@ ifneq ($(strip $(VENV)),)
 
 RUN := $(VENV)/bin/python
 # workers of pytest-xdist
-WORKERS ?= -n auto --maxprocesses 4
+WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 
 ready-%: $(VENV)/.installed-% ;
 
