@@ -1,5 +1,7 @@
 """The whole paper network through ATen, at the sizes that people use."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from tests.tolerances import assert_within_l2
 LABELS = torch.tensor([7])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_training_step_at_224(dtype: torch.dtype) -> None:
     """All logits and all gradients as near to fp64 as PyTorch's own are."""
 
@@ -28,15 +30,34 @@ def test_training_step_at_224(dtype: torch.dtype) -> None:
         agree()
 
 
-def test_fp64_is_exact_at_224() -> None:
-    networks = Networks.paper(224, torch.float64, "cpu")
-    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+@pytest.mark.parametrize("side", [224, 225, 299])
+def test_fp64_is_exact(side: int) -> None:
+    """All logits and all gradients, also where windows end beyond maps of odd sides."""
+    networks = Networks.paper(side, torch.float64, "cpu")
+    x = torch.randn(1, 3, side, side, dtype=torch.float64)
     got, want = (Results.of(network, x, LABELS) for network in (networks.ours, networks.exact))
     for ours, theirs in ((got.outputs, want.outputs), (got.gradients, want.gradients)):
         assert ours.keys() == theirs.keys()
         for name, exact in theirs.items():
             distance = (ours[name] - exact).norm() / exact.norm()
             assert distance < 1e-10, f"{name}: {distance:.1e}"
+
+
+@pytest.mark.parametrize("module", ["inception4c", "conv1", "conv3", "aux1"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_part_without_gradients_is_seen(module: str, dtype: torch.dtype) -> None:
+    """The check of the tests above, at the size of those of the kernels."""
+    networks = Networks.paper(48, dtype, "cpu")
+    x, labels = torch.randn(2, 3, 48, 48, dtype=torch.float64), torch.tensor([1, 7])
+    want = Results.of(networks.exact, x, labels)
+    baseline = Results.of(networks.theirs, x.to(dtype), labels)
+    assert_networks_agree(baseline, want, baseline)
+    broken = {
+        name: torch.zeros_like(g) if name.startswith(module) else g
+        for name, g in baseline.gradients.items()
+    }
+    with pytest.raises(AssertionError):
+        assert_networks_agree(replace(baseline, gradients=broken), want, baseline)
 
 
 @pytest.mark.parametrize("side", [225, 299])

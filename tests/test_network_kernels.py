@@ -12,7 +12,7 @@ SIDE = 48  # smallest round size that the auxiliary classifiers allow
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_training_step_of_the_paper_network(dtype: torch.dtype, device: torch.device) -> None:
     """All logits and all gradients as near to fp64 as PyTorch's own are."""
 
@@ -50,6 +50,16 @@ def test_training_step_of_torchvisions_network(device: torch.device) -> None:
         assert_networks_agree(got, want, Results.of(networks.theirs, x.float(), labels))
 
     on_some_draw(agree)
+
+
+def test_no_images(device: torch.device) -> None:
+    """Logits of shape [0, C], and gradients of zeros."""
+    network = fi.googlenet("paper", num_classes=CLASSES, image_size=SIDE).to(device)
+    with fi.backend("triton"):
+        outputs = network(torch.randn(0, 3, SIDE, SIDE, device=device))
+        sum(output.sum() for output in outputs).backward()
+    assert [tuple(output.shape) for output in outputs] == [(0, CLASSES)] * 3
+    assert all(p.grad is not None and not p.grad.any() for p in network.parameters())
 
 
 def test_inference_is_the_same_alone_and_in_a_batch(device: torch.device) -> None:
