@@ -14,6 +14,8 @@ CORE = (
     "test_inception_kernels.py", "test_stem_kernels.py", "test_trunk_kernels.py",
     "test_pooling_kernels.py", "test_batch_norm_kernels.py",
 )  # fmt: skip
+# of each of these files; all their tests take minutes, most of which compile
+CORE_TESTS = 20
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,19 +33,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The core's in bf16 and fp32, what only a GPU can run, all others; within each the first of
-    every file before the second of any: what is run when the time ends has seen every kernel."""
+    """Some of the core in bf16 and fp32, what only a GPU can run, all others; within each the first
+    of every file before the second of any: what is run when the time ends has seen every kernel."""
     seen: Counter[tuple[int, str]] = Counter()
     places: dict[pytest.Item, tuple[int, int]] = {}
     for item in items:
-        fp16 = torch.float16 in _parameters(item)
-        rank = 0 if item.path.name in CORE and not fp16 else 1 if _needs_gpu(item) else 2
-        places[item] = rank, seen[rank, item.path.name]
-        seen[rank, item.path.name] += 1
+        name = item.path.name
+        core = name in CORE and seen[0, name] < CORE_TESTS and torch.float16 not in _dtypes(item)
+        rank = 0 if core else 1 if _needs_gpu(item) else 2
+        places[item] = rank, seen[rank, name]
+        seen[rank, name] += 1
     return sorted(items, key=places.__getitem__)
 
 
-def _parameters(item: pytest.Item) -> list[Any]:
+def _dtypes(item: pytest.Item) -> list[torch.dtype]:
     callspec = getattr(item, "callspec", None)
     params = callspec.params.values() if callspec is not None else ()
     # others may be compared element by element
