@@ -48,7 +48,8 @@ class _Trunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         modules = [parameters_of(self.first), parameters_of(self.second)]
-        y, _ = fi.functional.inception_trunk(x, modules, pools={0: Window(3, 2, 0, True)})
+        pools = {0: Window(3, 2, 0, True)}
+        y, _ = fi.functional.inception_trunk(x, modules, pools=pools, global_pool=True)
         return y
 
 
