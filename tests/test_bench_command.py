@@ -14,7 +14,7 @@ from torch import nn
 
 import fused_inception as fi
 from fused_inception.__main__ import main
-from fused_inception.tools import bench, bench_blocks, errors
+from fused_inception.tools import bench, bench_rows, errors
 from fused_inception.tools.timing import Spread
 
 HERE = f"{__name__}:"
@@ -83,7 +83,7 @@ def test_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "batch 2, block 1" in printed.err
     blocks = json.loads((out / "bench.json").read_text())["blocks"]
     assert [(b["block"], b["mode"]) for b in blocks] == [
-        (name, mode) for name in "01" for mode in bench_blocks.MODES
+        (name, mode) for name in "01" for mode in bench_rows.BLOCK_MODES
     ]
     for found in blocks:
         assert found["fused_milliseconds"] > 0

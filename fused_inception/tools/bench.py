@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,9 @@ from torch import Tensor, nn
 from fused_inception.adapters.fuse import fuse_
 from fused_inception.adapters.plain import plain_twin
 from fused_inception.tools import sample
-from fused_inception.tools.bench_blocks import (
-    BlockResult,
-    block_names,
-    block_table,
-    measure_blocks,
-)
+from fused_inception.tools.bench_blocks import block_names, block_table, measure_blocks
 from fused_inception.tools.bench_pictures import draw_models, draw_rates, draw_speed_ups
+from fused_inception.tools.bench_rows import BlockResult, Result
 from fused_inception.tools.blocks import tensors_of
 from fused_inception.tools.checkpoint import write_atomically
 from fused_inception.tools.errors import UserError, require
@@ -41,22 +37,6 @@ CPU_VERIFIED = 2
 MIN_ROUNDS = 5
 RESULTS, TABLE, PICTURE = "bench.json", "bench.csv", "bench.png"
 BLOCK_TABLE, SPEED_UPS, RATES = "blocks.csv", "speedup.png", "roofline.png"
-
-
-@dataclass(frozen=True)
-class Result:
-    """One provider in one mode at one batch size; times are those of one call."""
-
-    batch: int
-    mode: str
-    provider: str
-    milliseconds: float
-    p20: float
-    p80: float
-    images_per_second: float
-    times_as_fast: float  # as eager
-    peak_bytes: int | None  # beyond model and batch; None on a CPU
-    first_call_seconds: float  # compilation, algorithm search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

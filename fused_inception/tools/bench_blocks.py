@@ -1,41 +1,18 @@
 """The blocks of a model one by one, fused and plain: `bench --blocks`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fused_inception.adapters.fuse import survey
+from fused_inception.tools.bench_rows import BLOCK_MODES, BlockResult
 from fused_inception.tools.blocks import fused_blocks, hooked, tensors_of
 from fused_inception.tools.costs import cost_of
 from fused_inception.tools.text import aligned
 from fused_inception.tools.timing import Spread, Work, calls_per_round, in_turn
 
-MODES = ("forward", "step")  # forward without gradients; forward and backward with all of them
 MIN_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """One block in one mode at one batch size; times are those of one call, measured.
-
-    `flops` and `bytes` are counts of the fused block, from shapes: operands of each launch once.
-    """
-
-    batch: int
-    mode: str
-    block: str
-    kind: str
-    fused_milliseconds: float
-    eager_milliseconds: float
-    flops: int | None
-    bytes: int | None
-
-    @property
-    def times_as_fast(self) -> float:
-        """The fused block, as the plain one."""
-        return self.eager_milliseconds / self.fused_milliseconds
 
 
 def block_names(fused: nn.Module) -> list[str]:
@@ -68,7 +45,7 @@ def measure_blocks(
     results = []
     for name, (z, y) in seen.items():
         blocks = {"fused": fused.get_submodule(name), "eager": plain.get_submodule(name)}
-        for mode in MODES:
+        for mode in BLOCK_MODES:
             cost = cost_of(blocks["fused"], z, y, plan="fused", training=mode == "step")
             medians = _medians(blocks, z, mode, seconds)
             results.append(
@@ -125,8 +102,8 @@ def block_table(results: Sequence[BlockResult]) -> list[str]:
     rows.append(["", "", "", "fused", "eager", "as fast", "fused", "eager", "as fast"])
     found = {(r.block, r.batch, r.mode): r for r in results}
     for block, batch in dict.fromkeys((r.block, r.batch) for r in results):
-        row = [block, found[block, batch, MODES[0]].kind, str(batch)]
-        for mode in MODES:
+        row = [block, found[block, batch, BLOCK_MODES[0]].kind, str(batch)]
+        for mode in BLOCK_MODES:
             r = found[block, batch, mode]
             row += [f"{r.fused_milliseconds:.3f}", f"{r.eager_milliseconds:.3f}"]
             row.append(f"{r.times_as_fast:.2f}")

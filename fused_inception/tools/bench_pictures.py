@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fused_inception.tools.bench_blocks import MODES, BlockResult
+from fused_inception.tools.bench_rows import BLOCK_MODES, BlockResult, Result
 from fused_inception.tools.checkpoint import write_atomically
-
-if TYPE_CHECKING:
-    from fused_inception.tools.bench import Result
 
 DPI = 120
 
 
-def draw_models(path: Path, title: str, results: Sequence["Result"]) -> None:
+def draw_models(path: Path, title: str, results: Sequence[Result]) -> None:
     """Images per second, and where it was read the peak of memory: a group of bars a batch, a panel
     a mode."""
     modes = list(dict.fromkeys(r.mode for r in results))
@@ -47,8 +44,8 @@ def draw_speed_ups(path: Path, title: str, results: Sequence[BlockResult]) -> No
     blocks = list(dict.fromkeys(r.block for r in results))
     batches = sorted({r.batch for r in results})
     figure = _figure(max(6.0, 1.5 + 0.45 * len(blocks)), 6.4, title)
-    panels = figure.subplots(len(MODES), 1, sharex=True)
-    for axes, mode in zip(panels, MODES, strict=True):
+    panels = figure.subplots(len(BLOCK_MODES), 1, sharex=True)
+    for axes, mode in zip(panels, BLOCK_MODES, strict=True):
         for batch in batches:
             some = [r for r in results if (r.mode, r.batch) == (mode, batch)]
             axes.plot(
@@ -70,7 +67,7 @@ def draw_rates(path: Path, title: str, results: Sequence[BlockResult]) -> None:
     axes = figure.subplots()
     counted = [r for r in results if r.flops and r.bytes]
     for who, marker in (("fused", "o"), ("eager", "x")):
-        for mode, colour in zip(MODES, ("C0", "C1"), strict=True):
+        for mode, colour in zip(BLOCK_MODES, ("C0", "C1"), strict=True):
             some = [r for r in counted if r.mode == mode]
             seconds = [getattr(r, f"{who}_milliseconds") / 1e3 for r in some]
             axes.scatter(
@@ -85,7 +82,7 @@ def draw_rates(path: Path, title: str, results: Sequence[BlockResult]) -> None:
     _save(figure, path)
 
 
-def _value(result: "Result", kind: str) -> float | None:
+def _value(result: Result, kind: str) -> float | None:
     if kind == "images/s":
         return result.images_per_second
     return None if result.peak_bytes is None else result.peak_bytes / 1e6
