@@ -1,10 +1,8 @@
 """Modules that become ours in place: what stays, what goes back, when the children compute."""
 
 import copy
-import math
 import pickle
 from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,16 +12,8 @@ import fused_inception as fi
 from fused_inception import reference
 from fused_inception.nn.adoption import origin_of, release
 from fused_inception.nn.inception import change_inside
-from tests.torchvision_import import import_torchvision
 
 WIDTHS = (16, 8, 16, 24, 8, 16, 8)
-
-
-@pytest.fixture(scope="module")
-def tv() -> ModuleType:
-    return import_torchvision("torchvision.models.googlenet")
-
-
 norms = pytest.mark.parametrize("norm", [None, "batch"])
 
 
@@ -156,46 +146,3 @@ def test_conv_block_with_another_filter_computes_its_children() -> None:
     x = torch.randn(1, 4, 3, 5)
     torch.testing.assert_close(block(x), block.conv(x).relu())
     assert "conv has kernel_size (1, 3)" in block.extra_repr()
-
-
-def test_attributes_of_ones_own_come_back(tv: ModuleType) -> None:
-    """What has the name of one of ours is something else."""
-    block = tv.Inception(8, 8, 8, 8, 8, 8, 8)
-    block.norm, block.dims = "group", 3
-    x = torch.randn(2, 8, 4, 4)
-    want = block.eval()(x)
-    fi.fuse_(block)
-    torch.testing.assert_close(block(x), want)
-    assert "batch norm" in repr(block)
-    fi.unfuse_(block)
-    assert (block.norm, block.dims) == ("group", 3)
-
-
-def test_a_class_put_on_later_has_to_go_first(tv: ModuleType) -> None:
-    model = nn.Sequential(tv.Inception(8, 8, 8, 8, 8, 8, 8))
-    fi.fuse_(model)
-    became = type(model[0])
-    model[0].__class__ = type("Sharded", (became,), {})
-    with pytest.raises(ValueError, match="0 has become a Sharded since it was fused: undo that"):
-        fi.unfuse_(model)
-    assert type(model[0].branch1) is fi.ConvBlock
-    model[0].__class__ = became
-    fi.unfuse_(model)
-    assert type(model[0]) is tv.Inception
-
-
-def test_skip_nonfinite_where_the_children_compute() -> None:
-    """A hook takes the operator apart, and not what it was told."""
-    block = fi.Inception(8, 8, 8, 8, 8, 8, 8, norm="batch")
-    block.skip_nonfinite = True
-    block.branch1.conv.register_forward_hook(lambda *_: None)
-    x = torch.randn(2, 8, 4, 4)
-    block(x)
-    before = {name: t.clone() for name, t in block.named_buffers() if t.is_floating_point()}
-    x[0, 3, 1, 1] = math.inf
-    block(x)
-    for name, t in block.named_buffers():
-        if t.is_floating_point():
-            assert torch.equal(t, before[name]), name
-    block(torch.randn(2, 8, 4, 4))
-    assert not torch.equal(block.branch1.bn.running_mean, before["branch1.bn.running_mean"])

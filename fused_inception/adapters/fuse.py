@@ -8,7 +8,7 @@ from torch import nn
 from fused_inception.adapters import ours, torchvision
 from fused_inception.adapters.registry import POOLS, Entry
 from fused_inception.adapters.report import ALREADY_FUSED, FILTERED, FusionError, FusionReport
-from fused_inception.nn.adoption import changed_since, origin_of, release
+from fused_inception.nn.adoption import origin_of, release
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -63,21 +63,13 @@ def unfuse_(model: nn.Module) -> None:
 
     Raises:
         ValueError: nothing in `model` was fused by `fuse_`. Modules that were made fused, as those
-            of `googlenet` or `torchvision_blocks`, have nothing to go back to. Or a block has got
-            yet another class since, as by sharding or a parametrisation, which has to be undone
-            first; nothing is changed then.
+            of `googlenet` or `torchvision_blocks`, have nothing to go back to.
     """
     adopted = [module for module in model.modules() if origin_of(module) is not None]
     if not adopted:
         raise ValueError(
             f"fuse_ has fused nothing in this {type(model).__name__}: there is nothing to undo"
         )
-    for name, module in model.named_modules():
-        change = changed_since(module)
-        if change is not None:
-            raise ValueError(
-                f"{name or 'the model'} has become a {change} since it was fused: undo that first"
-            )
     _release(adopted)
 
 

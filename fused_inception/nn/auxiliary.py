@@ -12,6 +12,7 @@ from fused_inception.nn.adoption import adopt
 from fused_inception.nn.conv_block import (
     FUSED,
     INSIDE,
+    PLAIN,
     ConvBlock,
     change_of,
     change_of_conv,
@@ -114,7 +115,7 @@ class InceptionAux(nn.Module):
         if change is not None:
             return f"plain PyTorch: conv {change}"
         if block.norm is not None:
-            return "only its convolution is fused"
+            return PLAIN
         change = change_of_conv(block.conv, None, sides=(1,))
         return None if change is None else f"plain PyTorch: conv.conv {change}"
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 OPTIONS = ("training", "eps", "momentum", "track_running_stats")
@@ -65,19 +64,3 @@ def _tensor(norm: nn.BatchNorm2d, name: str) -> Tensor | None:
     # not getattr: attributes that are parameters or buffers take ten times as long to find
     tensors = norm._parameters if name in norm._parameters else norm._buffers
     return tensors.get(name)
-
-
-def normalised(bn: nn.Module, x: Tensor, *, skip_nonfinite: bool) -> Tensor:
-    """`bn(x)`; with `skip_nonfinite` channels whose running statistics it would leave infinite or
-    NaN keep what they had."""
-    running = getattr(bn, "running_mean", None), getattr(bn, "running_var", None)
-    kept = [t for t in running if isinstance(t, Tensor)]
-    if not skip_nonfinite or not bn.training or len(kept) < 2:
-        return bn(x)
-    before = [t.clone() for t in kept]
-    y = bn(x)
-    with torch.no_grad():
-        finite = kept[0].isfinite() & kept[1].isfinite()
-        for now, old in zip(kept, before, strict=True):
-            now.copy_(torch.where(finite, now, old))
-    return y

@@ -122,10 +122,6 @@ class Inception(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W]."""
         if self._obstacle() is not None:
-            if self.skip_nonfinite:
-                for block in self.modules():
-                    if isinstance(block, ConvBlock):
-                        block.skip_nonfinite = True
             branches = [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
             return torch.cat(branches, dim=1)
         if self.norm is None:

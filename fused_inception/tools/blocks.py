@@ -1,7 +1,5 @@
 """The blocks of a model as `verify` and `explain` see them: which run fused, by which path, why."""
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -112,24 +110,15 @@ def _handle(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(x: Tensor) -> Iterator[None]:
-    """Random numbers, also Python's and NumPy's, go on afterwards as if nothing had been drawn;
-    gradients can be computed."""
-    # seeding reaches every GPU that is in use, whatever the device of x
-    in_use = x.device.type == "cuda" or torch.cuda.is_initialized()
-    devices = range(torch.cuda.device_count()) if in_use else []
-    numpy, python_state = sys.modules.get("numpy"), random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+    """Random numbers go on afterwards as if nothing had been drawn; gradients can be computed."""
+    # seeding reaches every GPU
+    devices = range(torch.cuda.device_count()) if x.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
 
 
 def tensors_of(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

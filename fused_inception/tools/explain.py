@@ -180,8 +180,6 @@ def explain(model: nn.Module, x: Tensor) -> ExplainReport:
     model = unwrapped(model)
     training = model.training
     with undisturbed(x):
-        if x.is_inference():
-            x = x.clone()
         copied = copy.deepcopy(model)
         state = survey(copied)
         known = {*state.fused, *state.skipped}
