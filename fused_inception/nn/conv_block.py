@@ -9,7 +9,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fused_inception import functional
 from fused_inception.nn.adoption import adopt
-from fused_inception.nn.batch_norm import mixture_of, options_of, vectors_of
+from fused_inception.nn.batch_norm import (
+    keep_finite,
+    mixture_of,
+    options_of,
+    running_of,
+    vectors_of,
+)
 
 PLAIN = "plain PyTorch: no fused kernel yet"
 FUSED = "one fused operator"
@@ -150,7 +156,9 @@ class ConvBlock(nn.Module):
             )  # fmt: skip
         x = conv(x)
         if self.norm == "batch":
+            before = running_of(self.bn) if self.skip_nonfinite else []
             x = self.bn(x)
+            keep_finite(before)
         return F.relu(x, inplace=True)
 
     @property
