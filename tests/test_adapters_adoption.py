@@ -180,7 +180,7 @@ def test_inside_of_an_inception_module(norm: str | None) -> None:
         container = type(block.branch1)
         assert change_inside(block, norm, (container,)) is None
         assert change_inside(block, norm, ()) == (
-            None if container is fi.ConvBlock else "branch1 is a ConvBlock"
+            None if container is fi.ConvBlock else f"branch1 is a {container.__module__}.ConvBlock"
         )
         other = "batch" if norm is None else None
         assert change_inside(block, other, (container,)) == "layers were added or removed"

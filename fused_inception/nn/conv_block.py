@@ -25,7 +25,12 @@ INSIDE = "parameters of the fused module"
 def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
     """What a fused operator would pass over in an inner layer: its type, a hook."""
     if type(module) is not expected:
-        return f"is a {type(module).__name__}"
+        cls = type(module)
+        if cls.__name__ != expected.__name__:
+            return f"is a {cls.__name__}"
+        return (
+            f"is a {cls.__module__}.{cls.__qualname__}"  # as quantised layers have PyTorch's names
+        )
     if (
         module._forward_hooks
         or module._forward_pre_hooks
