@@ -9,6 +9,7 @@ from fused_inception.adapters import ours, torchvision
 from fused_inception.adapters.registry import POOLS, Entry
 from fused_inception.adapters.report import ALREADY_FUSED, FILTERED, FusionError, FusionReport
 from fused_inception.nn.adoption import origin_of, release, why_not_released
+from fused_inception.nn.auxiliary import IN_PART
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -181,4 +182,6 @@ def _subclass(module: nn.Module, known: tuple[type[nn.Module], ...]) -> str:
 
 def _how_fused(module: nn.Module) -> str:
     obstacle = getattr(module, "_obstacle", lambda: None)()
-    return ALREADY_FUSED if obstacle is None else f"{ALREADY_FUSED}, but {obstacle}"
+    if obstacle is None:
+        return ALREADY_FUSED
+    return f"{ALREADY_FUSED}{': ' if obstacle == IN_PART else ', but '}{obstacle}"

@@ -17,7 +17,6 @@ from fused_inception.nn.batch_norm import (
     vectors_of,
 )
 
-PLAIN = "plain PyTorch: no fused kernel yet"
 FUSED = "one fused operator"
 INSIDE = "parameters of the fused module"
 
