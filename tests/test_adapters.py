@@ -129,7 +129,7 @@ class TestTorchvisionsGoogLeNet:
         report = fi.fuse_(model, strict=True)
         assert report.fused == []
         assert len(report.skipped) == 19
-        assert {why.split(",")[0] for why in report.skipped.values()} == {"already fused"}
+        assert all(why.startswith("already fused") for why in report.skipped.values())
         assert snapshot(model) == before
 
     def test_without_heads(self, tv: ModuleType) -> None:

@@ -3,18 +3,26 @@
 import copy
 import pickle
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fused_inception as fi
 from fused_inception import reference
 from fused_inception.nn.adoption import origin_of, release
 from fused_inception.nn.inception import change_inside
+from tests.torchvision_import import import_torchvision
 
 WIDTHS = (16, 8, 16, 24, 8, 16, 8)
 norms = pytest.mark.parametrize("norm", [None, "batch"])
+
+
+@pytest.fixture(scope="module")
+def tv() -> ModuleType:
+    return import_torchvision("torchvision.models.googlenet")
 
 
 def inception(norm: str | None) -> reference.Inception:
@@ -75,13 +83,104 @@ def test_native_blocks_inside_stay_native() -> None:
     assert type(block.branch2[0]) is reference.ConvBlock
 
 
+def test_attributes_of_the_user_with_our_names() -> None:
+    """They mean nothing to us, and come back."""
+    network = reference.GoogLeNet("torchvision", num_classes=3)
+    block, aux = network.inception3a, network.aux1
+    theirs: list[tuple[nn.Module, str, object]] = [
+        (block, "dims", 3),
+        (block, "skip_nonfinite", "never"),
+        (block.branch1, "path", "/tmp"),
+        (network.conv1, "path", ["a"]),
+    ]
+    before = {id(m): dict(vars(m)) for m in network.modules()}
+    for module, name, value in theirs:
+        setattr(module, name, value)
+    want = {id(m): {**before[id(m)], **vars(m)} for m in network.modules()}
+    fi.fuse_(network)
+    assert isinstance(block, fi.Inception)
+    assert "192 -> 256" in block.extra_repr()
+    assert block.branch1.path == "parameters of the fused module"
+    assert aux.pool == "adaptive"
+    fi.unfuse_(network)
+    assert {id(m): dict(vars(m)) for m in network.modules()} == want
+
+
+def test_attributes_of_the_user_that_theirs_do_not_have(tv: ModuleType) -> None:
+    block, aux = tv.Inception(*WIDTHS), tv.InceptionAux(16, 3)
+    block.norm, aux.pool = "group", nn.functional.max_pool2d
+    model = nn.ModuleList([block, aux])
+    x = torch.randn(2, 16, 5, 5)
+    want = [copy.deepcopy(module)(x) for module in model.eval()]
+    fi.fuse_(model)
+    for module, y in zip(model, want, strict=True):
+        torch.testing.assert_close(module(x), y)
+    twin = copy.deepcopy(model)
+    for fused in (model, twin):
+        fi.unfuse_(fused)
+        assert fused[0].norm == "group"
+        assert fused[1].pool is nn.functional.max_pool2d
+
+
+def test_what_was_set_while_fused_goes() -> None:
+    block = inception("batch")
+    before = set(vars(block))
+    fi.fuse_(block)
+    block.skip_nonfinite = block.branch1.skip_nonfinite = True
+    fi.unfuse_(block)
+    assert set(vars(block)) == before
+    assert not hasattr(block.branch1, "skip_nonfinite")
+
+
+class _Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("path", ["", "0.branch2.1"])
+def test_a_class_that_was_put_on_later_is_not_lost(path: str) -> None:
+    model = nn.Sequential(inception("batch")) if path else inception("batch")
+    fi.fuse_(model)
+    block = model.get_submodule(path)
+    block.register_parameter("alpha", nn.Parameter(torch.ones(1)))
+    parametrize.register_parametrization(block, "alpha", _Double())
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(
+        ValueError, match=r"fuse_ made: its parametrisations .* nothing was changed"
+    ):
+        fi.unfuse_(model)
+    with pytest.raises(ValueError, match=f"^{path or 'the model'} is a Parametrized"):
+        fi.unfuse_(model)
+    assert [type(m) for m in model.modules()] == before
+    assert block.alpha.item() == 2
+    parametrize.remove_parametrizations(block, "alpha")
+    fi.unfuse_(model)
+    assert type(block) in (reference.Inception, reference.ConvBlock)
+
+
+def test_any_other_class_is_not_lost_either() -> None:
+    model = nn.Sequential(inception("batch"))
+    sharded = type("FSDPInception", (fi.Inception,), {})
+    with (
+        pytest.raises(
+            ValueError, match=r"^0 is a FSDPInception, no longer the Inception .*fully_sh"
+        ),
+        fi.fused(model),
+    ):
+        model[0].__class__ = sharded
+    assert type(model[0]) is sharded
+    assert type(model[0].branch1) is fi.ConvBlock
+    with pytest.raises(ValueError, match="this module is a FSDPInception"):
+        release(model[0])
+
+
 @norms
 def test_inside_of_an_inception_module(norm: str | None) -> None:
     for block in (fi.Inception(*WIDTHS, norm=norm), reference.Inception(*WIDTHS, norm=norm)):
         container = type(block.branch1)
         assert change_inside(block, norm, (container,)) is None
         assert change_inside(block, norm, ()) == (
-            None if container is fi.ConvBlock else "branch1 is a ConvBlock"
+            None if container is fi.ConvBlock else f"branch1 is a {container.__module__}.ConvBlock"
         )
         other = "batch" if norm is None else None
         assert change_inside(block, other, (container,)) == "layers were added or removed"

@@ -225,3 +225,17 @@ class TestModule:
         for sides in ((9, 9), (3, 11), (1, 1)):
             x = torch.randn(2, 12, *sides)
             torch.testing.assert_close(head(x), plain(x))
+
+    def test_with_batch_norm_its_convolution_is_fused(self) -> None:
+        """The report of a second `fuse_`, `print` and `explain` say so in the same words."""
+        head = reference.InceptionAux(12, 5, norm="batch", pool="adaptive")
+        fi.fuse_(head)
+        words = "its convolution is fused, pool and linear layers are PyTorch's"
+        assert fi.fuse_(head).skipped == {"": f"already fused: {words}"}
+        assert head.extra_repr() == f"adaptive pool, {words}"
+        assert str(fi.explain(head, self.x)).count(f"layers: {words}") == 1
+        head.conv.bn.register_forward_hook(lambda *_: None)
+        why = "plain PyTorch: conv.bn has a hook"
+        assert fi.fuse_(head).skipped == {"": f"already fused, but {why}"}
+        assert head.extra_repr() == f"adaptive pool, {why}"
+        assert f"layers: {why}" in str(fi.explain(head, self.x))

@@ -172,6 +172,37 @@ def test_skip_nonfinite(kind: str, impl: str) -> None:
     assert first.bn.running_mean.isfinite().tolist() == [c != 3 for c in range(16)]
 
 
+@pytest.mark.parametrize("change", ["hook", "eps", "another type"])
+@pytest.mark.parametrize("kind", ["module", "convolution"])
+def test_skip_nonfinite_where_the_children_compute(kind: str, change: str) -> None:
+    """The same; and, the pass over, its backward runs."""
+    module = block() if kind == "module" else fi.ConvBlock(24, 16, kernel_size=1, norm="batch")
+    first = module.branch1 if kind == "module" else module
+    last = module.branch4[1] if kind == "module" else module
+    if change == "hook" or kind == "convolution":
+        last.conv.register_forward_hook(lambda *_: None)
+    elif change == "eps":
+        last.bn.eps = 0.1
+    if change == "another type":
+        last.bn = nn.SyncBatchNorm(last.conv.out_channels)
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        first.conv.weight[3, 0] = torch.inf
+    before = [(n.running_mean.clone(), n.running_var.clone()) for n in layers]
+    assert not module.is_fused
+    module.skip_nonfinite = True
+    x = data(0)[0].requires_grad_()
+    module(x).sum().backward()
+    for layer, old in zip(layers, before, strict=True):
+        assert layer.num_batches_tracked == 1
+        for now, then in zip((layer.running_mean, layer.running_var), old, strict=True):
+            kept = [3] if layer is first.bn else []
+            assert (now == then).nonzero().flatten().tolist() == kept
+    module.skip_nonfinite = False
+    module(x)
+    assert first.bn.running_mean.isfinite().tolist() == [c != 3 for c in range(16)]
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_module_made_in_inference_mode(impl: str) -> None:
     """Its buffers have no version to count; they advance all the same."""

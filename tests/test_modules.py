@@ -228,7 +228,7 @@ def test_print_hides_no_plain_layer() -> None:
     assert "9 of 9 Inception modules, 5 of 5 other convolutions" in repr(network)
     for fused in (network.conv1, network.aux1.conv):
         assert "one fused operator" in fused.extra_repr()
-    assert "no fused kernel yet" in network.aux1.extra_repr()
+    assert "pool, its convolution is fused, pool and" in network.aux1.extra_repr()
 
 
 def test_optimiser_and_freezing_see_the_parameters() -> None:

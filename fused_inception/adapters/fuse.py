@@ -8,7 +8,8 @@ from torch import nn
 from fused_inception.adapters import ours, torchvision
 from fused_inception.adapters.registry import POOLS, Entry
 from fused_inception.adapters.report import ALREADY_FUSED, FILTERED, FusionError, FusionReport
-from fused_inception.nn.adoption import origin_of, release
+from fused_inception.nn.adoption import origin_of, release, why_not_released
+from fused_inception.nn.auxiliary import IN_PART
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -62,10 +63,12 @@ def unfuse_(model: nn.Module) -> None:
     They are the same objects all the time; hooks, modes and weights set in between stay.
 
     Raises:
-        ValueError: nothing in `model` was fused by `fuse_`. Modules that were made fused, as those
-            of `googlenet` or `torchvision_blocks`, have nothing to go back to.
+        ValueError: nothing in `model` was fused by `fuse_`: modules that were made fused, as those
+            of `googlenet` or `torchvision_blocks`, have nothing to go back to. Or a block was given
+            another class since, by FSDP's `fully_shard` or a parametrisation of the block itself,
+            which is to be undone first. Nothing is changed.
     """
-    adopted = [module for module in model.modules() if origin_of(module) is not None]
+    adopted = {name: m for name, m in model.named_modules() if origin_of(m) is not None}
     if not adopted:
         raise ValueError(
             f"fuse_ has fused nothing in this {type(model).__name__}: there is nothing to undo"
@@ -79,13 +82,14 @@ def fused(
 ) -> Iterator[FusionReport]:
     """`fuse_` inside a `with` block; on leaving it, what it fused, and only that, is undone.
 
-    Yields the report; arguments and errors are those of `fuse_`.
+    Yields the report; arguments and errors are those of `fuse_`, on leaving those of `unfuse_`.
     """
     report, changed = _fuse(model, filter_fn, strict)
+    names = {id(module): name for name, module in model.named_modules()}
     try:
         yield report
     finally:
-        _release(changed)
+        _release({names[id(module)]: module for module in changed})
 
 
 def _fuse(
@@ -103,8 +107,13 @@ def _fuse(
     return report, [m for block, entry in survey.plan for m in entry.adopt(block)]
 
 
-def _release(modules: list[nn.Module]) -> None:
-    for module in modules:
+def _release(modules: dict[str, nn.Module]) -> None:
+    """All, or, where one cannot go back, none."""
+    for name, module in modules.items():
+        why_not = why_not_released(module)
+        if why_not is not None:
+            raise ValueError(f"{name or 'the model'} {why_not}; nothing was changed")
+    for module in modules.values():
         if origin_of(module) is not None:
             release(module)
 
@@ -173,4 +182,6 @@ def _subclass(module: nn.Module, known: tuple[type[nn.Module], ...]) -> str:
 
 def _how_fused(module: nn.Module) -> str:
     obstacle = getattr(module, "_obstacle", lambda: None)()
-    return ALREADY_FUSED if obstacle is None else f"{ALREADY_FUSED}, but {obstacle}"
+    if obstacle is None:
+        return ALREADY_FUSED
+    return f"{ALREADY_FUSED}{': ' if obstacle == IN_PART else ', but '}{obstacle}"

@@ -12,7 +12,6 @@ from fused_inception.nn.adoption import adopt
 from fused_inception.nn.conv_block import (
     FUSED,
     INSIDE,
-    PLAIN,
     ConvBlock,
     change_of,
     change_of_conv,
@@ -20,6 +19,8 @@ from fused_inception.nn.conv_block import (
 )
 
 ADAPTIVE_SIDE = 4
+# with BatchNorm
+IN_PART = "its convolution is fused, pool and linear layers are PyTorch's"
 
 
 class InceptionAux(nn.Module):
@@ -27,7 +28,7 @@ class InceptionAux(nn.Module):
 
     With a bias, pool and convolution run as `functional.avg_pool2d_conv1x1_relu` or its adaptive
     sibling; where a hook or another type in `conv` forbids that, and with BatchNorm so far, one by
-    one. The linear layers are PyTorch's.
+    one, of which the convolution with BatchNorm is fused. The linear layers are PyTorch's.
 
     Children: `conv`, `fc1`, `fc2`, `dropout`; torchvision's names.
 
@@ -115,7 +116,8 @@ class InceptionAux(nn.Module):
         if change is not None:
             return f"plain PyTorch: conv {change}"
         if block.norm is not None:
-            return PLAIN
+            inside = block._obstacle()
+            return IN_PART if inside is None else inside.replace(": ", ": conv.", 1)
         change = change_of_conv(block.conv, None, sides=(1,))
         return None if change is None else f"plain PyTorch: conv.conv {change}"
 

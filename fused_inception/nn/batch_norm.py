@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 OPTIONS = ("training", "eps", "momentum", "track_running_stats")
@@ -50,6 +51,32 @@ def options_of(norms: list[Any]) -> dict[str, Any]:
             _tensor(norm, "num_batches_tracked") if counted else None for norm in norms
         ],
     }
+
+
+def running_of(module: nn.Module) -> list[tuple[Any, Tensor, Tensor]]:
+    """The BatchNorm layers inside that a pass will update, with copies of their running statistics,
+    for `keep_finite`."""
+    return [
+        (norm, norm.running_mean.clone(), norm.running_var.clone())
+        for norm in module.modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        and norm.training
+        and norm.track_running_stats
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    ]
+
+
+@torch.no_grad()
+def keep_finite(before: list[tuple[Any, Tensor, Tensor]]) -> None:
+    """What `skip_nonfinite` asks of layers that have run one by one: channels whose running
+    statistics the pass has made NaN or infinite get the old ones back."""
+    for norm, mean, variance in before:
+        finite = norm.running_mean.isfinite() & norm.running_var.isfinite()
+        for new, old in ((norm.running_mean, mean), (norm.running_var, variance)):
+            # .data: the pass has saved these for its backward, which does not read them in
+            # training, but would refuse to run if it saw that they were written to
+            new.data.copy_(torch.where(finite, new, old))
 
 
 def _options(norm: Any) -> tuple[Any, ...]:

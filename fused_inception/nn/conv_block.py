@@ -9,9 +9,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fused_inception import functional
 from fused_inception.nn.adoption import adopt
-from fused_inception.nn.batch_norm import mixture_of, options_of, vectors_of
+from fused_inception.nn.batch_norm import (
+    keep_finite,
+    mixture_of,
+    options_of,
+    running_of,
+    vectors_of,
+)
 
-PLAIN = "plain PyTorch: no fused kernel yet"
 FUSED = "one fused operator"
 INSIDE = "parameters of the fused module"
 
@@ -19,7 +24,11 @@ INSIDE = "parameters of the fused module"
 def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
     """What a fused operator would pass over in an inner layer: its type, a hook."""
     if type(module) is not expected:
-        return f"is a {type(module).__name__}"
+        cls = type(module)
+        if cls.__name__ != expected.__name__:
+            return f"is a {cls.__name__}"
+        # as quantised layers have PyTorch's names
+        return f"is a {cls.__module__}.{cls.__qualname__}"
     own = module.__dict__
     if (
         own["_forward_hooks"]
@@ -151,7 +160,9 @@ class ConvBlock(nn.Module):
             )  # fmt: skip
         x = conv(x)
         if self.norm == "batch":
+            before = running_of(self.bn) if self.skip_nonfinite else []
             x = self.bn(x)
+            keep_finite(before)
         return F.relu(x, inplace=True)
 
     @property

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from fused_inception import functional
 from fused_inception.geometry import InceptionDims
 from fused_inception.nn.adoption import adopt
-from fused_inception.nn.batch_norm import mixture_of, options_of, vectors_of
+from fused_inception.nn.batch_norm import (
+    keep_finite,
+    mixture_of,
+    options_of,
+    running_of,
+    vectors_of,
+)
 from fused_inception.nn.conv_block import (
     FUSED,
     INSIDE,
@@ -122,7 +128,9 @@ class Inception(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W]."""
         if self._obstacle() is not None:
+            before = running_of(self) if self.skip_nonfinite else []
             branches = [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
+            keep_finite(before)
             return torch.cat(branches, dim=1)
         if self.norm is None:
             return functional.inception(x, *parameters_of(self))

@@ -1,5 +1,8 @@
 """The blocks of a model as `verify` and `explain` see them: which run fused, by which path, why."""
 
+import copy
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -109,16 +112,87 @@ def _handle(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(x: Tensor) -> Iterator[None]:
-    """Random numbers go on afterwards as if nothing had been drawn; gradients can be computed."""
-    # seeding reaches every GPU
-    devices = range(torch.cuda.device_count()) if x.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        yield
+def undisturbed() -> Iterator[None]:
+    """Random numbers go on afterwards as if nothing had been drawn, PyTorch's, Python's and
+    NumPy's; gradients can be computed."""
+    numpy = sys.modules.get("numpy")
+    theirs, numpys = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with (
+            torch.random.fork_rng(devices=_gpus()),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            yield
+    finally:
+        random.setstate(theirs)
+        if numpy is not None:
+            numpy.random.set_state(numpys)
+
+
+def seed() -> None:
+    """Start all generators that `undisturbed` gives back, and no others.
+
+    Not torch.manual_seed: where CUDA has not started, it leaves it a seed to start from.
+    """
+    torch.default_generator.manual_seed(0)
+    for i in _gpus():
+        torch.cuda.default_generators[i].manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+def drawn_so_far() -> list[Tensor]:
+    """The states of PyTorch's generators: equal ones mean that nothing was drawn in between."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in _gpus())]
+
+
+def _gpus() -> Sequence[int]:
+    """All, whatever device a batch is on: seeding reaches every one."""
+    return range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ValueError: `model` cannot be copied; names what of it.
+    """
+    try:
+        return copy.deepcopy(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"this {type(model).__name__} cannot be deep-copied, and only copies of it are run: "
+            f"{_culprit(model)}{type(error).__name__}: {error}"
+        ) from error
+
+
+def _culprit(model: nn.Module) -> str:
+    """The first attribute that cannot be copied on its own."""
+    for name, module in model.named_modules():
+        groups = ("_modules", "_parameters", "_buffers")
+        own = {key: value for key, value in vars(module).items() if key not in groups}
+        for key, value in (own | module._parameters | module._buffers).items():
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                return f"{name}.{key}: " if name else f"{key}: "
+    return ""
+
+
+def check_batch(x: object) -> None:
+    """`x` is what a model of one argument takes.
+
+    Raises:
+        TypeError: it is no tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x must be a torch.Tensor, the only argument of the model, got {type(x).__name__}"
+        )
 
 
 def tensors_of(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

@@ -21,6 +21,8 @@ from fused_inception.tools.blocks import (
     LAYERS,
     TRITON,
     Path,
+    check_batch,
+    copy_of,
     fused_blocks,
     hooked,
     path_of,
@@ -175,12 +177,16 @@ def explain(model: nn.Module, x: Tensor) -> ExplainReport:
         x: its one argument, on its device.
 
     Raises:
-        BackendError, TypeError: the backend in force cannot compute it.
+        BackendError, TypeError: the backend in force cannot compute it; `x` is no tensor.
+        ValueError: `model` cannot be deep-copied.
     """
+    check_batch(x)
     model = unwrapped(model)
     training = model.training
-    with undisturbed(x):
-        copied = copy.deepcopy(model)
+    with undisturbed():
+        if x.is_inference():  # no layer could save it for a backward
+            x = x.clone()
+        copied = copy_of(model)
         state = survey(copied)
         known = {*state.fused, *state.skipped}
         names = [name for name, _ in copied.named_modules() if name in known]

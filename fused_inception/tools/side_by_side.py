@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_inception.tools.blocks import hooked, tensors_of
+from fused_inception.tools.blocks import drawn_so_far, hooked, seed, tensors_of
 
 # what rounding alone moves; below it, and above a limit, nothing can be said
 NOISE = 0.05
@@ -80,12 +80,14 @@ BLOCK, NETWORK = Slack(2.0, 3.0), Slack(4.0, 4.0)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one pass: the worst output, the worst gradient and whose it is, the worst buffer."""
+    """Of one pass: the worst output, the worst gradient and whose it is, the worst buffer; and
+    whether plain PyTorch drew random numbers."""
 
     output: Error
     gradient: Error | None
     gradient_of: str
     statistics: Error | None
+    random: bool
 
 
 class Pass(NamedTuple):
@@ -117,7 +119,9 @@ def compare_block(three: Three, x: Tensor, dy: Tensor | None) -> Comparison:
         0.0,
     )
     name = max(gradients, key=lambda key: gradients[key].excess, default="")
-    return Comparison(_worst(outputs), gradients.get(name), name, _worst_or_none(statistics))
+    return Comparison(
+        _worst(outputs), gradients.get(name), name, _worst_or_none(statistics), own.random
+    )
 
 
 def compare_network(
@@ -151,6 +155,7 @@ def compare_network(
         gradients.get("all"),
         "all" if gradients else "",
         _worst_or_none(statistics),
+        own.random,
     )
     return together, passes
 
@@ -158,6 +163,7 @@ def compare_network(
 class _Step(NamedTuple):
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    random: bool
 
 
 def _three_steps(three: Three, x: Tensor, dy: Tensor | None) -> tuple[_Step, _Step, _Step]:
@@ -170,22 +176,34 @@ def _exact_step(module: nn.Module, x: Tensor, dy: Tensor | None) -> _Step:
 
 
 def _step(module: nn.Module, x: Tensor, dy: Tensor | None) -> _Step:
-    """Forward and backward, from a random gradient where there is no `dy`; all tensors by name."""
+    """Forward and backward, from a random gradient where there is no `dy`; all tensors by name.
+
+    Raises:
+        ValueError: no output is of floating point.
+    """
     x = x.detach().clone()
     wanted: dict[str, Tensor] = {}
     if x.is_floating_point():
         wanted["input"] = x.requires_grad_()
     wanted |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-    torch.manual_seed(0)  # what the model draws, and the same numbers in every dtype below
-    outputs = dict(tensors_of(module(x)))
+    seed()  # what the model draws, and the same numbers in every dtype below
+    start = drawn_so_far()
+    output = module(x)
+    drew = any(not torch.equal(a, b) for a, b in zip(start, drawn_so_far(), strict=False))
+    outputs = dict(tensors_of(output))
+    if not outputs:
+        raise ValueError(
+            f"this {type(module).__name__} returns a {type(output).__name__} without a "
+            "floating-point tensor, itself or in tuples, lists and dicts: nothing can be compared"
+        )
     differentiable = [y for y in outputs.values() if y.requires_grad]
-    torch.manual_seed(0)
+    seed()
     seeds = [torch.randn(y.shape).to(y) if dy is None else dy.to(y) for y in differentiable]
     found: Sequence[Tensor | None] = [None] * len(wanted)
     if differentiable:
         found = torch.autograd.grad(differentiable, [*wanted.values()], seeds, allow_unused=True)
     gradients = {name: g for name, g in zip(wanted, found, strict=True) if g is not None}
-    return _Step({name: y.detach() for name, y in outputs.items()}, gradients)
+    return _Step({name: y.detach() for name, y in outputs.items()}, gradients, drew)
 
 
 def _errors(

@@ -12,6 +12,8 @@ from fused_inception.adapters.plain import plain_twin
 from fused_inception.tools import sample
 from fused_inception.tools.blocks import (
     Path,
+    check_batch,
+    copy_of,
     fused_blocks,
     path_of,
     setting_of,
@@ -39,6 +41,8 @@ class BlockCheck:
         gradient: the worst of its gradients; None where nothing needs one.
         gradient_of: whose that is: "input", a parameter, or "all" together.
         statistics: the worst of its buffers after the pass; None where there is none.
+        random: whether plain PyTorch drew random numbers on the way: which element gets which
+            depends on how a tensor lies in memory.
     """
 
     name: str
@@ -47,11 +51,17 @@ class BlockCheck:
     gradient: Error | None
     gradient_of: str
     statistics: Error | None
+    random: bool = False
 
     @property
     def verdict(self) -> str:
-        """The worst verdict of the three: "ok", "unclear" or "FAILED"."""
+        """The worst verdict of the three: "ok", "unclear" or "FAILED".
+
+        Where random numbers were drawn, a difference proves nothing, and none is "FAILED".
+        """
         found = {e.verdict for e in (self.output, self.gradient, self.statistics) if e is not None}
+        if self.random and "FAILED" in found:
+            return "unclear"
         return next((verdict for verdict in ("FAILED", "unclear") if verdict in found), "ok")
 
 
@@ -90,7 +100,13 @@ class VerifyReport:
         lines += [f"not fused: {name or '(the model)'} {why}" for name, why in self.skipped.items()]
         if self.not_reached:
             lines.append(f"not run by this input in this mode: {', '.join(self.not_reached)}")
-        if any(check.verdict == "unclear" for check in [*self.blocks, self.model]):
+        unclear = [c for c in [*self.blocks, self.model] if c.verdict == "unclear"]
+        if any(check.random for check in unclear):
+            lines.append(
+                "unclear: the model draws random numbers besides nn.Dropout's, as F.dropout does, "
+                "and their order follows the memory layout; take eval, or a probability of 0"
+            )
+        if not all(check.random for check in unclear):
             lines.append(
                 "unclear: not further than a few ReLUs or maxima that flip between two roundings "
                 "move it; take more images, or float64"
@@ -110,9 +126,10 @@ def verify(model: nn.Module, x: Tensor, *, gradients: bool = True) -> VerifyRepo
     floor for rounding; in training the running statistics are held to the limit of outputs.
 
     `model`, its gradients, statistics, mode and the state of the random numbers stay as they are.
-    Dropout layers are off; forward hooks of the model run as in any other call. Autocast, TF32 and
-    `backend` hold as they are in force. It takes the memory of several models and of float64
-    activations: a few images are enough.
+    Dropout layers are off; where a model draws other random numbers, by `F.dropout` for example, no
+    difference can be held against it, and the verdict is "unclear". Forward hooks of the model run
+    as in any other call. Autocast, TF32 and `backend` hold as they are in force. It takes the
+    memory of several models and of float64 activations: a few images are enough.
 
     Args:
         model: any; DistributedDataParallel and torch.compile's wrapper are looked through.
@@ -121,11 +138,14 @@ def verify(model: nn.Module, x: Tensor, *, gradients: bool = True) -> VerifyRepo
             its own.
 
     Raises:
-        ValueError: `model` has no block that can be fused.
+        ValueError: `model` has no block that can be fused, returns nothing of floating point, or
+            cannot be deep-copied.
+        TypeError: `x` is no tensor.
     """
+    check_batch(x)
     model = unwrapped(model)
-    with undisturbed(x), torch.set_grad_enabled(gradients):
-        fused, plain = _ready(copy.deepcopy(model)), _ready(plain_twin(model))
+    with undisturbed(), torch.set_grad_enabled(gradients):
+        fused, plain = _ready(copy_of(model)), _ready(plain_twin(model))
         report = fuse_(fused)
         wanted = set(fused_blocks(report))
         names = [name for name, _ in fused.named_modules() if name in wanted]
@@ -164,7 +184,15 @@ def _ready(model: nn.Module) -> nn.Module:
 
 
 def _check(name: str, path: Path | None, found: Comparison) -> BlockCheck:
-    return BlockCheck(name, path, found.output, found.gradient, found.gradient_of, found.statistics)
+    return BlockCheck(
+        name,
+        path,
+        found.output,
+        found.gradient,
+        found.gradient_of,
+        found.statistics,
+        found.random,
+    )
 
 
 def _row(check: BlockCheck) -> list[str]:
