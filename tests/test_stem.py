@@ -129,7 +129,7 @@ class TestChangesInTheStem:
 
     def test_another_type(self) -> None:
         self.network.norm2 = nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0)
-        self.check("norm2 is a LocalResponseNorm")
+        self.check("norm2 is a torch.nn.modules.normalization.LocalResponseNorm")
 
     def test_another_convolution(self) -> None:
         conv = nn.Conv2d(64, 64, 3, padding=1)

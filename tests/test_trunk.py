@@ -198,7 +198,7 @@ class TestChangesInAStage:
 
     def test_another_type(self) -> None:
         self.network.maxpool4 = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.check(4, "maxpool4 is a MaxPool2d")
+        self.check(4, "maxpool4 is a torch.nn.modules.pooling.MaxPool2d")
 
     def test_a_size_for_each_direction(self) -> None:
         self.network.maxpool3 = fi.MaxPool2d((3, 3), (2, 2), ceil_mode=True)
