@@ -257,6 +257,9 @@ class TestChangesInAStage:
 
     def test_eval_asks_for_no_taps(self) -> None:
         self.calls.clear()
+        for head in (self.network.aux1, self.network.aux2):
+            for layer in head.modules():
+                layer.register_forward_pre_hook(lambda *_: pytest.fail("a head ran in eval"))
         logits = self.network.eval()(self.x)
         assert [call["taps"] for call in self.calls] == [[], [], []]
         torch.testing.assert_close(logits, self.before[0])

@@ -1,7 +1,7 @@
 """The Inception modules of GoogLeNet, from pool to pool: each run of them as one operator, where
 nothing looks in between."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ STAGES: tuple[dict[str, type[nn.Module]], ...] = (
         "dropout": nn.Dropout,
     },
 )
+_TYPES = {name: cls for layers in STAGES for name, cls in layers.items()}
 
 
 def stage(
@@ -79,14 +80,13 @@ def _one_by_one(
     return x, tapped
 
 
-def obstacle(layers: Mapping[str, Any], readers: Sequence[Any] | Any = ()) -> str | None:
+def obstacle(layers: Mapping[str, Any], readers: Iterable[Any]) -> str | None:
     """Why the layers compute one by one; None where one operator does."""
     hook = global_hook()
     if hook is not None:
         return hook
-    expected = {name: cls for of_stage in STAGES for name, cls in of_stage.items()}
     for name, layer in layers.items():
-        change = change_of(layer, expected[name])
+        change = change_of(layer, _TYPES[name])
         if change is None and isinstance(layer, Inception):
             if layer.norm is not None:
                 change = "has batch norm"

@@ -172,12 +172,9 @@ def _backward_fake(
     saved: list[Tensor],
     filters: list[Tensor],
     biases: list[Tensor],
-    kept: Tensor | None,
-    scale: float,
-    integers: list[int],
-    save_from: int,
-    needs: list[bool],
+    *rest: Any,
 ) -> list[Tensor]:
+    *_, needs = rest
     return gradients_like(x, (*filters, *biases), needs)
 
 

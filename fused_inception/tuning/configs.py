@@ -49,8 +49,9 @@ class BranchesConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Launch M: masking of the incoming gradient; each program walks `pixels`
-    pixels, a multiple of `block_p`."""
+    """Masking of a gradient by ReLU bits, with its column sums: launch M, and the gradient of a max
+    pool behind a ReLU, which counts cells for pixels. Each program walks `pixels` of them, a
+    multiple of `block_p`."""
 
     block_p: int
     block_c: int
