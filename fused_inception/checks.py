@@ -190,10 +190,11 @@ def norm_vectors(
         return present
     if len(present) != len(widths):
         raise ValueError(f"{name} must be {len(widths)} tensors or all None, got {len(present)}")
+    allowed = _beside(x, casts)
     for t, width in zip(present, widths, strict=True):
-        if t.dim() != 1 or t.shape[0] != width:
+        if t.shape != (width,):
             raise ValueError(f"{name} must be of shape [{width}], got {list(t.shape)}")
-        _vector_placed(x, name, t, casts)
+        _placed(x, name, t, allowed)
     return present
 
 
@@ -382,9 +383,15 @@ def _filter_placed(x: Tensor, name: str, weight: Tensor, casts: bool) -> None:
 
 
 def _vector_placed(x: Tensor, name: str, vector: Tensor, casts: bool) -> None:
-    """So is a bias or a statistic, which may be fp32 beside 16 bits."""
-    beside = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    _placed(x, name, vector, DTYPES[:3] if casts else beside)
+    """So is a bias."""
+    _placed(x, name, vector, _beside(x, casts))
+
+
+def _beside(x: Tensor, casts: bool) -> Sequence[torch.dtype]:
+    """Dtypes of biases and statistics, which may be fp32 beside 16 bits."""
+    if casts:
+        return DTYPES[:3]
+    return (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
 
 
 def _placed(x: Tensor, name: str, t: Tensor, allowed: Sequence[torch.dtype]) -> None:

@@ -405,7 +405,8 @@ def test_compiled_before_fusing() -> None:
     want = model(x)
     for change in (lambda m: None, fi.fuse_, fi.unfuse_):
         change(model)
-        torch.testing.assert_close(compiled(x), want)
+        with fi.backend("triton"):
+            torch.testing.assert_close(compiled(x), want)
     assert ["fused_inception" in code for code in graphs] == [False, True]
 
 

@@ -134,11 +134,11 @@ def test_convolution_with_norm(
 @pytest.mark.parametrize("name", ["inception_bn", "conv2d_bn_relu"])
 def test_opcheck_with_norms(name: str) -> None:
     with dispatch.forced(PARTS):
-        test_batch_norm_ops.test_opcheck(name, "triton")
+        test_batch_norm_ops.test_opcheck(name)
 
 
 def test_opcheck(device: torch.device) -> None:
     with dispatch.forced(PARTS):
-        test_ops.test_opcheck_inception(2, True, "triton", device)
-        test_ops.test_opcheck_inception_backward(1, "triton", device)
-        convolutions.test_operator_passes_opcheck("1x1-odd-widths", "triton", device)
+        test_ops.test_opcheck_inception(2, True, device)
+        test_ops.test_opcheck_inception_backward(1, device)
+        convolutions.test_operator_passes_opcheck("1x1-odd-widths", device)

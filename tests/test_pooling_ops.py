@@ -48,7 +48,8 @@ def test_output_and_gradient(case: PoolingCase, op: str, dtype: torch.dtype) -> 
     got = step(case.call(functional, op), x, dy)
     want, baseline = case.plain(op, x.double(), dy.double()), case.plain(op, x, dy)
     for name, a, b, c in zip(("y", "dx"), got, want, baseline, strict=True):
-        assert a.stride() == exact_strides(a)
+        # an empty gradient has any strides
+        assert a.stride() == exact_strides(a) or (name == "dx" and not a.numel())
         assert_within(name, a, b, c, slack=2.0 if name == "y" else 3.0)
 
 
@@ -103,7 +104,8 @@ def test_what_is_saved(op: str, impl: str, device: torch.device) -> None:
     expected = {"local_response_norm": 0, "max_pool2d_lrn": (index + 4) * windows}
     assert own == expected.get(op, index * windows)
     keeps_x = any(t.data_ptr() == x.data_ptr() for t in saved)
-    assert keeps_x == (op in ("local_response_norm", "lrn_max_pool2d"))
+    plain = impl == "torch" and op == "max_pool2d"  # PyTorch's own keeps it
+    assert keeps_x == (plain or op in ("local_response_norm", "lrn_max_pool2d"))
 
 
 @ops

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_inception import checks
@@ -11,7 +12,9 @@ from fused_inception.functional.convolution import conv_implementation
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import IMAGE_CHANNELS, conv_out
 from fused_inception.ops import batch_norm as _batch_norm
+from fused_inception.ops import plain
 from fused_inception.ops.registration import autocast, autocasts
+from fused_inception.ops.running import Running
 
 
 def inception_bn(
@@ -64,8 +67,8 @@ def inception_bn(
 
     Autograd saves, in training and besides `x` and the parameters, on the Triton path the raw
     results of all six convolutions, one byte a pooled element and four numbers a channel; on the
-    ATen path those, y, the reduced maps, the pooled input and its 8-byte indices. In eval as
-    `inception`, of the folded filters. A double backward raises RuntimeError.
+    ATen path what PyTorch's own layers save. In eval as `inception`, of the folded filters. A
+    double backward raises RuntimeError.
     """
     checks.image_batch(x)
     checks.inception_filters(x, filters, casts=autocasts(x))
@@ -75,11 +78,16 @@ def inception_bn(
     impl = resolve(x)
     x = settle(autocast(x), impl)
     if not training:
+        if impl == "torch":
+            return plain.inception(x, *_folded([*filters], layers, eps))
         return _batch_norm.evaluate(
-            "inception_bn", x, [*filters], *layers.parameters, *layers.running[:2], (eps, impl)
+            "inception_bn", x, [*filters], *layers.parameters, *layers.running[:2], (eps,)
         )
     checks.batch_statistics(x.shape[0], filters[0].shape[0], x.shape[2], x.shape[3])
-    options = (momentum, eps, skip_nonfinite, impl)
+    if impl == "torch":
+        running = Running(*layers.running, momentum, skip_nonfinite)
+        return plain.inception_bn(x, filters, *layers.parameters, running, eps)
+    options = (momentum, eps, skip_nonfinite)
     return _batch_norm.train(
         "inception_bn", x, [*filters], *layers.parameters, layers.running, options
     )
@@ -131,16 +139,33 @@ def conv2d_bn_relu(
     if impl == "torch" or x.shape[1] > IMAGE_CHANNELS:
         x = settle(x, impl)
     if not training:
-        options = (stride, padding, eps, impl)
+        if impl == "torch":
+            filters, biases = _folded([weight], layers, eps)
+            return plain.conv2d_relu(x, filters, biases[0], stride, padding)
+        options = (stride, padding, eps)
         return _batch_norm.evaluate(
             "conv2d_bn_relu", x, [weight], *layers.parameters, *layers.running[:2], options
         )
     sides = (conv_out(side, weight.shape[2], stride, padding) for side in x.shape[2:])
     checks.batch_statistics(x.shape[0], weight.shape[0], *sides)
+    if impl == "torch":
+        running = Running(*layers.running, momentum, skip_nonfinite)
+        return plain.conv2d_bn_relu(x, [weight], *layers.parameters, running, eps, stride, padding)
     return _batch_norm.train(
         "conv2d_bn_relu", x, [weight], *layers.parameters, layers.running,
-        (stride, padding, momentum, eps, skip_nonfinite, impl),
+        (stride, padding, momentum, eps, skip_nonfinite),
     )  # fmt: skip
+
+
+def _folded(
+    filters: list[Tensor], layers: "_NormLayers", eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Filters and biases that hold BatchNorm with its running statistics; kept where no gradient
+    will ask for them."""
+    arguments = filters, *layers.parameters, *layers.running[:2], eps
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _batch_norm.fold(*arguments)
+    return _batch_norm.kept_folded(*arguments)
 
 
 class _NormLayers(NamedTuple):

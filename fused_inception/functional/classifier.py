@@ -9,6 +9,7 @@ from fused_inception.functional.layout import settle
 from fused_inception.geometry import AvgWindow
 from fused_inception.ops import avg_pool_project as _avg_pool_project
 from fused_inception.ops import global_pool as _global_pool
+from fused_inception.ops import plain
 from fused_inception.ops.registration import autocast, autocasts, call
 
 
@@ -29,7 +30,7 @@ def global_avg_pool2d(x: Tensor) -> Tensor:
     Autograd saves no tensor. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    return call(_global_pool.global_avg_pool2d, x, None, 1.0, resolve(x))
+    return _pool(x, None, 1.0)
 
 
 def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
@@ -57,9 +58,13 @@ def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) 
     checks.probability(p)
     if not training or p == 0:
         return torch.flatten(global_avg_pool2d(x), 1)
-    impl = resolve(x)
-    y = call(_global_pool.global_avg_pool2d, x, *drawn(x, x.shape[1], p), impl)
-    return torch.flatten(y, 1)
+    return torch.flatten(_pool(x, *drawn(x, x.shape[1], p)), 1)
+
+
+def _pool(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+    if resolve(x) == "torch":
+        return plain.global_avg_pool2d(x, (), kept, scale)
+    return call(_global_pool.global_avg_pool2d, x, kept, scale)
 
 
 def drawn(x: Tensor, channels: int, p: float) -> tuple[Tensor, float]:
@@ -126,7 +131,9 @@ def _pool_project(x: Tensor, weight: Tensor, bias: Tensor, pool: AvgWindow) -> T
     checks.pointwise_parameters(x, weight, bias, casts=autocasts(x))
     impl = resolve(x)
     x = settle(autocast(x), impl)
+    if impl == "torch":
+        return plain.avg_pool2d_conv1x1_relu(x, [weight], bias, pool)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     options = pool.kernel, pool.stride, pool.ceil_mode, pool.grid
-    y, _ = call(_avg_pool_project.avg_pool2d_conv1x1_relu, x, weight, bias, *options, save, impl)
+    y, _ = call(_avg_pool_project.avg_pool2d_conv1x1_relu, x, weight, bias, *options, save)
     return y

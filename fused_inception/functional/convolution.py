@@ -10,6 +10,7 @@ from fused_inception.backend import BackendError, Implementation, resolve, selec
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import IMAGE_CHANNELS
 from fused_inception.ops import conv2d as _conv2d
+from fused_inception.ops import plain
 from fused_inception.ops.registration import autocast, autocasts, call
 
 
@@ -48,8 +49,10 @@ def conv2d_relu(
     x = autocast(x)
     if impl == "torch" or x.shape[1] > IMAGE_CHANNELS:
         x = settle(x, impl)
+    if impl == "torch":
+        return plain.conv2d_relu(x, [weight], bias, stride, padding)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    y, _ = call(_conv2d.conv2d_relu, x, weight, bias, stride, padding, save, impl)
+    y, _ = call(_conv2d.conv2d_relu, x, weight, bias, stride, padding, save)
     return y
 
 

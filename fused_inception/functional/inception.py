@@ -1,5 +1,7 @@
 """The Inception module with biases, and its naive form."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from fused_inception.backend import resolve
 from fused_inception.functional.layout import settle
 from fused_inception.ops import inception as _inception
 from fused_inception.ops import inception_naive as _inception_naive
+from fused_inception.ops import plain
 from fused_inception.ops.registration import autocast, autocasts, call
 
 
@@ -53,13 +56,13 @@ def inception(
         BackendError: the backend "triton" cannot run here.
 
     Autograd saves, besides `x` and the parameters, on the Triton path the reduced maps, one byte a
-    pooled element and one bit an output; on the ATen path y, the reduced maps, the pooled input and
-    its 8-byte indices. A double backward raises RuntimeError.
+    pooled element and one bit an output; on the ATen path what PyTorch's own layers save. A double
+    backward raises RuntimeError.
     """
     filters, biases = [w1, w3r, w3, w5r, w5, wp], [b1, b3r, b3, b5r, b5, bp]
     checks.image_batch(x)
     checks.inception_parameters(x, filters, biases, casts=autocasts(x))
-    return _module(_inception.inception, x, filters, biases)
+    return _module(_inception.inception, plain.inception, x, filters, biases)
 
 
 def inception_naive(
@@ -85,21 +88,27 @@ def inception_naive(
         [N, C_1 + C_3 + C_5 + C_in, H, W] in the dtype of `x`, exactly channels last.
 
     Autograd saves, besides `x` and the parameters, on the Triton path one byte a pooled element and
-    one bit an output of the convolutions; on the ATen path y and 8 bytes a pooled element. A double
+    one bit an output of the convolutions; on the ATen path what PyTorch's own layers save. A double
     backward raises RuntimeError.
     """
     filters, biases = [w1, w3, w5], [b1, b3, b5]
     checks.image_batch(x)
     checks.naive_parameters(x, filters, biases, casts=autocasts(x))
-    return _module(_inception_naive.inception_naive, x, filters, biases)
+    return _module(_inception_naive.inception_naive, plain.inception_naive, x, filters, biases)
 
 
 def _module(
-    op: torch._ops.OpOverload, x: Tensor, filters: list[Tensor], biases: list[Tensor]
+    op: torch._ops.OpOverload,
+    otherwise: Callable[..., Tensor],
+    x: Tensor,
+    filters: list[Tensor],
+    biases: list[Tensor],
 ) -> Tensor:
     """Run a form of the module."""
     impl = resolve(x)
     x = settle(autocast(x), impl)
+    if impl == "torch":
+        return otherwise(x, filters, biases)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
-    y, _ = call(op, x, filters, biases, save, impl)
+    y, _ = call(op, x, filters, biases, save)
     return y

@@ -7,6 +7,7 @@ from fused_inception import checks
 from fused_inception.backend import BackendError, resolve, selected
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import Window
+from fused_inception.ops import plain
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops.registration import call
 
@@ -42,8 +43,8 @@ def max_pool2d(
 
     Larger windows than 3 run through ATen.
 
-    Autograd saves one byte an output on the Triton path, 8 on the ATen path, and not `input`. A
-    double backward raises RuntimeError.
+    Autograd saves one byte an output on the Triton path, and not `input`; on the ATen path 8, and
+    `input`. A double backward raises RuntimeError.
     """
     checks.image_batch(input)
     window = checks.pool_window(input, kernel_size, stride, padding, dilation, ceil_mode)
@@ -144,6 +145,8 @@ def pool(op: torch._ops.OpOverload, x: Tensor, window: Window | None, *norm: flo
                 f"got {window.kernel}"
             )
         impl = "torch"
+    if impl == "torch" and window is not None and not norm:
+        return plain.max_pool2d(settle(x, impl), (), window)
     options = [*norm]
     if window is not None:
         options += [window.kernel, window.stride, window.padding, window.ceil_mode]

@@ -1,5 +1,6 @@
 """What a fused operator is told of `nn.BatchNorm2d` layers, read from them at every call."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,31 +27,22 @@ def mixture_of(norms: list[Any]) -> str | None:
     return None
 
 
-def vectors_of(norms: list[Any]) -> tuple[list[Tensor | None], ...]:
-    """Running means, running variances, gammas and betas, as functions with BatchNorm take them."""
-    first = norms[0]
-    tracked = not first.training or first.track_running_stats
-    running = (
-        [_tensor(norm, name) if tracked else None for norm in norms]
-        for name in ("running_mean", "running_var")
-    )
-    return (*running, *([_tensor(norm, name) for norm in norms] for name in ("weight", "bias")))
-
-
-def options_of(norms: list[Any]) -> dict[str, Any]:
-    """The keyword arguments that go with them; the batch's statistics count in eval, too, where
+def arguments_of(norms: list[Any]) -> tuple[tuple[Sequence[Tensor | None], ...], dict[str, Any]]:
+    """Running means, running variances, gammas and betas, as functions with BatchNorm take them,
+    and the keyword arguments that go with them; the batch's statistics count in eval, too, where
     there are no others."""
     first = norms[0]
-    training = first.training or _tensor(first, "running_mean") is None
-    counted = first.training and first.track_running_stats
-    return {
-        "training": training,
+    gammas, betas, means, variances, counters = zip(*map(_tensors, norms), strict=True)
+    nothing = (None,) * len(norms)
+    options = {
+        "training": first.training or means[0] is None,
         "momentum": first.momentum,
         "eps": first.eps,
-        "batches_tracked": [
-            _tensor(norm, "num_batches_tracked") if counted else None for norm in norms
-        ],
+        "batches_tracked": counters if first.training and first.track_running_stats else nothing,
     }
+    if first.training and not first.track_running_stats:
+        means = variances = nothing
+    return (means, variances, gammas, betas), options
 
 
 def running_of(module: nn.Module) -> list[tuple[Any, Tensor, Tensor]]:
@@ -84,10 +76,11 @@ def _options(norm: Any) -> tuple[Any, ...]:
 
 
 def _present(norm: Any) -> tuple[bool, ...]:
-    return tuple([_tensor(norm, name) is not None for name in TENSORS])
+    return tuple([t is not None for t in _tensors(norm)])
 
 
-def _tensor(norm: nn.BatchNorm2d, name: str) -> Tensor | None:
+def _tensors(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """In the order of TENSORS."""
     # not getattr: attributes that are parameters or buffers take ten times as long to find
-    tensors = norm._parameters if name in norm._parameters else norm._buffers
-    return tensors.get(name)
+    found = norm._buffers | norm._parameters
+    return tuple(map(found.get, TENSORS))

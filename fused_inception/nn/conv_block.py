@@ -10,11 +10,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from fused_inception import functional
 from fused_inception.nn.adoption import adopt
 from fused_inception.nn.batch_norm import (
+    arguments_of,
     keep_finite,
     mixture_of,
-    options_of,
     running_of,
-    vectors_of,
 )
 
 FUSED = "one fused operator"
@@ -151,11 +150,10 @@ class ConvBlock(nn.Module):
             stride, padding = conv.stride[0], conv.padding[0]
             if self.norm is None:
                 return functional.conv2d_relu(x, conv.weight, conv.bias, stride, padding)
-            vectors = (of[0] for of in vectors_of([self.bn]))
-            options = options_of([self.bn])
+            vectors, options = arguments_of([self.bn])
             options["batches_tracked"] = options["batches_tracked"][0]
             return functional.conv2d_bn_relu(
-                x, conv.weight, *vectors, stride=stride, padding=padding,
+                x, conv.weight, *(of[0] for of in vectors), stride=stride, padding=padding,
                 skip_nonfinite=self.skip_nonfinite, **options,
             )  # fmt: skip
         x = conv(x)

@@ -9,11 +9,10 @@ from fused_inception import functional
 from fused_inception.geometry import InceptionDims
 from fused_inception.nn.adoption import adopt
 from fused_inception.nn.batch_norm import (
+    arguments_of,
     keep_finite,
     mixture_of,
-    options_of,
     running_of,
-    vectors_of,
 )
 from fused_inception.nn.conv_block import (
     FUSED,
@@ -136,10 +135,10 @@ class Inception(nn.Module):
             return functional.inception(x, *parameters_of(self))
         blocks = _blocks_of(self)
         convs = [block._modules["conv"]._parameters for block in blocks]
-        norms = [block._modules["bn"] for block in blocks]
+        vectors, options = arguments_of([block._modules["bn"] for block in blocks])
         return functional.inception_bn(
-            x, [conv["weight"] for conv in convs], *vectors_of(norms),
-            skip_nonfinite=self.skip_nonfinite, **options_of(norms),
+            x, [conv["weight"] for conv in convs], *vectors,
+            skip_nonfinite=self.skip_nonfinite, **options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

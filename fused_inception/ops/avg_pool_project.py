@@ -15,7 +15,6 @@ from fused_inception.ops.registration import (
     register_autograd,
 )
 
-aten = torch.ops.aten
 WINDOW = "int kernel, int stride, bool ceil_mode, int grid"
 
 
@@ -28,21 +27,11 @@ def _forward(
     ceil_mode: bool,
     grid: int,
     save: bool,
-    impl: str,
 ) -> tuple[Tensor, list[Tensor]]:
     window = AvgWindow(kernel, stride, ceil_mode, grid)
-    if impl == "triton":
-        from fused_inception.ops import avg_pool_project_triton
+    from fused_inception.ops import avg_pool_project_triton
 
-        return avg_pool_project_triton.forward(x, weight, bias, window, save)
-    if grid:
-        pooled = aten._adaptive_avg_pool2d(x, [grid, grid])
-    else:
-        pooled = aten.avg_pool2d(x, [kernel, kernel], [stride, stride], [0, 0], ceil_mode)
-    pooled = channels_last(pooled)
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    y = aten.convolution(pooled, weight, bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-    return _flat(y.relu_()), [pooled] if save else []
+    return avg_pool_project_triton.forward(x, weight, bias, window, save)
 
 
 def _forward_fake(
@@ -54,14 +43,12 @@ def _forward_fake(
     ceil_mode: bool,
     grid: int,
     save: bool,
-    impl: str,
 ) -> tuple[Tensor, list[Tensor]]:
     n, c, height, width = x.shape
     window = AvgWindow(kernel, stride, ceil_mode, grid)
     sides = window.out(height), window.out(width)
     y = x.new_empty((n, weight.shape[0] * sides[0] * sides[1]))
-    slots = align_up(c) if impl == "triton" else c
-    pooled = empty_channels_last(n, slots, *sides, dtype=x.dtype, device=x.device)
+    pooled = empty_channels_last(n, align_up(c), *sides, dtype=x.dtype, device=x.device)
     return y, [pooled] if save else []
 
 
@@ -77,24 +64,11 @@ def _backward(
     ceil_mode: bool,
     grid: int,
     needs: list[bool],
-    impl: str,
 ) -> list[Tensor]:
     window, shape = AvgWindow(kernel, stride, ceil_mode, grid), tuple(x_shape)
-    if impl == "triton":
-        from fused_inception.ops import avg_pool_project_triton
+    from fused_inception.ops import avg_pool_project_triton
 
-        dx, dw, db = avg_pool_project_triton.backward(
-            dy, y, pooled, weight, bias, shape, window, needs
-        )
-    else:
-        n, _, height, width = pooled.shape
-        dz = aten.threshold_backward(dy, y, 0).reshape(n, weight.shape[0], height, width)
-        dx, dw, db = aten.convolution_backward(
-            dz, pooled, weight.to(dz.dtype), [weight.shape[0]],
-            [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs,
-        )  # fmt: skip
-        if needs[0]:
-            dx = _spread(dx, shape, window)
+    dx, dw, db = avg_pool_project_triton.backward(dy, y, pooled, weight, bias, shape, window, needs)
     empty = dy.new_empty(0)
     return [
         channels_last(dx) if needs[0] else empty,
@@ -115,7 +89,6 @@ def _backward_fake(
     ceil_mode: bool,
     grid: int,
     needs: list[bool],
-    impl: str,
 ) -> list[Tensor]:
     n, c, h, w = x_shape
     empty = dy.new_empty(0)
@@ -126,26 +99,8 @@ def _backward_fake(
     ]
 
 
-def _flat(y: Tensor) -> Tensor:
-    """[N, C, H, W] as [N, C * H * W] of its own memory."""
-    n, c, h, w = y.shape
-    return torch.empty((n, c * h * w), dtype=y.dtype, device=y.device).copy_(
-        y.reshape(n, c * h * w)
-    )
-
-
-def _spread(d_pooled: Tensor, shape: tuple[int, ...], window: AvgWindow) -> Tensor:
-    """The gradient of the pool, by ATen, which asks for x but reads no more than its metadata."""
-    n, c, h, w = shape
-    x = empty_channels_last(n, c, h, w, dtype=d_pooled.dtype, device=d_pooled.device)
-    if window.grid:
-        return aten._adaptive_avg_pool2d_backward(d_pooled, x)
-    sides = [window.kernel] * 2, [window.stride] * 2, [0, 0]
-    return aten.avg_pool2d_backward(d_pooled, x, *sides, window.ceil_mode, True, None)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    x, weight, bias, *ctx.window, ctx.saves, ctx.impl = inputs
+    x, weight, bias, *ctx.window, ctx.saves = inputs
     y, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*saved)
@@ -155,7 +110,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
-    options = (None,) * 6
+    options = (None,) * 5
     if dy is None:
         return (None, None, None, *options)
     if not ctx.saves:
@@ -163,7 +118,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
     weight, bias, y, pooled = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     gradients = avg_pool2d_conv1x1_relu_backward(
-        dy, y, pooled, weight, bias, ctx.shape, *ctx.window, needs, ctx.impl
+        dy, y, pooled, weight, bias, ctx.shape, *ctx.window, needs
     )
     settled = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*settled, *options)
@@ -171,14 +126,14 @@ def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
 
 avg_pool2d_conv1x1_relu = register(
     "avg_pool2d_conv1x1_relu",
-    f"(Tensor x, Tensor weight, Tensor bias, {WINDOW}, bool save, str impl) -> (Tensor, Tensor[])",
+    f"(Tensor x, Tensor weight, Tensor bias, {WINDOW}, bool save) -> (Tensor, Tensor[])",
     implementation=_forward,
     fake=_forward_fake,
 )
 avg_pool2d_conv1x1_relu_backward = register(
     "avg_pool2d_conv1x1_relu_backward",
     "(Tensor dy, Tensor y, Tensor pooled, Tensor weight, Tensor bias, SymInt[] x_shape,"
-    f" {WINDOW}, bool[] needs, str impl) -> Tensor[]",
+    f" {WINDOW}, bool[] needs) -> Tensor[]",
     implementation=_backward,
     fake=_backward_fake,
 )

@@ -2,16 +2,13 @@
 
 In training an operator writes to the running statistics, so its schema says so. The gradient is
 therefore an `autograd.Function` around it: `torch.library` registers gradients of operators that
-write to none of their arguments. Such an operator cannot return a list either, so each
-implementation, which saves a number of tensors of its own, is an operator of its own. In eval
-BatchNorm is folded into filters and bias: by an operator that keeps the folded ones until a
-parameter or a statistic changes, or, where gradients are asked for, by PyTorch's own operators
-ahead of the ones with bias.
+write to none of their arguments. In eval BatchNorm is folded into filters and bias: by an operator
+that keeps the folded ones until a parameter or a statistic changes, or, where gradients are asked
+for, by PyTorch's own operators ahead of the ones with bias.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,29 +42,22 @@ class _Family:
 
     name: str
     geometry: int  # integers that say more of the convolution than its filter does
-    saved: dict[str, int]  # tensors that each implementation saves
+    saved: int  # tensors
 
     @property
     def geometry_schema(self) -> str:
         return "int stride, int padding, " * (self.geometry > 0)
 
-    def implementation(self, impl: str) -> Any:
-        """The module that holds `forward`, `saved_like` and `backward`."""
-        if self.name == "inception_bn":
-            if impl == "triton":
-                from fused_inception.ops import inception_bn_triton
-
-                return inception_bn_triton
-            from fused_inception.ops import inception_bn_aten
-
-            return inception_bn_aten
-        if impl == "triton":
+    @property
+    def script(self) -> Any:
+        """The module that holds `forward`, `saved_like` and `backward`, when it first runs."""
+        if self.geometry:
             from fused_inception.ops import conv2d_bn_triton
 
             return conv2d_bn_triton
-        from fused_inception.ops import conv2d_bn_aten
+        from fused_inception.ops import inception_bn_triton
 
-        return conv2d_bn_aten
+        return inception_bn_triton
 
     def empty_output(self, x: Tensor, filters: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
         n, c, h, w = x.shape
@@ -88,55 +78,43 @@ class _Family:
         variances: list[Tensor],
         batches: list[Tensor],
         *options: Any,
-        impl: str,
     ) -> tuple[Tensor, ...]:
         *geometry, momentum, eps, skip = options
         running = Running(means, variances, batches, momentum, skip)
         running.advance()
-        script = self.implementation(impl)
         if x.numel():
-            y, saved = script.forward(x, filters, gammas, betas, running, eps, *geometry)
+            y, saved = self.script.forward(x, filters, gammas, betas, running, eps, *geometry)
         else:  # it counts, and there is nothing to take the statistics of
             y = self.empty_output(x, filters, geometry)
-            saved = script.saved_like(x, filters, *geometry)
+            saved = self.script.saved_like(x, filters, *geometry)
         running.mark()
         return y, *saved
 
-    def forward_fake(
-        self, x: Tensor, filters: list[Tensor], *rest: Any, impl: str
-    ) -> tuple[Tensor, ...]:
+    def forward_fake(self, x: Tensor, filters: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
         geometry = rest[LISTS : LISTS + self.geometry]
-        saved = self.implementation(impl).saved_like(x, filters, *geometry)
+        saved = self.script.saved_like(x, filters, *geometry)
         return self.empty_output(x, filters, geometry), *saved
 
     def backward(
         self,
         dy: Tensor,
         x: Tensor,
-        y: Tensor,
         saved: list[Tensor],
         filters: list[Tensor],
         gammas: list[Tensor],
         betas: list[Tensor],
         *options: Any,
     ) -> list[Tensor]:
-        *geometry, eps, needs, impl = options
+        *geometry, needs = options
         if not x.numel():
             found = gradients_like(x, (*filters, *gammas, *betas), needs)
             return [torch.zeros_like(t) for t in found]
-        backward = self.implementation(impl).backward
-        gradients: Sequence[Tensor | None]
-        if impl == "triton":
-            gradients = backward(dy, x, saved, filters, gammas, *geometry, needs)
-        else:
-            gradients = backward(dy, x, y, saved, filters, gammas, eps, *geometry, needs)
+        gradients = self.script.backward(dy, x, saved, filters, gammas, *geometry, needs)
         # without parameters there is nothing behind the filters
         return settle_all(gradients, x, (*filters, *gammas, *betas), needs)
 
-    def backward_fake(
-        self, dy: Tensor, x: Tensor, y: Tensor, saved: list[Tensor], *rest: Any
-    ) -> list[Tensor]:
-        filters, gammas, betas, *_, needs, _ = rest
+    def backward_fake(self, dy: Tensor, x: Tensor, saved: list[Tensor], *rest: Any) -> list[Tensor]:
+        filters, gammas, betas, *_, needs = rest
         return gradients_like(x, (*filters, *gammas, *betas), needs)
 
     def evaluate(
@@ -149,14 +127,9 @@ class _Family:
         variances: list[Tensor],
         *options: Any,
     ) -> Tensor:
-        *geometry, eps, impl = options
-        weights, biases = filter_cache.kept(
-            [*filters, *gammas, *betas, *means, *variances],
-            (eps,),
-            lambda: fold(filters, gammas, betas, means, variances, eps),
-            save=False,
-        )
-        return self.with_biases(x, weights, biases, geometry, False, impl)[0]
+        *geometry, eps = options
+        weights, biases = kept_folded(filters, gammas, betas, means, variances, eps)
+        return self.with_biases(x, weights, biases, geometry, False)[0]
 
     def with_biases(
         self,
@@ -165,12 +138,11 @@ class _Family:
         biases: list[Tensor],
         geometry: Sequence[int],
         save: bool,
-        impl: str,
     ) -> tuple[Tensor, list[Tensor]]:
         """The operator with bias."""
         if not geometry:
-            return call(inception.inception, x, filters, biases, save, impl)
-        return call(conv2d.conv2d_relu, x, filters[0], biases[0], *geometry, save, impl)
+            return call(inception.inception, x, filters, biases, save)
+        return call(conv2d.conv2d_relu, x, filters[0], biases[0], *geometry, save)
 
     def evaluate_fake(self, x: Tensor, filters: list[Tensor], *rest: Any) -> Tensor:
         geometry = rest[LISTS - 1 : LISTS - 1 + self.geometry]
@@ -199,34 +171,50 @@ def fold(
     return weights, biases
 
 
+def kept_folded(
+    filters: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: list[Tensor],
+    variances: list[Tensor],
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What `fold` gives, kept until a parameter or a statistic changes."""
+    return filter_cache.kept(
+        [*filters, *gammas, *betas, *means, *variances],
+        (eps,),
+        lambda: fold(filters, gammas, betas, means, variances, eps),
+        save=False,
+    )
+
+
 def _define(family: _Family) -> dict[str, torch._ops.OpOverload]:
-    """The operators of a family: in training by implementation, "backward" and "eval"."""
+    """The operators of a family: "forward" and "backward" of training, and "eval"."""
     geometry = family.geometry_schema
     running = "Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] batches"
     operators = {
-        impl: register(
-            f"{family.name}_{impl}",
+        "forward": register(
+            family.name,
             f"(Tensor x, {PARAMETERS}, {running}, {geometry}float? momentum, float eps, bool skip)"
-            f" -> ({', '.join(['Tensor'] * (1 + saved))})",
-            implementation=partial(family.forward, impl=impl),
-            fake=partial(family.forward_fake, impl=impl),
-        )
-        for impl, saved in family.saved.items()
+            f" -> ({', '.join(['Tensor'] * (1 + family.saved))})",
+            implementation=family.forward,
+            fake=family.forward_fake,
+        ),
+        "backward": register(
+            f"{family.name}_backward",
+            f"(Tensor dy, Tensor x, Tensor[] saved, {PARAMETERS}, {geometry}bool[] needs)"
+            " -> Tensor[]",
+            implementation=family.backward,
+            fake=family.backward_fake,
+        ),
+        "eval": register(
+            f"{family.name}_eval",
+            f"(Tensor x, {PARAMETERS}, Tensor[] means, Tensor[] variances, {geometry}float eps)"
+            " -> Tensor",
+            implementation=family.evaluate,
+            fake=family.evaluate_fake,
+        ),
     }
-    operators["backward"] = register(
-        f"{family.name}_backward",
-        f"(Tensor dy, Tensor x, Tensor y, Tensor[] saved, {PARAMETERS}, {geometry}"
-        "float eps, bool[] needs, str impl) -> Tensor[]",
-        implementation=family.backward,
-        fake=family.backward_fake,
-    )
-    operators["eval"] = register(
-        f"{family.name}_eval",
-        f"(Tensor x, {PARAMETERS}, Tensor[] means, Tensor[] variances, {geometry}"
-        "float eps, str impl) -> Tensor",
-        implementation=family.evaluate,
-        fake=family.evaluate_fake,
-    )
     refuse_double_backward(operators["backward"], f"fused_inception.reference.{family.name}")
     for op in operators.values():
         register_autocast(op, cast_first=False)
@@ -236,8 +224,8 @@ def _define(family: _Family) -> dict[str, torch._ops.OpOverload]:
 _FAMILIES = {
     family.name: family
     for family in (
-        _Family("inception_bn", 0, {"triton": 4, "torch": 11}),
-        _Family("conv2d_bn_relu", 2, {"triton": 2, "torch": 2}),
+        _Family("inception_bn", geometry=0, saved=4),
+        _Family("conv2d_bn_relu", geometry=2, saved=2),
     )
 }
 _OPERATORS = {name: _define(family) for name, family in _FAMILIES.items()}
@@ -257,14 +245,11 @@ class _Differentiable(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         filters, gammas, betas = _thirds(parameters, layers)
-        *geometry, _, eps, _, impl = options
-        y, *saved = _OPERATORS[name][impl](x, filters, gammas, betas, *running, *options[:-1])
-        ctx.name, ctx.layers, ctx.options = name, layers, (*geometry, eps)
-        ctx.impl, ctx.parameters = impl, len(parameters)
-        # the gate of y is taken from the raw results on the Triton path
-        kept = [y] if impl == "torch" else []
-        ctx.kept = len(kept)
-        ctx.save_for_backward(x, *parameters, *kept, *saved)
+        *geometry, _, _, _ = options
+        y, *saved = _OPERATORS[name]["forward"](x, filters, gammas, betas, *running, *options)
+        ctx.name, ctx.layers, ctx.geometry = name, layers, geometry
+        ctx.parameters = len(parameters)
+        ctx.save_for_backward(x, *parameters, *saved)
         ctx.set_materialize_grads(False)
         return y
 
@@ -275,12 +260,11 @@ class _Differentiable(torch.autograd.Function):
             return (*nothing, *(None,) * (1 + ctx.parameters))
         x, *rest = ctx.saved_tensors
         parameters, saved = rest[: ctx.parameters], rest[ctx.parameters :]
-        y, saved = (saved[0], saved[1:]) if ctx.kept else (x.new_empty(0), saved)
         needs = list(ctx.needs_input_grad[4:])
         # implementations ask for every gradient that there could be
         asked = needs + [False] * (1 + 3 * ctx.layers - len(needs))
         gradients = _OPERATORS[ctx.name]["backward"](
-            dy, x, y, saved, *_thirds(parameters, ctx.layers), *ctx.options, asked, ctx.impl
+            dy, x, saved, *_thirds(parameters, ctx.layers), *ctx.geometry, asked
         )
         given = [g if need else None for g, need in zip(gradients, needs, strict=True)]
         return (*nothing, *given)
@@ -309,13 +293,12 @@ def train(
     """The operator `name` with the batch's statistics.
 
     running: means, variances, counters, each empty where not tracked. options: of the geometry,
-    then momentum, eps, skip, impl.
+    then momentum, eps, skip.
     """
     parameters = (*filters, *gammas, *betas)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return _Differentiable.apply(name, len(filters), running, options, x, *parameters)
-    *rest, impl = options
-    return _OPERATORS[name][impl](x, filters, gammas, betas, *running, *rest)[0]
+    return _OPERATORS[name]["forward"](x, filters, gammas, betas, *running, *options)[0]
 
 
 def evaluate(
@@ -328,10 +311,9 @@ def evaluate(
     variances: list[Tensor],
     options: tuple[Any, ...],
 ) -> Tensor:
-    """The operator `name` with the running statistics; options: of the geometry, then eps, impl."""
-    *geometry, eps, impl = options
+    """The operator `name` with the running statistics; options: of the geometry, then eps."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *gammas, *betas)):
+        *geometry, eps = options
         weights, biases = fold(filters, gammas, betas, means, variances, eps)
-        family = _FAMILIES[name]
-        return family.with_biases(x, weights, biases, geometry, True, impl)[0]
+        return _FAMILIES[name].with_biases(x, weights, biases, geometry, True)[0]
     return _OPERATORS[name]["eval"](x, filters, gammas, betas, means, variances, *options)

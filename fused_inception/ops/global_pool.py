@@ -17,70 +17,51 @@ from fused_inception.ops.registration import (
 )
 
 
-def _forward(x: Tensor, kept: Tensor | None, scale: float, impl: str) -> Tensor:
-    if impl == "triton":
-        from fused_inception.ops import global_pool_triton
+def _forward(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+    from fused_inception.ops import global_pool_triton
 
-        return global_pool_triton.forward(x, kept, scale)
-    # 16-bit means are accumulated in fp32; memory of its own: what follows may work in place
-    y = _forward_fake(x, kept, scale, impl)
-    return y.copy_(_drop(x.mean((2, 3), keepdim=True), kept, scale))
+    return global_pool_triton.forward(x, kept, scale)
 
 
-def _forward_fake(x: Tensor, kept: Tensor | None, scale: float, impl: str) -> Tensor:
+def _forward_fake(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
     n, c, _, _ = x.shape
     return empty_channels_last(n, c, 1, 1, dtype=x.dtype, device=x.device)
 
 
-def _backward(
-    dy: Tensor, kept: Tensor | None, scale: float, x_shape: Sequence[int], impl: str
-) -> Tensor:
-    if impl == "triton":
-        from fused_inception.ops import global_pool_triton
+def _backward(dy: Tensor, kept: Tensor | None, scale: float, x_shape: Sequence[int]) -> Tensor:
+    from fused_inception.ops import global_pool_triton
 
-        return global_pool_triton.backward(dy, kept, scale, tuple(x_shape))
-    n, c, h, w = x_shape
-    dx = empty_channels_last(n, c, h, w, dtype=dy.dtype, device=dy.device)
-    return dx.copy_(_drop(dy, kept, scale) / (h * w))
+    return global_pool_triton.backward(dy, kept, scale, tuple(x_shape))
 
 
-def _backward_fake(
-    dy: Tensor, kept: Tensor | None, scale: float, x_shape: Sequence[int], impl: str
-) -> Tensor:
+def _backward_fake(dy: Tensor, kept: Tensor | None, scale: float, x_shape: Sequence[int]) -> Tensor:
     n, c, h, w = x_shape
     return empty_channels_last(n, c, h, w, dtype=dy.dtype, device=dy.device)
 
 
-def _drop(y: Tensor, kept: Tensor | None, scale: float) -> Tensor:
-    """[N, C, 1, 1] as torch's dropout leaves it."""
-    return y if kept is None else y * kept[:, :, None, None] * scale
-
-
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, Tensor | None, float, str], output: Tensor
-) -> None:
-    x, kept, ctx.scale, ctx.impl = inputs
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: Tensor) -> None:
+    x, kept, ctx.scale = inputs
     ctx.set_materialize_grads(False)
     ctx.shape = x.shape
     ctx.save_for_backward(kept)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None]:
     if dy is None:
-        return None, None, None, None
+        return None, None, None
     (kept,) = ctx.saved_tensors
-    return global_avg_pool2d_backward(dy, kept, ctx.scale, ctx.shape, ctx.impl), None, None, None
+    return global_avg_pool2d_backward(dy, kept, ctx.scale, ctx.shape), None, None
 
 
 global_avg_pool2d = register(
     "global_avg_pool2d",
-    "(Tensor x, Tensor? kept, float scale, str impl) -> Tensor",
+    "(Tensor x, Tensor? kept, float scale) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
 )
 global_avg_pool2d_backward = register(
     "global_avg_pool2d_backward",
-    "(Tensor dy, Tensor? kept, float scale, SymInt[] x_shape, str impl) -> Tensor",
+    "(Tensor dy, Tensor? kept, float scale, SymInt[] x_shape) -> Tensor",
     implementation=_backward,
     fake=_backward_fake,
 )

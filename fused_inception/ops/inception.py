@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from fused_inception.ops import inception_aten
 from fused_inception.ops.layout import dims_of
 from fused_inception.ops.module import ModuleForm, define
 
 
-def _triton() -> Any:
+def _script() -> Any:
     from fused_inception.ops import inception_triton
 
     return inception_triton
 
 
-inception, inception_backward = define(ModuleForm("inception", dims_of, inception_aten, _triton))
+inception, inception_backward = define(ModuleForm("inception", dims_of, _script))

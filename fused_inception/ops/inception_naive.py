@@ -2,17 +2,16 @@
 
 from typing import Any
 
-from fused_inception.ops import inception_naive_aten
 from fused_inception.ops.layout import naive_dims_of
 from fused_inception.ops.module import ModuleForm, define
 
 
-def _triton() -> Any:
+def _script() -> Any:
     from fused_inception.ops import inception_naive_triton
 
     return inception_naive_triton
 
 
 inception_naive, inception_naive_backward = define(
-    ModuleForm("inception_naive", naive_dims_of, inception_naive_aten, _triton)
+    ModuleForm("inception_naive", naive_dims_of, _script)
 )

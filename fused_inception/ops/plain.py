@@ -1,0 +1,233 @@
+"""Every function with PyTorch's own differentiable operators: any device, any floating dtype.
+
+What runs where no kernel of ours does. PyTorch records the gradients, so that a step costs what the
+unfused layers cost: an operator of ours with a gradient of its own would keep all that it saved
+until its end, where PyTorch frees it map by map.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_inception.geometry import AvgWindow, Window
+from fused_inception.ops.layout import channels_last
+from fused_inception.ops.registration import autocasts
+from fused_inception.ops.running import Running
+
+
+class _OwnStrides(torch.autograd.Function):
+    """The filters themselves; their gradients in their own strides."""
+
+    @staticmethod
+    def forward(ctx: Any, *filters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return filters
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.contiguous() for grad in grads)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, of which there is none: the kernels have no second derivative either, so that
+    what runs here runs there."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, grad: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.name = name
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            f"double backward is not implemented for fused_inception.functional.{ctx.name}; "
+            f"fused_inception.reference.{ctx.name} has gradients of any order"
+        )
+
+
+def _function(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What the functions here share: no autocast inside, as the caller has cast `x`; exact strides
+    of a map; gradients that have the strides of their filters, and no gradients themselves."""
+
+    @wraps(of)
+    def run(x: Tensor, filters: Sequence[Tensor] = (), *arguments: Any) -> Tensor:
+        if autocasts(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return run(x, filters, *arguments)
+        y = of(x, [_as(w, x.dtype) for w in _own_strides(filters)], *arguments)
+        if y.dim() == 4:
+            y = channels_last(y)
+        if y.requires_grad and not torch.compiler.is_compiling():
+            # in backward gradients are recorded where they are to be differentiated again
+            tensors = [t for t in (x, *filters) if t.requires_grad]
+            y.register_hook(
+                lambda dy: (
+                    _Once.apply(of.__name__, dy, *tensors) if torch.is_grad_enabled() else None
+                )
+            )
+        return y
+
+    return run
+
+
+def _own_strides(filters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`filters`; those whose gradient PyTorch would give other strides, as it computes in channels
+    last, behind `_OwnStrides`."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return filters
+    at = [
+        i for i, w in enumerate(filters)
+        if w.requires_grad and w.is_contiguous()
+        and not w.is_contiguous(memory_format=torch.channels_last)
+    ]  # fmt: skip
+    if not at:
+        return filters
+    own = list(filters)
+    for i, w in zip(at, _OwnStrides.apply(*[filters[i] for i in at]), strict=True):
+        own[i] = w
+    return own
+
+
+@_function
+def conv2d_relu(
+    x: Tensor, filters: Sequence[Tensor], bias: Tensor, stride: int, padding: int
+) -> Tensor:
+    """One filter."""
+    return _conv_relu(x, filters[0], bias, stride, padding)
+
+
+@_function
+def inception(x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection."""
+
+    def layer(i: int, source: Tensor) -> Tensor:
+        return _conv_relu(source, filters[i], biases[i], 1, filters[i].shape[-1] // 2)
+
+    return _branches(x, layer)
+
+
+@_function
+def inception_naive(x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """1x1, 3x3, 5x5; the pool as it is."""
+    maps = [_conv_relu(x, w, b, 1, w.shape[-1] // 2) for w, b in zip(filters, biases, strict=True)]
+    return torch.cat([*maps, F.max_pool2d(x, 3, 1, 1)], dim=1)
+
+
+@_function
+def inception_bn(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    running: Running,
+    eps: float,
+) -> Tensor:
+    """`inception` with the batch's statistics in place of biases; the running ones are updated."""
+
+    def layer(i: int, source: Tensor) -> Tensor:
+        z = F.conv2d(source, filters[i], None, 1, filters[i].shape[-1] // 2)
+        return _norm_relu(z, i, gammas, betas, running, eps)
+
+    running.advance()
+    y = _branches(x, layer)
+    running.mark()
+    return y
+
+
+@_function
+def conv2d_bn_relu(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    running: Running,
+    eps: float,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """The same of one filter."""
+    running.advance()
+    z = F.conv2d(x, filters[0], None, stride, padding)
+    y = _norm_relu(z, 0, gammas, betas, running, eps)
+    running.mark()
+    return y
+
+
+@_function
+def max_pool2d(x: Tensor, filters: Sequence[Tensor], window: Window) -> Tensor:
+    """No filters."""
+    return F.max_pool2d(x, window.kernel, window.stride, window.padding, ceil_mode=window.ceil_mode)
+
+
+@_function
+def global_avg_pool2d(
+    x: Tensor, filters: Sequence[Tensor], kept: Tensor | None, scale: float
+) -> Tensor:
+    """No filters; [N, C, 1, 1] as torch's dropout leaves it. Means of 16 bits are accumulated in
+    fp32."""
+    y = x.mean((2, 3), keepdim=True)
+    return y if kept is None else y * kept[:, :, None, None] * scale
+
+
+@_function
+def avg_pool2d_conv1x1_relu(
+    x: Tensor, filters: Sequence[Tensor], bias: Tensor, window: AvgWindow
+) -> Tensor:
+    """One filter; [N, C_out * H_out * W_out]."""
+    if window.grid:
+        pooled = F.adaptive_avg_pool2d(x, window.grid)
+    else:
+        pooled = F.avg_pool2d(x, window.kernel, window.stride, ceil_mode=window.ceil_mode)
+    return torch.flatten(_conv_relu(pooled, filters[0], bias, 1, 0), 1)
+
+
+def _branches(x: Tensor, layer: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Four branches of convolutions, `layer(i, input)`, side by side."""
+    return torch.cat(
+        [
+            layer(0, x),
+            layer(2, layer(1, x)),
+            layer(4, layer(3, x)),
+            layer(5, F.max_pool2d(x, 3, 1, 1)),
+        ],
+        dim=1,
+    )
+
+
+def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight, _as(bias, x.dtype), stride, padding).relu_()
+
+
+def _norm_relu(
+    z: Tensor,
+    layer: int,
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    running: Running,
+    eps: float,
+) -> Tensor:
+    # PyTorch mixes fp32 parameters with 16-bit maps, and nothing else
+    dtype = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
+    gamma, beta = (_as(of[layer], dtype) if of else None for of in (gammas, betas))
+    if not z.numel():  # there is nothing to take the statistics of
+        return (z if gamma is None or beta is None else z * _wide(gamma, z) + _wide(beta, z)).relu()
+    mean, var = running.scratch(layer, dtype)
+    momentum = running.weight_of_new(layer)
+    # not F.batch_norm, which checks first: the caller has
+    cudnn = torch.backends.cudnn.enabled
+    y = torch.batch_norm(z, gamma, beta, mean, var, True, momentum, eps, cudnn)
+    running.take(layer, mean, var)
+    return y.relu_()
+
+
+def _wide(vector: Tensor, z: Tensor) -> Tensor:
+    return _as(vector, z.dtype)[:, None, None]
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # a call of `to` costs some microseconds, also where there is nothing to do
+    return t if t.dtype == dtype else t.to(dtype)
