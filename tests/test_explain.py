@@ -38,9 +38,10 @@ class TestExplain:
         # forward, and both gradients of every product
         forward = InceptionDims(*WIDTHS).multiply_adds(6, 6) * 2 * 2
         assert block.flops == 3 * forward
-        assert block.predicted_seconds == block.fused.seconds(report.device)
-        assert before.blocks[1].predicted_seconds == block.eager.seconds(report.device)
-        assert block.bytes < before.blocks[1].bytes
+        # the ATen path is what the layers were
+        assert block.predicted_seconds == block.eager.seconds(report.device)
+        assert block.bytes == before.blocks[1].bytes
+        assert block.fused.read_bytes + block.fused.write_bytes < block.bytes
         assert fi.explain(model.eval(), x).blocks[1].flops == forward
 
     def test_table(self) -> None:

@@ -13,10 +13,12 @@ from fused_inception.functional.layout import settle
 from fused_inception.geometry import IMAGE_CHANNELS, conv_out
 from fused_inception.ops import batch_norm as _batch_norm
 from fused_inception.ops import plain
+from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts
 from fused_inception.ops.running import Running
 
 
+@measured
 def inception_bn(
     x: Tensor,
     filters: Sequence[Tensor],
@@ -93,6 +95,7 @@ def inception_bn(
     )
 
 
+@measured
 def conv2d_bn_relu(
     x: Tensor,
     weight: Tensor,

@@ -10,9 +10,11 @@ from fused_inception.geometry import AvgWindow
 from fused_inception.ops import avg_pool_project as _avg_pool_project
 from fused_inception.ops import global_pool as _global_pool
 from fused_inception.ops import plain
+from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
 
 
+@measured
 def global_avg_pool2d(x: Tensor) -> Tensor:
     """Mean over height and width, accumulated in fp32 (fp64 in fp64).
 
@@ -33,6 +35,7 @@ def global_avg_pool2d(x: Tensor) -> Tensor:
     return _pool(x, None, 1.0)
 
 
+@measured
 def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """`global_avg_pool2d`, flattened, with dropout in the same kernel.
 
@@ -75,6 +78,7 @@ def drawn(x: Tensor, channels: int, p: float) -> tuple[Tensor, float]:
     return kept, 0.0 if p == 1 else 1 / (1 - p)
 
 
+@measured
 def avg_pool2d_conv1x1_relu(
     x: Tensor,
     weight: Tensor,
@@ -114,6 +118,7 @@ def avg_pool2d_conv1x1_relu(
     return _pool_project(x, weight, bias, pool)
 
 
+@measured
 def adaptive_avg_pool2d_conv1x1_relu(
     x: Tensor, weight: Tensor, bias: Tensor, output_size: int = 4
 ) -> Tensor:

@@ -11,9 +11,11 @@ from fused_inception.functional.layout import settle
 from fused_inception.geometry import IMAGE_CHANNELS
 from fused_inception.ops import conv2d as _conv2d
 from fused_inception.ops import plain
+from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
 
 
+@measured
 def conv2d_relu(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0
 ) -> Tensor:

@@ -11,9 +11,11 @@ from fused_inception.functional.layout import settle
 from fused_inception.ops import inception as _inception
 from fused_inception.ops import inception_naive as _inception_naive
 from fused_inception.ops import plain
+from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
 
 
+@measured
 def inception(
     x: Tensor,
     w1: Tensor,
@@ -65,6 +67,7 @@ def inception(
     return _module(_inception.inception, plain.inception, x, filters, biases)
 
 
+@measured
 def inception_naive(
     x: Tensor, w1: Tensor, b1: Tensor, w3: Tensor, b3: Tensor, w5: Tensor, b5: Tensor
 ) -> Tensor:

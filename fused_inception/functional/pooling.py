@@ -9,9 +9,11 @@ from fused_inception.functional.layout import settle
 from fused_inception.geometry import Window
 from fused_inception.ops import plain
 from fused_inception.ops import pooling as _pooling
+from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import call
 
 
+@measured
 def max_pool2d(
     input: Tensor,
     kernel_size: int | tuple[int, int],
@@ -51,6 +53,7 @@ def max_pool2d(
     return pool(_pooling.max_pool2d, input, window)
 
 
+@measured
 def local_response_norm(
     input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
@@ -85,6 +88,7 @@ def local_response_norm(
     return pool(_pooling.local_response_norm, input, None, size, alpha, beta, k)
 
 
+@measured
 def lrn_max_pool2d(
     x: Tensor,
     size: int,
@@ -110,6 +114,7 @@ def lrn_max_pool2d(
     return pool(_pooling.lrn_max_pool2d, x, window, size, alpha, beta, k)
 
 
+@measured
 def max_pool2d_lrn(
     x: Tensor,
     size: int,

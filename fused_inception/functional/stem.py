@@ -10,9 +10,11 @@ from fused_inception.functional.pooling import pool
 from fused_inception.geometry import STEM_NORM, STEM_POOL, Window
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import stem as _stem
+from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
 
 
+@measured
 def googlenet_stem(
     x: Tensor,
     w1: Tensor,

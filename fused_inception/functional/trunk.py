@@ -19,6 +19,7 @@ from fused_inception.functional.pooling import pool
 from fused_inception.geometry import Window
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import trunk as _trunk
+from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
 
 # descriptions of arguments that were found to fit, and how many are kept
@@ -26,6 +27,7 @@ _fitting: set[tuple[Any, ...]] = set()
 _MOST = 256
 
 
+@measured
 def inception_trunk(
     x: Tensor,
     parameters: Sequence[Sequence[Tensor]],

@@ -22,8 +22,8 @@ TRITON, ATEN, LAYERS = "Triton", "ATen", "layers"
 
 @dataclass(frozen=True)
 class Path:
-    """How a block computes: "Triton" (our kernels), "ATen" (one operator of ours, computed by
-    PyTorch's own), "layers" (PyTorch, layer by layer), and why."""
+    """How a block computes: "Triton" (our kernels), "ATen" (as one function, of PyTorch's own
+    operators), "layers" (PyTorch, layer by layer), and why."""
 
     name: str
     reason: str

@@ -15,9 +15,11 @@ from fused_inception.geometry import IMAGE_CHANNELS
 from fused_inception.launches import Launch, record_launches
 from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.head import GlobalAvgPool2d
+from fused_inception.ops import measured
 from fused_inception.ops.layout import why_not_in_place
 from fused_inception.tools import sample
 from fused_inception.tools.blocks import (
+    ATEN,
     LAYERS,
     TRITON,
     Path,
@@ -87,7 +89,7 @@ class BlockExplanation:
     @property
     def cost(self) -> Cost | None:
         """Of the path that it takes: the fused one, or plain PyTorch."""
-        return self.eager if self.path.name == LAYERS else self.fused
+        return self.fused if self.path.name == TRITON else self.eager
 
     @property
     def flops(self) -> int | None:
@@ -211,8 +213,10 @@ def explain(model: nn.Module, x: Tensor) -> ExplainReport:
             if name in ready:
                 path = path_of(block, z)
             twin = fused.get_submodule(name)
-            with dispatch.recorded() as parts:
+            with dispatch.recorded() as parts, measured.reasons() as why_plain:
                 launches = _launches(block, z, training) if path.name == TRITON else None
+            if why_plain:
+                path = Path(ATEN, why_plain[0])
             blocks.append(
                 BlockExplanation(
                     name=name,

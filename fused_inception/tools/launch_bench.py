@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_inception.backend import backend
+from fused_inception.ops import measured
 from fused_inception.ops.ahead import Call
 from fused_inception.tuning import dispatch, table
 from fused_inception.tuning.chosen import Problem
@@ -143,3 +145,14 @@ def library_speed_ups(
             if part.endswith("forward") != backward:
                 found[part] = ours / seconds((part,))
     return found
+
+
+def plain_speed_up(call: measured.Call, timer: Timer) -> float:
+    """Time of the kernels / time of plain PyTorch, of a whole function; with its backward in
+    training."""
+
+    def seconds(name: str) -> float:
+        with backend(name):
+            return timer(call.run)
+
+    return seconds("triton") / seconds("torch")

@@ -19,7 +19,7 @@ from torch import nn
 
 from fused_inception.adapters.fuse import fuse_
 from fused_inception.backend import assume_triton
-from fused_inception.ops import ahead
+from fused_inception.ops import ahead, measured
 from fused_inception.ops.ahead import Call
 from fused_inception.tools import sample
 from fused_inception.tools.errors import UserError, require
@@ -29,6 +29,7 @@ from fused_inception.tools.launch_bench import (
     Timer,
     graph_seconds,
     library_speed_ups,
+    plain_speed_up,
 )
 from fused_inception.tools.options import pick_device, positive
 from fused_inception.tools.precompile import precompile, processors
@@ -38,8 +39,10 @@ from fused_inception.tuning import chosen, dispatch, table
 from fused_inception.tuning.search import Winner, candidates, search
 from fused_inception.tuning.targets import Target, target_of
 
-# of the budget, for the choice between our kernels and the library's convolutions
+# of the budget, for the choices between our kernels and the library's convolutions, and between
+# whole functions and plain PyTorch
 DISPATCH_SHARE = 0.2
+PLAIN_SHARE = 0.1
 
 Lookups = Mapping[tuple[str, table.Key], Sequence[Call]]
 
@@ -99,6 +102,7 @@ def listing(lookups: Lookups, target: Target) -> str:
         f"and library convolutions in the place of ours for {len(keys)} problems; "
         "what compiles with spills is left out when there is a GPU"
     )
+    lines.append("at the end each whole function against plain PyTorch, which runs where it wins")
     return "\n".join(lines)
 
 
@@ -147,6 +151,7 @@ class Tuning:
         self.workers = workers
         self.winners: list[Winner] = []
         self.plans: dict[table.Key, dict[str, float]] = {}
+        self.plain: dict[table.Key, float] = {}
         self.left = 0
 
     def go(self, model: nn.Module, x: torch.Tensor, end: float, *, again: bool) -> None:
@@ -155,13 +160,18 @@ class Tuning:
         from tqdm import tqdm
 
         _compile(model, x)
-        calls = ahead.calls_with_tensors(copy.deepcopy(model), x, training=model.training)
+        with measured.recorded() as functions:
+            calls = ahead.calls_with_tensors(copy.deepcopy(model), x, training=model.training)
         lookups = _lookups(calls, self.target)
         done = set() if again else self._written()
         todo = [p for p in problems_of(lookups) if (p.family, p.key) not in done]
         keys = [lookup for lookup in lookups if lookup[0] == dispatch.FAMILY and lookup not in done]
-        first_end = end - DISPATCH_SHARE * (end - time.monotonic()) if keys else end
-        with tqdm(total=len(todo) + len(keys), desc="tune", unit="problem") as bar:
+        whole = {k: call for k, call in functions.items() if (measured.FAMILY, k) not in done}
+        left = end - time.monotonic()
+        second_end = end - PLAIN_SHARE * left if whole else end
+        first_end = second_end - DISPATCH_SHARE * left if keys else second_end
+        total = len(todo) + len(keys) + len(whole)
+        with tqdm(total=total, desc="tune", unit="problem") as bar:
             for problem in todo:
                 bar.set_postfix_str(problem.family)
                 pairs = [(call, calls[call]) for call in lookups[problem.family, problem.key]]
@@ -170,7 +180,13 @@ class Tuning:
             for _, key in keys:
                 bar.set_postfix_str(dispatch.FAMILY)
                 pairs = [(call, calls[call]) for call in lookups[dispatch.FAMILY, key]]
-                self._compare(key, pairs, _before(end))
+                self._compare(key, pairs, _before(second_end))
+                bar.update()
+            # with what was found so far: the tables are read again
+            table.forget()
+            for key, call in whole.items():
+                bar.set_postfix_str(measured.FAMILY)
+                self._compare_whole(key, call, _before(end))
                 bar.update()
         table.forget()
 
@@ -190,9 +206,15 @@ class Tuning:
             f"library convolutions are faster in {sum(x > 1 for x in ratios)} of {len(ratios)} "
             "places"
         )
+        slower = sorted({str(key[0]) for key, ratio in self.plain.items() if ratio > 1})
+        lines.append(
+            f"plain PyTorch is faster in {sum(x > 1 for x in self.plain.values())} of "
+            f"{len(self.plain)} whole functions, and runs there"
+            + (f": {', '.join(slower)}" if slower else "")
+        )
         if self.left:
             lines.append(f"the time was not enough for {self.left} problems: run it again to go on")
-        if self.winners or self.plans:
+        if self.winners or self.plans or self.plain:
             lines.append(f"wrote {self.path}")
         return "\n".join(lines)
 
@@ -227,6 +249,21 @@ class Tuning:
             return
         self.plans[key] = library_speed_ups(key, self.target, pairs, self.timer)
         self._write(dispatch.FAMILY, key, self.plans[key], {})
+
+    def _compare_whole(
+        self, key: table.Key, call: measured.Call, in_time: Callable[[], bool]
+    ) -> None:
+        if not in_time():
+            self.left += 1
+            return
+        try:
+            ratio = plain_speed_up(call, self.timer)
+        except RuntimeError as error:
+            # some of what plain PyTorch does cannot be captured, as a cumulative average
+            print(f"{key[0]} is not compared with plain PyTorch: {error}", flush=True)
+            return
+        self.plain[key] = ratio
+        self._write(measured.FAMILY, key, {"speed_up": ratio}, {})
 
     def _write(
         self, family: str, key: table.Key, fields: Mapping[str, Any], facts: Mapping[str, Any]

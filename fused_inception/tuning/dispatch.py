@@ -173,7 +173,7 @@ def _measured_plan(parts: tuple[str, ...], key: table.Key, target: Target) -> Pl
     """What the table says: the fields of an entry are part -> time of ours / time of the library's
     way, for the parts that were measured."""
     fields: Mapping[str, Any] = table.lookup(FAMILY, key, target) or {}
-    wrong = {name: x for name, x in fields.items() if name not in parts or not _is_speed_up(x)}
+    wrong = {name: x for name, x in fields.items() if name not in parts or not table.is_ratio(x)}
     if wrong:
         table.reject(
             FAMILY, key, target, f"fields must be {', '.join(parts)}, above 0, got {wrong}"
@@ -186,7 +186,3 @@ def _measured_plan(parts: tuple[str, ...], key: table.Key, target: Target) -> Pl
             reason = f"table {target.name}, library {fields[part]:.2f}x as fast"
             choices[part] = Choice(fields[part] > 1, reason)
     return Plan(choices)
-
-
-def _is_speed_up(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -81,6 +81,16 @@ def lookup(family: str, key: Key, target: Target) -> Mapping[str, Any] | None:
     return None if entry is None else entry.fields
 
 
+def has(family: str, target: Target) -> bool:
+    """Whether anything was measured in `family`."""
+    return any(of == family for of, _ in _entries(target.name))
+
+
+def is_ratio(value: object) -> bool:
+    """Whether a field can be a ratio of two times."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
 def reject(family: str, key: Key, target: Target, why: str) -> None:
     """Forget an entry that is of no use; the first one of a file is told in a warning."""
     with _lock:
