@@ -132,14 +132,18 @@ EVERY_RUN = {
         if (target == "sm_90") != (precision == "bf16")
     },
 }
-# `make compile-all`
+# `make compile-all`; what has BatchNorm apart
+NORMS = tuple(name for name in LAYERS if "-bn" in name)
 FULL = {
-    f"{target}-{precision}": Group(
+    f"{target}-{precision}{suffix}": Group(
         target,
         precision,
-        tuple(LAYERS),
+        layers,
         BATCHES if target == "sm_90" else (1, 32, 256) if precision == "bf16" else (32,),
+        # in eval BatchNorm is in the filters of the others
+        inference=not suffix,
     )
     for target in TARGETS
     for precision in DTYPES
+    for suffix, layers in (("", tuple(n for n in LAYERS if n not in NORMS)), ("-norms", NORMS))
 }
