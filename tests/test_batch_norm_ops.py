@@ -372,6 +372,20 @@ def test_opcheck(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_counters_advance_in_one_call(impl: str) -> None:
+    """Not in six: on a GPU that is one launch."""
+    module = block()
+    x = data(0)[0].requires_grad_()
+    with fi.backend(impl), torch.profiler.profile(acc_events=True) as profile:
+        module(x)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::_foreach_add_"] == 1
+    assert all(layer.num_batches_tracked == 1 for layer in norms(module))
+    # a CPU has no kernel for lists: there, and only there, the one call goes tensor by tensor
+    assert counts.get("aten::add_", 0) == len(norms(module))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_module_counts_and_tracks(training: bool) -> None:
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ from torch import nn
 
 import fused_inception as fi
 from fused_inception.__main__ import main
-from fused_inception.tools import checkpoint, data, loop, options, parity
+from fused_inception.tools import checkpoint, data, loop, options, parity, run
 
 for extra in ("matplotlib", "PIL", "sklearn", "tqdm"):
     pytest.importorskip(extra)
@@ -358,6 +358,19 @@ def test_order_depends_on_the_seed_alone():
 
     assert torch.equal(labels(1), labels(1))
     assert not torch.equal(labels(1), labels(2))
+
+
+@pytest.mark.parametrize("images", [(40, 33), (5, 5), (7, 3), (16, 32), (17, 1)])
+def test_batch_sizes_are_those_of_an_epoch(images):
+    """What is compiled ahead is what runs."""
+    sets = [[(torch.zeros(3, 4, 4), 0)] * n for n in images]
+    found = set()
+    for training, batches in (
+        (True, data.train_batches(sets[0], 16, seed=0)),
+        (False, data.held_out_batches(sets[1], 16)),
+    ):
+        found |= {(training, len(labels)) for _, labels in batches}
+    assert set(run.batch_sizes(16, *images)) == found
 
 
 def test_limited_test_part_has_every_class(folder):

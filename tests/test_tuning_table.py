@@ -66,6 +66,9 @@ GOOD = {"family": "branches", "key": [*KEY], "fields": FIELDS, "run": 0}
     ("text", "why"),
     [
         pytest.param("{", "Expecting property name", id="cut-off"),
+        pytest.param("", "Expecting value", id="empty"),
+        pytest.param("[" * 100_000, "nested too deeply", id="nested"),
+        pytest.param("9" * 10_000, "", id="huge-number"),
         pytest.param("[]", "no table of launches", id="list"),
         pytest.param(
             contents([GOOD]) | {"format": 2}, "format 2, this version reads 1", id="newer"
@@ -84,6 +87,19 @@ def test_foreign_and_corrupt_tables_are_ignored_with_one_warning(text: Any, why:
     (warning,) = warned
     assert why in str(warning.message)
     assert str(path) in str(warning.message)
+
+
+def test_what_is_no_text_or_no_file_is_ignored_with_a_warning() -> None:
+    path = table.user_path("sm_90")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(range(256)))
+    with pytest.warns(RuntimeWarning, match="can't decode byte"):
+        assert table.lookup("branches", KEY, SM_90) is None
+    path.unlink()
+    path.mkdir()
+    table.forget()
+    with pytest.warns(RuntimeWarning, match="Is a directory"):
+        assert table.lookup("branches", KEY, SM_90) is None
 
 
 @pytest.mark.parametrize(

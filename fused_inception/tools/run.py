@@ -103,11 +103,14 @@ class Run:
                 self.folder.rmdir()
 
     def _precompile(self) -> None:
-        """Kernels of the first training step and of testing, in parallel."""
+        """Kernels of every batch size of training and of testing, in parallel."""
         options = self.options
-        pixels = torch.zeros((options.batch_size, 3, *[options.image_size] * 2), dtype=torch.uint8)
-        x = to_input(pixels, self.device)
-        for training in (True, False):
+        train, test = (
+            min(len(part), options.limit or len(part)) for part in (self.data.train, self.data.test)
+        )
+        for training, size in batch_sizes(options.batch_size, train, test):
+            pixels = torch.zeros((size, 3, *[options.image_size] * 2), dtype=torch.uint8)
+            x = to_input(pixels, self.device)
             self.model.train(training)
             with torch.set_grad_enabled(training), autocast(self.device, options.amp):
                 print(precompile(self.model, x), flush=True)
@@ -205,6 +208,15 @@ class Run:
         draw_curves(self.history, title, self.folder / "curves.png")
         print(f"wrote {CHECKPOINT}, metrics.json and curves.png in {self.folder}")
         return int(any(parity.verdict == "FAILED" for parity in parities))
+
+
+def batch_sizes(largest: int, train: int, test: int) -> list[tuple[bool, int]]:
+    """(training, images) of each size that an epoch has: training leaves out what would not fill a
+    batch, testing takes it as a short one."""
+    sizes = [(True, min(largest, train)), (False, min(largest, test))]
+    if test > largest and test % largest:
+        sizes.append((False, test % largest))
+    return sizes
 
 
 def headline(model: nn.Module, options: Options, device: torch.device) -> str:

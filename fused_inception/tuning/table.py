@@ -159,7 +159,10 @@ def read(path: Path, target: str) -> list[Entry]:
     Raises:
         ValueError, OSError: it cannot be read, or is no table for `target` of this version.
     """
-    contents = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(contents, dict):
         raise ValueError("no table of launches")
     if contents.get("format") != FORMAT:
