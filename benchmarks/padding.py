@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fused_inception.geometry import GOOGLENET, InceptionDims, align_up, googlenet_sizes
-from fused_inception.tuning import heuristic, wgrad_heuristic
+from fused_inception.ops.problem import power_of_two
+from fused_inception.tuning import conv_heuristic, heuristic, wgrad_heuristic
 from fused_inception.tuning.configs import Tile, WgradJob, split_width
 from fused_inception.tuning.heuristic import Operands
 from fused_inception.tuning.targets import TARGETS
@@ -64,22 +65,28 @@ def _split(m: int, n: int, pixels: int, job: WgradJob) -> Product:
 
 
 def launches(
-    dims: InceptionDims, pixels: int, ops: Operands, target_name: str
+    dims: InceptionDims,
+    pixels: int,
+    ops: Operands,
+    target_name: str,
+    *,
+    training: bool = True,
+    norm: bool = False,
 ) -> Iterator[tuple[str, list[Product]]]:
-    """The products of a module's launches A, B, L1, L2 and L3 in training."""
+    """The products of a module's launches A, B, L1, L2 and L3; with `norm` of BatchNorm in
+    training."""
     target = TARGETS[target_name]
-    # as `ops.problem.problem_of` rounds them for the heuristics
-    rounded = 1 << max(0, pixels - 1).bit_length()
+    rounded = power_of_two(pixels)
     d, taps5 = dims, dims.kernel_5x5**2
     c_in = d.in_channels
-    a = heuristic.pointwise_config(d, rounded, ops, target, True)
+    a = heuristic.pointwise_config(d, rounded, ops, target, training, norm)
     width = align_up(d.ch1x1) + d.reduced_channels
     gemm = _tiled(pixels, width, c_in, a.gemm, tail=a.tail_n)
     yield "A", [gemm, _tiled(pixels, d.pool_proj, c_in, a.pool)]
-    b = heuristic.branches_config(d, rounded, ops, target)
+    b = heuristic.branches_config(d, rounded, ops, target, norm)
     yield "B 3x3", [_tiled(pixels, d.ch3x3, d.ch3x3red, b.conv3, 9, b.tail_n)]
     yield "B 5x5", [_tiled(pixels, d.ch5x5, d.ch5x5red, b.conv5, taps5)]
-    one = heuristic.dgrad_config(d, rounded, ops, target)
+    one = heuristic.dgrad_config(d, rounded, ops, target, norm)
     yield "L1 3x3", [_tiled(pixels, d.ch3x3red, d.ch3x3, one.conv3, 9, one.tail_n)]
     yield "L1 5x5", [_tiled(pixels, d.ch5x5red, d.ch5x5, one.conv5, taps5)]
     yield "L1 pool", [_tiled(pixels, c_in, d.pool_proj, one.pool)]
@@ -91,6 +98,21 @@ def launches(
     yield "L3 1x1", [_split(c_in, d.ch1x1, pixels, three.branch1)]
     yield "L3 reduces", [_split(c_in, d.reduced_channels, pixels, three.reduces)]
     yield "L3 pool", [_split(c_in, d.pool_proj, pixels, three.projection)]
+
+
+def convolution(
+    c_in: int, c_out: int, kernel: int, pixels: int, ops: Operands, target: str, *, norm: bool
+) -> dict[str, Product]:
+    """The products of a convolution that is an operator of its own, by direction."""
+    config = conv_heuristic.conv_config(
+        c_in, c_out, kernel, power_of_two(pixels), ops, TARGETS[target], norm
+    )
+    taps = kernel * kernel
+    return {
+        "fwd": _tiled(pixels, c_out, c_in, config.forward, taps),
+        "dgrad": _tiled(pixels, c_in, c_out, config.dgrad, taps),
+        "wgrad": _split(taps * c_in, c_out, pixels, config.wgrad),
+    }
 
 
 @dataclass(frozen=True)

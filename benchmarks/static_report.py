@@ -1,10 +1,12 @@
 """What compiled kernels are made of, configuration by configuration, without a GPU.
 
 GROUP is a name in tests/compiled/matrix.py: of EVERY_RUN, "full", or "full:" and a name in FULL. A
-row is one kernel with one configuration: registers and bytes of stack of a thread, shared memory of
-a program, programs that fit a processor at a time, the narrowest load of tiles, and of each inner
-loop the instructions of a step and sm_90's tensor-core cycles for it. Behind the table comes the
-share of padding in all modules' tiles.
+row is one kernel with one configuration: the layers and batches that launch it; registers and bytes
+of stack of a thread, shared memory of a program, programs that fit a processor at a time, the
+narrowest load of tiles; of each inner loop the instructions of a step and sm_90's tensor-core
+cycles for it; and how much of its multiply-adds is padding, from the least to the most of these
+layers, where its tiles are those of an Inception module or of a convolution of its own. Behind the
+table comes the share of padding in all modules' tiles.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import csv
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +22,22 @@ import triton
 from tqdm import tqdm
 
 from benchmarks import padding
+from fused_inception.geometry import InceptionDims
+from fused_inception.tuning.heuristic import Operands
 from tests.compiled import matrix
 from tests.compiled.__main__ import compiler, groups_of
 from tests.compiled.build import Build
 from tests.compiled.counts import Counts, counts_of
+from tests.compiled.matrix import LAYERS, Use
+from tests.compiled.problems import Convolution, Module, NormConvolution, NormModule
 from tests.compiled.table import launch_name
 
+# launches of a module: the first letters of their names in `padding.launches`
+LETTERS = {
+    **{f"pointwise ({ranges})": "A" for ranges in ("gemm + pool", "gemm", "pool")},
+    **{"branches": "B ", "dgrad": "L1", "input_grad": "L2", "wgrad": "L3"},
+}
+PARTS_OF_A = {"pointwise (gemm)": slice(0, 1), "pointwise (pool)": slice(1, 2)}
 TILES = ("BLOCK", "TILES", "TAIL", "POOL_", "NUM_STAGES")
 
 
@@ -36,10 +48,12 @@ class Row:
     group: str
     target: str
     launch: str
+    users: str
     tiles: str
     warps: int
     counts: Counts
     tensor_cores: str
+    padding: str  # per cent
 
     def cells(self) -> list[object]:
         """In the order of HEAD."""
@@ -50,19 +64,20 @@ class Row:
         )
         spills = sum(spilled for _, _, spilled, _ in c.loops)
         return [
-            *(self.group, self.launch, self.tiles, self.warps, c.registers, c.stack, spills),
-            *(c.shared, c.programs, c.load_bytes or "", self.tensor_cores, loops),
+            *(self.group, self.launch, self.users, self.tiles, self.warps, c.registers, c.stack),
+            *(spills, c.shared, c.programs, c.load_bytes or "", self.tensor_cores, loops),
+            self.padding,
         ]
 
 
 HEAD = (
-    *("group", "launch", "tiles", "warps", "registers", "stack", "spills", "shared"),
-    *("programs", "load", "tensor cores", "instructions a step / tensor-core cycles"),
+    *("group", "launch", "for", "tiles", "warps", "registers", "stack", "spills", "shared"),
+    *("programs", "load", "tensor cores", "instructions a step / tensor-core cycles", "padding %"),
 )
 
 
-def row_of(group: str, build: Build) -> Row:
-    """Of a kernel that compiled.
+def row_of(group: str, precision: str, build: Build, uses: Sequence[Use]) -> Row:
+    """Of a kernel that compiled, and of what launches it.
 
     Raises:
         RuntimeError: it did not.
@@ -70,11 +85,54 @@ def row_of(group: str, build: Build) -> Row:
     spec = build.spec
     if build.code is None:
         raise RuntimeError(f"{group}: {spec.kernel} does not compile: {build.error}")
+    name = launch_name(spec)
     tiles = " ".join(f"{name}={value}" for name, value in _tiles(spec.constants))
     cores = " ".join(sorted(build.code.tensor_cores))
+    shares = [share for use in uses if (share := padded(name, spec.target, precision, use)) >= 0]
+    low, high = (f"{100 * end(shares, default=0):.0f}" for end in (min, max))
     return Row(
-        group, spec.target, launch_name(spec), tiles, spec.num_warps, counts_of(build), cores
+        *(group, spec.target, name, users(uses), tiles, spec.num_warps, counts_of(build), cores),
+        padding="" if not shares else low if low == high else f"{low}-{high}",
     )
+
+
+def users(uses: Iterable[Use]) -> str:
+    """Layers @ batches, those with the same batches together: "3a 3b @1,32; 4a @256"."""
+    batches: dict[str, dict[int, None]] = {}
+    for use in uses:
+        batches.setdefault(use.layer, {})[use.batch] = None
+    layers: dict[tuple[int, ...], list[str]] = {}
+    for layer, of_layer in batches.items():
+        layers.setdefault(tuple(of_layer), []).append(layer)
+    return "; ".join(
+        f"{' '.join(names)} @{','.join(map(str, sizes))}" for sizes, names in layers.items()
+    )
+
+
+def padded(launch: str, target: str, precision: str, use: Use) -> float:
+    """The share of padding in the multiply-adds of a launch; below 0 where it is not known."""
+    problem = LAYERS[use.layer](use.batch)
+    norm = isinstance(problem, NormModule | NormConvolution)
+    # fp16 has the tiles of bf16, exact fp32 those that fit 4-byte operands
+    ops = Operands(2, "tf32") if precision in ("bf16", "fp16") else Operands(4, precision)
+    products: list[padding.Product] = []
+    if isinstance(problem, Module | NormModule) and isinstance(problem.dims, InceptionDims):
+        pixels = problem.batch * problem.side**2
+        how = {"training": use.training, "norm": norm}
+        of_module = padding.launches(problem.dims, pixels, ops, target, **how)
+        parts = [
+            part for name, found in of_module if name[:2] == LETTERS.get(launch) for part in found
+        ]
+        products = parts[PARTS_OF_A.get(launch, slice(None))]
+    elif isinstance(problem, Convolution | NormConvolution) and launch.startswith("conv2d_"):
+        pixels = problem.batch * problem.side**2
+        widths = problem.c_in, problem.c_out, problem.kernel
+        found = padding.convolution(*widths, pixels, ops, target, norm=norm)
+        way = launch.removeprefix("conv2d_")
+        products = [found[way]] if way in found else []
+    if not products:
+        return -1.0
+    return 1 - sum(p.useful for p in products) / sum(p.issued for p in products)
 
 
 def _tiles(constants: Iterable[tuple[str, object]]) -> Iterable[tuple[str, object]]:
@@ -120,9 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for given in options.groups:
         for name, group in groups_of(given):
-            specs = group.specialisations()
-            builds = tqdm(compile_all(specs), name, len(specs), disable=None)
-            rows += [row_of(name, build) for build in builds]
+            uses = group.uses()
+            builds = tqdm(compile_all(list(uses)), name, len(uses), disable=None)
+            rows += [row_of(name, group.precision, build, uses[build.spec]) for build in builds]
     text = markdown(rows)
     print(text)
     if options.out:

@@ -93,18 +93,28 @@ class Group:
     batches: tuple[int, ...]
     inference: bool = True  # too, not training alone
 
+    def uses(self) -> dict[Specialisation, list["Use"]]:
+        """What they launch, and for what each."""
+        modes = (True, False) if self.inference else (True,)
+        found: dict[Specialisation, list[Use]] = {}
+        for layer, batch, training in product(self.layers, self.batches, modes):
+            problem = LAYERS[layer](batch)
+            for spec in specialisations(problem, self.target, self.precision, training=training):
+                found.setdefault(spec, []).append(Use(layer, batch, training))
+        return found
+
     def specialisations(self) -> list[Specialisation]:
         """What they launch, without repeats."""
-        modes = (True, False) if self.inference else (True,)
-        return list(
-            dict.fromkeys(
-                spec
-                for layer, batch, training in product(self.layers, self.batches, modes)
-                for spec in specialisations(
-                    LAYERS[layer](batch), self.target, self.precision, training=training
-                )
-            )
-        )
+        return list(self.uses())
+
+
+@dataclass(frozen=True)
+class Use:
+    """A layer that launches a kernel."""
+
+    layer: str
+    batch: int
+    training: bool
 
 
 # every test run: what the heuristics return for GoogLeNet in bf16 on sm_90, and each kernel for
