@@ -39,17 +39,14 @@ def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
     return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
-def twin_of(module: fi.Inception, dtype: torch.dtype = torch.float32) -> reference.Inception:
-    """The reference with the same parameters, statistics and options."""
-    twin = reference.Inception(*DIMS.widths, norm="batch")
-    for ours, theirs in zip(norms(module), norms(twin), strict=True):
-        theirs.momentum, theirs.eps = ours.momentum, ours.eps
-        theirs.training, theirs.track_running_stats = ours.training, ours.track_running_stats
-        if ours.running_mean is None:
-            theirs.running_mean = theirs.running_var = theirs.num_batches_tracked = None
-        if ours.weight is None:
-            theirs.weight = theirs.bias = None
-    twin.load_state_dict(module.state_dict())
+def twin_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The reference with copies of the same layers, and so their options."""
+    twin: nn.Module = reference.ConvBlock(1, 1, kernel_size=1, norm="batch")
+    if isinstance(module, fi.Inception):
+        twin = reference.Inception(*DIMS.widths, norm="batch")
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+            twin.set_submodule(name, copy.deepcopy(layer))
     return twin.to(dtype)
 
 
@@ -71,11 +68,18 @@ def step(module: nn.Module, x: Tensor, dy: Tensor, amp: torch.dtype | None = Non
     return [y.detach(), x.grad, *gradients, *(b.detach().clone() for b in module.buffers())]
 
 
-def assert_same_step(module: fi.Inception, impl: str = "torch", steps: int = 2) -> None:
-    """`steps` steps of the module and of the reference in fp32 are as near to fp64."""
+def assert_same_step(
+    module: nn.Module,
+    impl: str = "torch",
+    steps: int = 2,
+    draw: Callable[[int], tuple[Tensor, Tensor]] = data,
+) -> None:
+    """`steps` steps of the module and of the reference in its dtype are as near to fp64."""
     exact, theirs = twin_of(module, torch.float64), twin_of(module)
+    first = next(module.parameters())
+    gradients = range(1, 2 + len([*module.parameters()]))
     for seed in range(steps):
-        x, dy = data(seed)
+        x, dy = (t.to(first) for t in draw(seed))
         with fi.backend(impl):
             got = step(module, x, dy)
         want, baseline = step(exact, x.double(), dy), step(theirs, x, dy)
@@ -83,7 +87,7 @@ def assert_same_step(module: fi.Inception, impl: str = "torch", steps: int = 2) 
             if a.dtype == torch.int64:
                 assert torch.equal(a, b)
             else:
-                assert_within(f"{i}", a, b, c, slack=3.0)
+                assert_within(f"{i}", a, b, c, slack=3.0 if i in gradients else 2.0)
 
 
 def test_training_steps_on_the_aten_path() -> None:
@@ -426,18 +430,23 @@ def planned_bytes(dims: InceptionDims, x: Tensor) -> int:
 
 
 def test_saved_bytes_of_the_nine_modules() -> None:
-    """On the Triton path at most 35 % of what PyTorch's modules keep at 224, inputs included."""
-    ours = theirs = 0
+    """On the Triton path at most 35 % of what PyTorch's modules keep at 224, inputs included, and
+    27 % without them. Of two images: the numbers a channel, ours four and PyTorch's two, count for
+    more the fewer there are, and of one image it is 27.1 %."""
+    ours = theirs = inputs = 0
     sizes = googlenet_sizes(224)
     for name, dims in googlenet_dims(kernel_5x5=3).items():
         side = sizes.module(name)
         module = reference.Inception(*dims.widths, norm="batch", kernel_5x5=3).to(torch.bfloat16)
-        x = torch.randn(1, dims.in_channels, side, side).to(
+        x = torch.randn(2, dims.in_channels, side, side).to(
             torch.bfloat16, memory_format=torch.channels_last
         )
         theirs += kept_bytes(module, x.requires_grad_())
         ours += planned_bytes(dims, x)
+        inputs += x.untyped_storage().nbytes()
     assert ours <= 0.35 * theirs, f"{ours / theirs:.1%}"
+    ours, theirs = ours - inputs, theirs - inputs
+    assert ours <= 0.27 * theirs, f"{ours / theirs:.1%}"
 
 
 def test_saved_bytes_are_those_planned() -> None:

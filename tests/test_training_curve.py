@@ -6,6 +6,7 @@ that are equally right. Step after step gates and arg-maxima that flip between t
 it, so one such run alone would say too little of the next.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,18 +122,21 @@ def test_the_paper_network_learns_as_the_reference_does() -> None:
     assert_coincides(got, want, own)
 
 
+def with_open_gates(network: nn.Module) -> nn.Module:
+    """Most of those behind BatchNorms: where half of them flip, noise of 57 layers hides all."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.ones_(layer.bias)
+    return network
+
+
 def test_torchvisions_network_learns_as_before() -> None:
     """BatchNorm's batch statistics in training, behind `fuse_`, through ATen."""
     googlenet = import_torchvision("torchvision.models.googlenet").googlenet
 
     def network() -> nn.Module:
         options = {"num_classes": CLASSES, "dropout": 0.0, "dropout_aux": 0.0}
-        made = googlenet(init_weights=False, **options)
-        for layer in made.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                # most gates open: where half of them flip, the noise of 57 layers hides all
-                nn.init.ones_(layer.bias)
-        return made
+        return with_open_gates(googlenet(init_weights=False, **options))
 
     training = Training(network().state_dict(), side=48, batch=4, steps=24, learning_rate=0.005)
     want = training.run(network(), torch.float64)
@@ -144,26 +148,49 @@ def test_torchvisions_network_learns_as_before() -> None:
     assert_coincides(got, want, own)
 
 
-def small_network(library: Any) -> nn.Sequential:
+def small_network(library: Any, norm: str | None) -> nn.Module:
     """A convolution of images, an Inception module, the head."""
-    return nn.Sequential(
-        library.ConvBlock(3, 8, kernel_size=3, stride=2, padding=1),
-        library.Inception(8, 8, 8, 8, 8, 8, 8),
-        library.GlobalAvgPool2d(),
-        nn.Flatten(),
-        nn.Linear(32, CLASSES),
+    return with_open_gates(
+        nn.Sequential(
+            library.ConvBlock(3, 8, kernel_size=3, stride=2, padding=1, norm=norm),
+            library.Inception(8, 8, 8, 8, 8, 8, 8, norm=norm),
+            library.GlobalAvgPool2d(),
+            nn.Flatten(),
+            nn.Linear(32, CLASSES),
+        )
     )
+
+
+# with BatchNorm fewer steps: each launches twice as many kernels, and learns faster
+CURVES: dict[str | None, tuple[int, float, dict[str, int]]] = {
+    None: (24, 0.1, {"_wgrad_kernel": 1}),
+    "batch": (
+        12, 0.05,
+        {"_wgrad_kernel": 1, "_batch_statistics_kernel": 2, "_normalise_kernel": 3,
+         "_norm_grad_kernel": 2, "_reduce_norm_grad_kernel": 1},
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.usefixtures("few_large_tiles")
-def test_the_kernels_learn_as_the_reference_does(device: torch.device) -> None:
-    """The same with the kernels: filters are packed anew behind each step of the optimiser."""
-    start = small_network(reference).state_dict()
-    training = Training(start, side=6, batch=4, steps=24, learning_rate=0.1)
-    want = training.run(small_network(reference), torch.float64)
-    own = [training.run(small_network(reference), torch.float32, form) for form in FORMATS]
+@pytest.mark.parametrize("norm", CURVES)
+def test_the_kernels_learn_as_the_reference_does(norm: str | None, device: torch.device) -> None:
+    """The same with the kernels: filters are packed anew behind each step of the optimiser, and
+    running statistics, where there are any, follow."""
+    steps, learning_rate, launched = CURVES[norm]
+
+    def network(library: Any) -> nn.Module:
+        return small_network(library, norm)
+
+    start = network(reference).state_dict()
+    training = Training(start, side=6, batch=4, steps=steps, learning_rate=learning_rate)
+    want = training.run(network(reference), torch.float64)
+    own = [training.run(network(reference), torch.float32, form) for form in FORMATS]
     with fi.backend("triton"), fi.record_launches() as launches:
-        got = training.run(small_network(fi), torch.float32, device=device)
-    assert sum(launch.kernel == "_wgrad_kernel" for launch in launches) == training.steps
+        got = training.run(network(fi), torch.float32, device=device)
+    kernels = Counter(launch.kernel for launch in launches)
+    assert {name: kernels[name] for name in launched} == {
+        name: steps * count for name, count in launched.items()
+    }
     assert_coincides(got, want, own)

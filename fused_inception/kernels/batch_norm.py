@@ -31,19 +31,22 @@ def merge_moments(
 ):
     """(mean, sum of squared deviations from it) of BLOCK_C channels over all pixels.
 
+    Means are summed as differences from that of the first tile. Where they are large, their sum
+    would be some roundings off, and gradients of filters that read such maps a thousand times that.
     The second sum takes whatever is common to the errors of all shifts: they add up to nothing.
     """
     offs_row = tl.arange(0, BLOCK_R)
+    first = tl.load(moments_ptr + offs_c, mask=mask_c & (rows > 0), other=0.0)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for row0 in tl.range(0, rows, BLOCK_R, num_stages=1):
         row = row0 + offs_row
-        in_tile = tl.minimum(n_pixels - row * TILE, TILE).to(tl.float32)
+        in_tile = tl.maximum(tl.minimum(n_pixels - row * TILE, TILE), 0).to(tl.float32)
         mask = (row < rows)[:, None] & mask_c[None, :]
         offs = (row * (3 * STRIDE))[:, None] + offs_c[None, :]
         mean = tl.load(moments_ptr + offs, mask=mask, other=0.0)
         rest = tl.load(moments_ptr + STRIDE + offs, mask=mask, other=0.0)
-        total += in_tile[:, None] * (mean + rest)
-    merged = tl.sum(total, axis=0) / n_pixels.to(tl.float32)
+        total += in_tile[:, None] * (mean - first[None, :] + rest)
+    merged = first + tl.sum(total, axis=0) / n_pixels.to(tl.float32)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for row0 in tl.range(0, rows, BLOCK_R, num_stages=1):
         row = row0 + offs_row
