@@ -109,7 +109,7 @@ def convolution(
     )
     taps = kernel * kernel
     return {
-        "fwd": _tiled(pixels, c_out, c_in, config.forward, taps),
+        "fwd": _tiled(pixels, c_out, c_in, config.forward, taps, config.tail_n),
         "dgrad": _tiled(pixels, c_in, c_out, config.dgrad, taps),
         "wgrad": _split(taps * c_in, c_out, pixels, config.wgrad),
     }

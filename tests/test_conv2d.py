@@ -7,6 +7,9 @@ from torch import Tensor
 import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.ops import conv2d as ops
+from fused_inception.ops import conv2d_bn_triton, conv2d_triton
+from fused_inception.tuning.configs import ConvConfig, Tile, WgradJob
+from tests import test_batch_norm_kernels as norms
 from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -20,6 +23,7 @@ CASES = {
     "1x1": (64, 64, 1, 1, 0, 2, 5, 6),
     "1x1-odd-widths": (13, 7, 1, 1, 0, 2, 3, 5),
     "3x3": (16, 72, 3, 1, 1, 2, 5, 13),
+    "3x3-33-filters": (9, 33, 3, 1, 1, 1, 5, 4),
     "5x5-odd-widths": (9, 17, 5, 1, 2, 1, 4, 4),
     "empty-batch": (16, 8, 3, 1, 1, 0, 5, 5),
 }
@@ -69,6 +73,24 @@ def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.devic
     check(inputs, dy, got, *options)
     _, c, h, w = got[0].shape
     assert got[0].stride() == (h * w * c, 1, w * c, c)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_a_narrower_last_tile_of_filters(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 columns, 32 and 16, for 33 filters; with a bias, and ahead of a BatchNorm."""
+    job = WgradJob(Tile(32, 32, 32), 1)
+    config = ConvConfig(Tile(16, 32, 16), 16, Tile(16, 16, 16), job, 4, 2)
+    for script in (conv2d_triton, conv2d_bn_triton):
+        monkeypatch.setattr(script, "conv_config", lambda *_, **__: config)
+    inputs, dy = data("3x3-33-filters", torch.float32, device)
+    with fi.backend("triton"), fi.record_launches() as launches:
+        check(inputs, dy, results(functional.conv2d_relu, inputs, dy, 1, 1), 1, 1)
+    tiles = [x.config for x in launches if x.kernel == "_conv2d_fwd_kernel"]
+    assert [(x["TILES"], x["TAIL"]) for x in tiles] == [(1, 16)]
+    p = norms.convolution(device, shape=(2, 9, 4, 5), c_out=33)
+    norms.check(p, norms.run(p))
 
 
 @pytest.mark.parametrize("name", ["first-layer", "3x3"])

@@ -12,7 +12,7 @@ from fused_inception.kernels.finish import finish_bias, finish_filter
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.pack import is_channels_last_filter, pack_bias, pack_rows
 from fused_inception.kernels.wgrad import wgrad_tile
-from fused_inception.tuning.configs import ConvConfig, FinishConfig
+from fused_inception.tuning.configs import ConvConfig, FinishConfig, split_width
 
 
 @triton.jit
@@ -72,18 +72,28 @@ def _conv2d_fwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
+    TILES: tl.constexpr,
+    TAIL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """y = relu(conv(x, w) + b); with moments conv(x, w) alone, and its moments. One program per
-    tile of y."""
-    TILES_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
+    """y = relu(conv(x, w) + b); with moments conv(x, w) alone, and its moments. Programs: TILES
+    wide tiles of columns per tile of pixels, then one tail of width TAIL for each."""
     pid = tl.program_id(0)
-    conv_tile(
-        x_ptr, w_ptr, b_ptr, y_ptr, mask_ptr,
-        pid // TILES_CO, pid % TILES_CO * BLOCK_CO, n_pixels, height, width, x_stride8 * 8,
-        K, S_IN, C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
-        BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES, moments_ptr,
-    )  # fmt: skip
+    wide_end = tl.num_programs(0) // (TILES + (TAIL > 0)) * TILES
+    if pid < wide_end:
+        conv_tile(
+            x_ptr, w_ptr, b_ptr, y_ptr, mask_ptr,
+            pid // TILES, pid % TILES * BLOCK_CO, n_pixels, height, width, x_stride8 * 8,
+            K, S_IN, C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
+            BLOCK_P, BLOCK_CO, BLOCK_CI, NUM_STAGES, moments_ptr,
+        )  # fmt: skip
+    elif TAIL > 0:
+        conv_tile(
+            x_ptr, w_ptr, b_ptr, y_ptr, mask_ptr,
+            pid - wide_end, TILES * BLOCK_CO, n_pixels, height, width, x_stride8 * 8,
+            K, S_IN, C_OUT, Y_STRIDE, MASK_STRIDE, SAVE, PRECISION,
+            BLOCK_P, TAIL, BLOCK_CI, NUM_STAGES, moments_ptr,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_pixels", "height", "width"])
@@ -248,9 +258,10 @@ def launch_conv2d_fwd(
     n, c_out, height, width = y.shape
     n_pixels = n * height * width
     tile = config.forward
+    tiles, tail = split_width(c_out, tile.block_n, config.tail_n)
     run(
         _conv2d_fwd_kernel,
-        (cdiv(n_pixels, tile.block_m) * cdiv(c_out, tile.block_n),),
+        (cdiv(n_pixels, tile.block_m) * (tiles + (tail > 0)),),
         (x, packed_w, packed_b, y, mask, moments, n_pixels, height, width, x.stride(3) // 8),
         dict(
             K=kernel,
@@ -263,6 +274,8 @@ def launch_conv2d_fwd(
             BLOCK_P=tile.block_m,
             BLOCK_CO=tile.block_n,
             BLOCK_CI=tile.block_k,
+            TILES=tiles,
+            TAIL=tail,
             NUM_STAGES=config.num_stages,
         ),
         num_warps=config.num_warps,

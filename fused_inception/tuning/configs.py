@@ -210,6 +210,7 @@ class ConvConfig:
     gradient."""
 
     forward: Tile
+    tail_n: int  # width of the last column tile of forward, 0 for uniform tiles
     dgrad: Tile
     wgrad: WgradJob
     num_warps: int

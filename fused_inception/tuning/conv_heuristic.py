@@ -18,10 +18,10 @@ from fused_inception.tuning.configs import (
 )
 from fused_inception.tuning.heuristic import (
     Operands,
+    conv_split,
     conv_tile,
     gated_tile,
     mask_config,
-    moments_tile,
     stages,
     warps,
 )
@@ -41,12 +41,12 @@ def conv_config(
 ) -> ConvConfig:
     """One "same" convolution; with `norm` ahead of a BatchNorm in training."""
     taps = kernel * kernel
-    tile_of = moments_tile if norm else conv_tile
-    forward = tile_of(n_pixels, c_out, align_up(c_in), taps, ops, target)
+    largest = dict(max_width=128, max_elements=target.max_moments_tile) if norm else {}
+    forward, tail = conv_split(n_pixels, c_out, align_up(c_in), taps, ops, target, **largest)
     dgrad = gated_tile(n_pixels, c_in, align_up(c_out), taps, ops, target)
     wgrad = wgrad_job(taps * align_up(c_in), align_up(c_out), n_pixels, ops, target)
     tiles = [forward, dgrad, wgrad.tile]
-    return ConvConfig(forward, dgrad, wgrad, warps(tiles), stages(tiles, ops, target))
+    return ConvConfig(forward, tail, dgrad, wgrad, warps(tiles), stages(tiles, ops, target))
 
 
 @functools.lru_cache(maxsize=4096)

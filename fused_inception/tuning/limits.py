@@ -6,6 +6,7 @@ from typing import Any
 
 from fused_inception.tuning.configs import (
     BranchesConfig,
+    ConvConfig,
     DgradConfig,
     MaskConfig,
     NormConfig,
@@ -30,8 +31,9 @@ def why_not(config: Any, itemsize: int, target: Target) -> str | None:
             return why
     if isinstance(config, MaskConfig | NormConfig) and config.pixels % config.block_p:
         return f"pixels {config.pixels} is no multiple of block_p {config.block_p}"
-    if isinstance(config, PointwiseConfig | BranchesConfig | DgradConfig):
-        wide = config.gemm if isinstance(config, PointwiseConfig) else config.conv3
+    if isinstance(config, PointwiseConfig | BranchesConfig | DgradConfig | ConvConfig):
+        of = {PointwiseConfig: "gemm", ConvConfig: "forward"}
+        wide = getattr(config, of.get(type(config), "conv3"))
         if config.tail_n >= wide.block_n:
             return f"tail_n {config.tail_n} is not below block_n {wide.block_n}"
     if isinstance(config, StemConvConfig) and config.forward.block_k > 64:

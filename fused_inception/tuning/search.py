@@ -118,7 +118,7 @@ def padded(config: Any, extents: dict[str, Extents]) -> dict[str, int]:
         tile = value.tile if isinstance(value, WgradJob) else value
         rows, columns, depth = extent
         # a tail is the last column tile of these
-        tail = getattr(config, "tail_n", 0) if name in ("gemm", "conv3") else 0
+        tail = getattr(config, "tail_n", 0) if name in ("gemm", "conv3", "forward") else 0
         wide, tail = split_width(columns, tile.block_n, tail)
         columns = wide * tile.block_n + tail
         products[name] = align_up(rows, tile.block_m) * columns * align_up(depth, tile.block_k)
