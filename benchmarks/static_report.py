@@ -88,7 +88,8 @@ def row_of(group: str, precision: str, build: Build, uses: Sequence[Use]) -> Row
     name = launch_name(spec)
     tiles = " ".join(f"{name}={value}" for name, value in _tiles(spec.constants))
     cores = " ".join(sorted(build.code.tensor_cores))
-    shares = [share for use in uses if (share := padded(name, spec.target, precision, use)) >= 0]
+    each = [padded(name, spec.target, precision, use) for use in uses]
+    shares = [share for share in each if share is not None]
     low, high = (f"{100 * end(shares, default=0):.0f}" for end in (min, max))
     return Row(
         *(group, spec.target, name, users(uses), tiles, spec.num_warps, counts_of(build), cores),
@@ -109,8 +110,8 @@ def users(uses: Iterable[Use]) -> str:
     )
 
 
-def padded(launch: str, target: str, precision: str, use: Use) -> float:
-    """The share of padding in the multiply-adds of a launch; below 0 where it is not known."""
+def padded(launch: str, target: str, precision: str, use: Use) -> float | None:
+    """The share of padding in the multiply-adds of a launch; None where it is not known."""
     problem = LAYERS[use.layer](use.batch)
     norm = isinstance(problem, NormModule | NormConvolution)
     # fp16 has the tiles of bf16, exact fp32 those that fit 4-byte operands
@@ -131,7 +132,7 @@ def padded(launch: str, target: str, precision: str, use: Use) -> float:
         way = launch.removeprefix("conv2d_")
         products = [found[way]] if way in found else []
     if not products:
-        return -1.0
+        return None
     return 1 - sum(p.useful for p in products) / sum(p.issued for p in products)
 
 

@@ -167,7 +167,9 @@ def test_filter_gradients_take_the_strides_of_the_filters(layout: torch.memory_f
     filters = [w.contiguous(memory_format=layout) for w in data.filters]
     got = step(functional.inception, in_public_order(data._replace(filters=filters)), data.dy)
     for w, dw in zip(filters, got[2::2], strict=True):
-        assert dw.stride() == w.stride()
+        # of a size of 1 a stride means nothing
+        theirs = [stride for size, stride in zip(w.shape, w.stride(), strict=True) if size > 1]
+        assert theirs == [s for size, s in zip(dw.shape, dw.stride(), strict=True) if size > 1]
         assert not dw._is_view()
 
 

@@ -217,6 +217,10 @@ def test_training_run_precompiles_both_modes(
     monkeypatch.setattr(run, "precompile", note)
     given = {"image_size": 48, "batch_size": 3, "epochs": 1}
     options = from_flags(given, None, "", testing=False)
-    data: Any = Data(("one", "two"), [], [])
+    data: Any = Data(("one", "two"), [None] * 7, [None] * 5)
     run.Run(options, data, torch.device("cpu"), tmp_path, None)._precompile()
-    assert seen == [(True, True, (3, 3, 48, 48)), (False, False, (3, 3, 48, 48))]
+    assert seen == [
+        (True, True, (3, 3, 48, 48)),
+        (False, False, (3, 3, 48, 48)),
+        (False, False, (2, 3, 48, 48)),
+    ]

@@ -168,3 +168,8 @@ def test_writing_over_something_else_replaces_it_with_a_warning() -> None:
     with pytest.warns(RuntimeWarning, match="replaced"):
         table.write(path, "sm_90", [table.Entry("wgrad", (1,), {"splits": 4})])
     assert len(table.read(path, "sm_90")) == 1
+
+
+@pytest.mark.parametrize("number", ["true", "NaN", "Infinity", "-1", "0", "1" + "0" * 400])
+def test_what_can_be_no_ratio_of_times(number: str) -> None:
+    assert not table.is_ratio(json.loads(number))

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -87,8 +88,10 @@ def has(family: str, target: Target) -> bool:
 
 
 def is_ratio(value: object) -> bool:
-    """Whether a field can be a ratio of two times."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    """Whether a field can be a ratio of two times: a number that a float holds, above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def reject(family: str, key: Key, target: Target, why: str) -> None:
