@@ -138,7 +138,7 @@ def test_googlenet(
 ) -> None:
     """The results carry `speedup` over each; the last lines of the run name it.
 
-    On a CPU the fused network is not slower than the one that `fuse_` replaced.
+    On a CPU the fused network is not slower than the one that `fuse_` replaced, in either layout.
     """
     pair = pair_of(batch, dtype)
     device, work = pair.x.device, pair.work(direction, provider)
@@ -160,7 +160,7 @@ def test_googlenet(
         benchmark.extra_info.update(speedup=found, environment=environment(device))
         replay(benchmark, samples[provider], work, device)
         if provider == "fused" and device.type == "cpu":
-            assert found["eager-nchw"] >= LEAST_ON_CPU
+            assert min(found.values()) >= LEAST_ON_CPU
 
 
 @pytest.fixture(scope="module")

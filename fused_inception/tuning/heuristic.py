@@ -178,7 +178,9 @@ def pointwise_config(
     gemm = Tile(bm, bn, _block_k(k, ops))
     # nine loads a channel: a narrow step keeps maximum and winner of a tile in registers
     pool_rows = 128 if ops.itemsize == 2 and n_pixels >= 128 * target.processors else 64
-    pool = Tile(pool_rows, min(128, max(32, _power_of_two(dims.pool_proj))), 32)
+    # four warps would spill beside the moments of 64 x 128 sums (sm_89)
+    widest = 64 if norm and warps([gemm]) == 4 else 128
+    pool = Tile(pool_rows, min(widest, max(32, _power_of_two(dims.pool_proj))), 32)
     if not ops.tensor_cores:
         pool = Tile(64, 64, 16)
     return PointwiseConfig(
