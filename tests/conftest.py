@@ -15,8 +15,9 @@ if PARALLEL:
     # one thread a worker, for NumPy's libraries too: they read these when they are loaded
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-# launches as the heuristic has them, whatever was measured on this machine
-os.environ["FUSED_INCEPTION_CACHE"] = os.path.join(tempfile.gettempdir(), "no-tables")
+# launches as the heuristic has them, whatever was measured on this machine; gone with the process
+NO_TABLES = tempfile.TemporaryDirectory()
+os.environ["FUSED_INCEPTION_CACHE"] = NO_TABLES.name
 # deterministic algorithms, which fill uninitialised memory, need it on a GPU
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
