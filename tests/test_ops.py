@@ -151,16 +151,6 @@ def test_only_needed_gradients(needed: tuple[int, ...]) -> None:
         torch.testing.assert_close(gradient, want[i], msg=NAMES[i])
 
 
-def test_frozen_parts_compute_no_gradient() -> None:
-    data = InceptionCase("", SMALL, 1, 4, 4).tensors(torch.float32)
-    data.filters[2].requires_grad_()
-    with torch.profiler.profile(acc_events=True) as profile:
-        functional.inception(*in_public_order(data)).sum().backward()
-    counts = {event.key: event.count for event in profile.key_averages()}
-    assert counts["aten::convolution_backward"] == 1
-    assert "aten::max_pool2d_with_indices_backward" not in counts
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_filter_gradients_take_the_strides_of_the_filters(layout: torch.memory_format) -> None:
     data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32)
@@ -190,67 +180,12 @@ def test_backward_without_saved_tensors_is_an_error(device: torch.device) -> Non
         y.sum().backward()
 
 
-def test_saved_on_the_aten_path() -> None:
-    """What PyTorch's own layers save; x and parameters are not copied."""
-    data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32)
-
-    def saved_by(function: Callable[..., Tensor]) -> int:
-        storages: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        leaves = [t.detach().requires_grad_() for t in in_public_order(data)]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = function(*leaves)
-        del y
-        return sum(storages.values())
-
-    assert saved_by(functional.inception) == saved_by(reference.inception)
-
-
-def test_contiguous_input_is_converted_once() -> None:
-    """What is saved is the converted tensor, which backward need not convert again."""
-    data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
-        functional.inception(data.x.contiguous().requires_grad_(), *pairs(data))
-    found = [t for t in saved if t.shape == data.x.shape and t.equal(data.x)]
-    assert len({t.data_ptr() for t in found}) == 1
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in found)
-
-
 def test_double_backward_is_an_error() -> None:
     data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32)
     leaves = with_gradients(in_public_order(data))
     (dx,) = torch.autograd.grad(functional.inception(*leaves).sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         dx.square().sum().backward()
-
-
-def test_double_backward_of_one_filter_is_an_error() -> None:
-    """Also where all else is frozen."""
-    data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32)
-    w = data.filters[2].requires_grad_()
-    (dw,) = torch.autograd.grad(
-        functional.inception(*in_public_order(data)).square().sum(), w, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match=r"double backward .*reference\.inception has"):
-        torch.autograd.grad(dw.sum(), w)
-
-
-def test_what_follows_may_work_in_place() -> None:
-    """On the ATen path y is not saved, as nothing behind PyTorch's own concatenation is."""
-    data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float64)
-
-    def changed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *t: function(*t).mul_(2).sigmoid_()
-
-    got = step(changed(functional.inception), in_public_order(data), data.dy)
-    want = step(changed(reference.inception), in_public_order(data), data.dy)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_double_backward_of_the_pool_is_an_error() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from fused_inception.geometry import AvgWindow, Window
 from fused_inception.ops.layout import channels_last
@@ -62,16 +63,25 @@ def _function(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if y.dim() == 4:
             y = channels_last(y)
         if y.requires_grad and not torch.compiler.is_compiling():
-            # in backward gradients are recorded where they are to be differentiated again
-            tensors = [t for t in (x, *filters) if t.requires_grad]
-            y.register_hook(
-                lambda dy: (
-                    _Once.apply(of.__name__, dy, *tensors) if torch.is_grad_enabled() else None
-                )
-            )
+            y.register_hook(_refuse_another(of.__name__, [x, *filters]))
         return y
 
     return run
+
+
+def _refuse_another(name: str, tensors: list[Tensor]) -> Callable[[Tensor], Tensor | None]:
+    """A hook for a gradient that is to depend on `tensors`, so that none of theirs is another's."""
+    # no more than references: what is offloaded, made anew or freed by autograd is not to live here
+    references = [TensorWeakRef(t) for t in tensors if t.requires_grad]
+
+    def hook(dy: Tensor) -> Tensor | None:
+        # in backward gradients are recorded where they are to be differentiated again
+        if not torch.is_grad_enabled():
+            return None
+        alive = [t for t in (reference() for reference in references) if t is not None]
+        return _Once.apply(name, dy, *alive)
+
+    return hook
 
 
 def _own_strides(filters: Sequence[Tensor]) -> Sequence[Tensor]:

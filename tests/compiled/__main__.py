@@ -79,7 +79,12 @@ def compiler(workers: int) -> Callable[[Sequence[Specialisation]], Iterator[Buil
     if workers == 1:
         return functools.partial(map, build)
     context = multiprocessing.get_context("spawn")
-    return functools.partial(ProcessPoolExecutor(workers, mp_context=context).map, build)
+
+    def compile_all(specs: Sequence[Specialisation]) -> Iterator[Build]:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            yield from pool.map(build, specs)
+
+    return compile_all
 
 
 def _describe(result: Build) -> str:
