@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from fused_inception.geometry import AvgWindow, Window
 from fused_inception.ops.layout import channels_last
@@ -20,27 +19,33 @@ from fused_inception.ops.registration import autocasts
 from fused_inception.ops.running import Running
 
 
-class _OwnStrides(torch.autograd.Function):
-    """The filters themselves; their gradients in their own strides."""
+class _Gradients(torch.autograd.Function):
+    """The tensors themselves; their gradients once, those of filters in their own strides."""
 
     @staticmethod
-    def forward(ctx: Any, *filters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        ctx.strides = [t.stride() if _is_dense(t) else None for t in tensors]
         ctx.set_materialize_grads(False)
-        return filters
+        return tensors
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if grad is None else grad.contiguous() for grad in grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        settled = map(_in_strides, grads, ctx.strides)
+        # gradients are recorded where they are to be differentiated again
+        if torch.is_grad_enabled():
+            return None, *_Once.apply(ctx.name, *settled)
+        return None, *settled
 
 
 class _Once(torch.autograd.Function):
-    """A gradient, of which there is none: the kernels have no second derivative either, so that
-    what runs here runs there."""
+    """Gradients of which there are none: the kernels have no second derivative either, so that what
+    runs here runs there."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, grad: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.name = name
-        return grad.clone()
+        return grads
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> NoReturn:
@@ -50,56 +55,43 @@ class _Once(torch.autograd.Function):
         )
 
 
+def _in_strides(grad: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
+    if grad is None or strides is None or grad.stride() == strides:
+        return grad
+    if grad.is_contiguous() and grad.is_contiguous(memory_format=torch.channels_last):
+        return grad.as_strided(grad.shape, strides)  # of 1x1: only strides of sizes 1 differ
+    like = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
+    return like.copy_(grad)
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
+
+
 def _function(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What the functions here share: no autocast inside, as the caller has cast `x`; exact strides
-    of a map; gradients that have the strides of their filters, and no gradients themselves."""
+    of a map; gradients of x and of the filters as `_Gradients` has them."""
 
     @wraps(of)
     def run(x: Tensor, filters: Sequence[Tensor] = (), *arguments: Any) -> Tensor:
         if autocasts(x):
             with torch.autocast(x.device.type, enabled=False):
                 return run(x, filters, *arguments)
-        y = of(x, [_as(w, x.dtype) for w in _own_strides(filters)], *arguments)
-        if y.dim() == 4:
-            y = channels_last(y)
-        if y.requires_grad and not torch.compiler.is_compiling():
-            y.register_hook(_refuse_another(of.__name__, [x, *filters]))
-        return y
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x, *filters = _trained(of.__name__, [x, *filters])
+        y = of(x, [_as(w, x.dtype) for w in filters], *arguments)
+        return channels_last(y) if y.dim() == 4 else y
 
     return run
 
 
-def _refuse_another(name: str, tensors: list[Tensor]) -> Callable[[Tensor], Tensor | None]:
-    """A hook for a gradient that is to depend on `tensors`, so that none of theirs is another's."""
-    # no more than references: what is offloaded, made anew or freed by autograd is not to live here
-    references = [TensorWeakRef(t) for t in tensors if t.requires_grad]
-
-    def hook(dy: Tensor) -> Tensor | None:
-        # in backward gradients are recorded where they are to be differentiated again
-        if not torch.is_grad_enabled():
-            return None
-        alive = [t for t in (reference() for reference in references) if t is not None]
-        return _Once.apply(name, dy, *alive)
-
-    return hook
-
-
-def _own_strides(filters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`filters`; those whose gradient PyTorch would give other strides, as it computes in channels
-    last, behind `_OwnStrides`."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return filters
-    at = [
-        i for i, w in enumerate(filters)
-        if w.requires_grad and w.is_contiguous()
-        and not w.is_contiguous(memory_format=torch.channels_last)
-    ]  # fmt: skip
-    if not at:
-        return filters
-    own = list(filters)
-    for i, w in zip(at, _OwnStrides.apply(*[filters[i] for i in at]), strict=True):
-        own[i] = w
-    return own
+def _trained(name: str, tensors: list[Tensor]) -> list[Tensor]:
+    """`tensors`, those that ask for a gradient behind `_Gradients`: all that come out of it ask."""
+    at = [i for i, t in enumerate(tensors) if t.requires_grad]
+    if at:
+        for i, t in zip(at, _Gradients.apply(name, *[tensors[i] for i in at]), strict=True):
+            tensors[i] = t
+    return tensors
 
 
 @_function
