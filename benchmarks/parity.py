@@ -21,13 +21,13 @@ HANG_SECONDS = 120.0
 
 
 def device_tests() -> list[str]:
-    """The test files of which some test takes the `device` fixture or has the marker "gpu"."""
+    """The test files of which some test takes `device` or `on_device`, or has the marker "gpu"."""
     paths = sorted((ROOT / "tests").glob("test_*.py"))
     return [
         str(path.relative_to(ROOT))
         for path in paths
         for text in [path.read_text()]
-        if "device: torch.device" in text or "pytest.mark.gpu" in text
+        if any(sign in text for sign in ("device: torch.device", '"on_device"', "pytest.mark.gpu"))
     ]
 
 

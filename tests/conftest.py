@@ -56,6 +56,13 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """What a test makes without saying where is made where kernels run."""
+    with device:
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

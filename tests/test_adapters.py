@@ -390,6 +390,7 @@ class TestInjectedBlocks:
         assert fi.fuse_(model).fused == ["maxpool1", "maxpool2", "maxpool3", "maxpool4", "avgpool"]
 
 
+@pytest.mark.usefixtures("on_device")
 def test_compiled_before_fusing() -> None:
     """The compiler sees the change and compiles again."""
     torch._dynamo.reset()

@@ -15,6 +15,8 @@ from tests.cases import InceptionCase
 from tests.tolerances import assert_within
 from tests.torchvision_import import import_torchvision
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 DIMS = InceptionDims(24, 16, 24, 32, 8, 16, 8)
 IMPLEMENTATIONS = ["torch", "triton"]
 
@@ -52,7 +54,7 @@ def twin_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 def data(seed: int) -> tuple[Tensor, Tensor]:
     """A batch and the gradient of its output."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator(torch.get_default_device()).manual_seed(seed)
     x = torch.randn(2, DIMS.in_channels, 5, 6, generator=draw).relu()
     return x, torch.randn(2, DIMS.out_channels, 5, 6, generator=draw)
 
@@ -61,7 +63,7 @@ def step(module: nn.Module, x: Tensor, dy: Tensor, amp: torch.dtype | None = Non
     """Output, gradients and buffers after a forward, with `amp` under autocast, and a backward."""
     x = x.detach().requires_grad_()
     module.zero_grad()
-    with torch.autocast("cpu", dtype=amp, enabled=amp is not None):
+    with torch.autocast(x.device.type, dtype=amp, enabled=amp is not None):
         y = module(x)
     y.backward(dy.to(y.dtype))
     gradients = [p.grad for p in module.parameters()]
@@ -304,7 +306,7 @@ def test_errors() -> None:
     x = torch.randn(1, 24, 1, 1)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         block()(x)
-    p = InceptionCase("", DIMS, 1, 4, 4).tensors(torch.float32)
+    p = InceptionCase("", DIMS, 1, 4, 4).tensors(torch.float32, torch.get_default_device())
     nothing = [None] * 6
     with pytest.raises(ValueError, match="training=False needs running_means"):
         functional.inception_bn(p.x, p.filters, nothing, nothing, nothing, nothing)
@@ -350,7 +352,7 @@ def test_gradcheck() -> None:
 
 def arguments(name: str) -> tuple[object, ...]:
     """Of an operator in training, up to its options."""
-    p = InceptionCase("", DIMS, 1, 3, 4).tensors(torch.float32)
+    p = InceptionCase("", DIMS, 1, 3, 4).tensors(torch.float32, torch.get_default_device())
     filters = p.filters if name == "inception_bn" else p.filters[2:3]
     x = p.x if name == "inception_bn" else p.x[:, :24]
     vectors = [[torch.rand(f.shape[0]) + 0.5 for f in filters] for _ in range(4)]

@@ -34,6 +34,7 @@ def check(module: nn.Module, x: Tensor, backend: str) -> None:
         torch.testing.assert_close(got, module(x), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(("norm", "backend"), [("batch", "torch"), (None, "triton")])
 @pytest.mark.filterwarnings("ignore:.*foreach:UserWarning")
@@ -56,6 +57,7 @@ def set_data(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data = value
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_after_other_memory_was_put_under_a_parameter(norm: str | None) -> None:
     """`.data = ...`, as `.to()` does, raises no version either; addresses come back."""

@@ -21,7 +21,10 @@ from fused_inception.tuning.targets import target_of
 from tests import tables
 from tests.conftest import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.usefixtures("on_device"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +40,12 @@ def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def block(device: torch.device) -> nn.Module:
-    return fi.Inception(8, 8, 8, 8, 8, 8, 8).to(device)
+def block(on_device: None) -> nn.Module:
+    return fi.Inception(8, 8, 8, 8, 8, 8, 8)
 
 
-def images(device: torch.device, batch: int = 2) -> Tensor:
-    x = torch.randn(batch, 8, 4, 3, device=device)
+def images(batch: int = 2) -> Tensor:
+    x = torch.randn(batch, 8, 4, 3)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -62,7 +65,7 @@ def launched(work: Callable[[], Any]) -> bool:
 def test_a_table_decides_for_its_problem_alone(
     device: torch.device, own_tables: Path, block: nn.Module
 ) -> None:
-    x, target = images(device), target_of(device)
+    x, target = images(), target_of(device)
     want = block(x)
     key = key_of(lambda: block(x))
     assert key[:2] == ("inception", "training")
@@ -73,8 +76,8 @@ def test_a_table_decides_for_its_problem_alone(
         assert why == ["table sm_90, plain PyTorch 1.25x as fast"]
         torch.testing.assert_close(block(x), want)
         # neighbouring batches share it; other modes, sizes and dtypes do not
-        assert not launched(lambda: block(images(device, 2)))
-        assert launched(lambda: block(images(device, 3)))
+        assert not launched(lambda: block(images(2)))
+        assert launched(lambda: block(images(3)))
         assert launched(lambda: block(x[:, :, :3]))
         with torch.no_grad():
             assert launched(lambda: block(x))
@@ -88,7 +91,7 @@ def test_a_table_decides_for_its_problem_alone(
 def test_backward_stays_where_forward_was(
     device: torch.device, own_tables: Path, block: nn.Module
 ) -> None:
-    x, target = images(device), target_of(device)
+    x, target = images(), target_of(device)
     key = key_of(lambda: block(x))
     y = block(x)
     with table.trying(measured.FAMILY, key, target, {"speed_up": 2.0}):
@@ -103,7 +106,7 @@ def test_backward_stays_where_forward_was(
 def test_an_entry_of_no_use_is_told_and_forgotten(
     fields: dict[str, Any], device: torch.device, own_tables: Path, block: nn.Module
 ) -> None:
-    x = images(device)
+    x = images()
     row = {
         "family": measured.FAMILY,
         "key": list(key_of(lambda: block(x))),
@@ -132,7 +135,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_functions(name: str, own_tables: Path) -> None:
     """Each is asked for, and its problem can be run again by either path."""
-    x = images(torch.device("cpu")).requires_grad_()
+    x = images().requires_grad_()
     with measured.recorded() as calls:
         CALLS[name](x)
     ((key, call),) = calls.items()
@@ -147,7 +150,7 @@ def test_functions(name: str, own_tables: Path) -> None:
 
 
 def test_integers_tell_problems_apart(own_tables: Path) -> None:
-    x = images(torch.device("cpu"))
+    x = images()
     windows = [(k, s, ceil) for k in (2, 3) for s in (1, 2) for ceil in (False, True)]
 
     def pool(kernel: int, stride: int, ceil: bool) -> Tensor:
@@ -182,7 +185,7 @@ def test_speed_up_is_of_the_whole_step(device: torch.device, block: nn.Module) -
         return timer(work)
 
     with measured.recorded() as calls:
-        block(images(device))
+        block(images())
     (call,) = calls.values()
     assert plain_speed_up(call, counting) == 2.0
     assert "_wgrad_kernel" in launches[0]
@@ -200,7 +203,7 @@ def nothing_else_searched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_tune_writes_what_the_model_then_follows(
     device: torch.device, own_tables: Path, block: nn.Module
 ) -> None:
-    model, x = nn.Sequential(block, fi.GlobalAvgPool2d()), images(device)
+    model, x = nn.Sequential(block, fi.GlobalAvgPool2d()), images()
     target = target_of(device)
     path = table.user_path(target.name)
 
@@ -225,7 +228,7 @@ def test_tune_writes_what_the_model_then_follows(
 def test_compilers_trace_the_function_itself(
     device: torch.device, own_tables: Path, block: nn.Module
 ) -> None:
-    x = images(device)
+    x = images()
     key = key_of(lambda: block(x))
     torch._dynamo.reset()
     with table.trying(measured.FAMILY, key, target_of(device), {"speed_up": 2.0}):

@@ -233,6 +233,7 @@ def test_wrong_arguments(op: str) -> None:
             no_window.call(functional, op)(torch.ones(1, 3, 5, 5))
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.skipif(not HAS_TRITON, reason="the message is about Triton")
 def test_windows_without_a_kernel() -> None:
     x = torch.randn(1, 2, 20, 20)

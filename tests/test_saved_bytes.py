@@ -1,5 +1,6 @@
 """What autograd keeps of modules with BatchNorm, in bytes."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ def test_saved_bytes_of_the_nine_modules() -> None:
     assert ours <= 0.27 * theirs, f"{ours / theirs:.1%}"
 
 
+@pytest.mark.usefixtures("on_device")
 def test_saved_bytes_are_those_planned() -> None:
     module, x = block(), torch.randn(2, 24, 4, 4).contiguous(memory_format=torch.channels_last)
     with fi.backend("triton"):
