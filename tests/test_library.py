@@ -131,6 +131,7 @@ def test_convolution_with_norm(
         norms.check(p, norms.run(p))
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("name", ["inception_bn", "conv2d_bn_relu"])
 def test_opcheck_with_norms(name: str) -> None:
     with dispatch.forced(PARTS):
