@@ -157,6 +157,9 @@ def test_integers_tell_problems_apart(own_tables: Path) -> None:
         return functional.max_pool2d(x, kernel, stride, ceil_mode=ceil)
 
     assert len({key_of(partial(pool, *window)) for window in windows}) == 8
+    # the same number under two names
+    by_name = [{"stride": 1}, {"padding": 1}]
+    assert len({key_of(partial(functional.max_pool2d, x, 2, **one)) for one in by_name}) == 2
 
 
 def test_the_network_of_stages(own_tables: Path) -> None:
@@ -217,6 +220,9 @@ def test_tune_writes_what_the_model_then_follows(
     assert "plain PyTorch is faster in 2 of 2 whole functions" in str(found)
     assert {entry.family for entry in table.read(path, target.name)} == {measured.FAMILY}
     assert not launched(lambda: model(x).sum().backward())
+    # a search must see the kernels all the same
+    with measured.recorded():
+        assert launched(lambda: model(x))
     # what is there is not measured again, unless asked
     assert not tune().plain
     assert len(tune(again=True).plain) == 2

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fused_inception.ops.nested import tensors_in
 from fused_inception.ops.registration import IMPLEMENTATIONS
 
 
@@ -47,7 +47,7 @@ class Call:
             results = IMPLEMENTATIONS[self.op](*args)
         if not self.backward and isinstance(results, tuple):
             results = results[:1]  # the others are what is saved
-        return [y for y in _tensors(results) if y.is_floating_point()]
+        return [y for y in tensors_in(results) if y.is_floating_point()]
 
     @property
     def backward(self) -> bool:
@@ -108,7 +108,7 @@ def calls_with_tensors(
 
 def _pass(model: nn.Module, x: Tensor, training: bool) -> None:
     outputs = model(x)
-    roots = [y for y in _tensors(outputs) if y.requires_grad] if training else []
+    roots = [y for y in tensors_in(outputs) if y.requires_grad] if training else []
     if roots:
         torch.autograd.backward(roots, [torch.ones_like(y) for y in roots])
 
@@ -159,13 +159,3 @@ def _thawed(value: Any) -> Any:
     if isinstance(value, Layout):
         return value.empty()
     return [_thawed(part) for part in value] if isinstance(value, tuple) else value
-
-
-def _tensors(output: Any) -> Iterable[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        output = tuple(output.values())
-    if isinstance(output, list | tuple):
-        for part in output:
-            yield from _tensors(part)

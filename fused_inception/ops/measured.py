@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_inception.backend import backend, resolve, selected
+from fused_inception.ops.nested import tensors_in
 from fused_inception.ops.problem import power_of_two, problem_of
 from fused_inception.tuning import table
 from fused_inception.tuning.fields import numbers
@@ -39,11 +40,11 @@ class Call:
     def run(self) -> Any:
         """The call again, and in training its backward: results that nothing depends on."""
         with torch.set_grad_enabled(self.training):
-            outputs = [*_tensors(self.function(*self.args, **self.named))]
+            outputs = [*tensors_in(self.function(*self.args, **self.named))]
             roots = [y for y in outputs if y.requires_grad]
             if not roots:
                 return outputs
-            leaves = [t for t in _tensors((self.args, self.named)) if t.requires_grad]
+            leaves = [t for t in tensors_in((self.args, self.named)) if t.requires_grad]
             return torch.autograd.grad(
                 roots, leaves, [torch.ones_like(y) for y in roots], allow_unused=True
             )
@@ -55,8 +56,8 @@ _reasons: list[str] | None = None
 
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[table.Key, Call]]:
-    """The calls inside the block that kernels would compute, by what tables know of them; of each
-    problem the first."""
+    """The calls inside the block that have a choice, by what tables know of them, of each problem
+    the first; kernels compute all of them."""
     global _recorded
     before, _recorded = _recorded, {}
     try:
@@ -91,10 +92,13 @@ def measured(function: Callable[_P, _T]) -> Callable[_P, _T]:
             return function(*args, **named)
         if x.dim() != 4 or selected() != "auto" or resolve(x) != "triton":
             return function(*args, **named)
-        training = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors((args, named)))
+        training = torch.is_grad_enabled() and any(
+            t.requires_grad for t in tensors_in((args, named))
+        )
         key = _key(function.__name__, x, args[1:], named, training)
         if _recorded is not None:
             _recorded.setdefault(key, Call(function, _leaves(args), _leaves(named), training))
+            return function(*args, **named)
         reason = _why_plain(key, target_of(x.device))
         if reason is None:
             return function(*args, **named)
@@ -112,10 +116,15 @@ def _key(
     """Function, mode, operands, x and the integers of all else: neighbouring batches share it."""
     operands, _, _ = problem_of(x)
     n, *shape = x.shape
+    # names, as the stride of one call may be as large as the padding of another
+    by_name: list[int | str] = []
+    for name_of, value in sorted(named.items()):
+        found = [*_integers(value)]
+        by_name += [name_of, *found] if found else []
     return (
         *(name, "training" if training else "inference"),
         "16-bit" if operands.itemsize == 2 else operands.precision,
-        *(power_of_two(n), *shape, *_integers(rest), *_integers(sorted(named.items()))),
+        *(power_of_two(n), *shape, *_integers(rest), *by_name),
     )
 
 
@@ -134,23 +143,13 @@ def _integers(value: Any) -> Iterable[int]:
             yield from _integers(part)
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-
-
 def _leaves(value: Any) -> Any:
     """`value` with its tensors behind no graph."""
     if isinstance(value, Tensor):
         return value.detach().requires_grad_(value.requires_grad)
     if isinstance(value, Mapping):
         return {name: _leaves(part) for name, part in value.items()}
-    if any(True for _ in _tensors(value)):
+    if any(True for _ in tensors_in(value)):
         return [_leaves(part) for part in value]
     return value
 
