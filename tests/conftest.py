@@ -42,7 +42,7 @@ if not torch.cuda.is_available():
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED and HAS_TRITON:
-    from tests import interpreter_bf16
+    from tests import interpreter_bf16, interpreter_memory
 
     interpreter_bf16.install()
 
@@ -60,6 +60,16 @@ def device() -> torch.device:
 def on_device(device: torch.device) -> Iterator[None]:
     """What a test makes without saying where is made where kernels run."""
     with device:
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _memory_is_watched() -> Iterator[None]:
+    """Every launch of every test."""
+    if not (INTERPRETED and HAS_TRITON):
+        yield
+        return
+    with interpreter_memory.watched():
         yield
 
 

@@ -1,5 +1,6 @@
 """The module's kernels through their launchers, in the interpreter or on a GPU, against fp64."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -359,3 +360,34 @@ def test_pixels_beyond_two_to_the_31_elements(device: torch.device) -> None:
     dense = run(p)
     for ours, want in zip(run(q), dense, strict=True):
         assert torch.equal(ours, want)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "precision"),
+    [
+        ("cudnn.allow_tf32", True, "tf32"),
+        ("cudnn.allow_tf32", False, "ieee"),
+        ("cudnn.conv.fp32_precision", "tf32", "tf32"),
+        ("cudnn.conv.fp32_precision", "ieee", "ieee"),
+        # of recurrent networks: convolutions stay as they are
+        ("cudnn.rnn.fp32_precision", "ieee", "tf32"),
+    ],
+)
+@pytest.mark.usefixtures("launches_do_nothing")
+def test_every_way_of_pytorch_to_allow_tf32(
+    setting: str, value: object, precision: str, device: torch.device
+) -> None:
+    """The newer settings make the older one raise where somebody reads it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = True
+    *path, name = setting.split(".")
+    setattr(functools.reduce(getattr, path, torch.backends), name, value)
+    try:
+        with record_launches() as launches:
+            run(problem(device, height=3, width=3))
+    finally:
+        # setting the older one sets them all
+        cudnn.allow_tf32 = before
+    precisions = {x.config["PRECISION"] for x in launches if "PRECISION" in x.config}
+    assert precisions == {precision}

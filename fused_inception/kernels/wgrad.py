@@ -95,6 +95,10 @@ def wgrad_tile(
             index_offs = (offs_p * C_IN)[:, None] + offs_ci[None, :]
             winner = tl.load(index_ptr + p0 * C_IN + index_offs, mask=x_mask, other=4)
             winner = winner.to(tl.int32)
+            if PRECISION == "ieee":
+                # Triton takes x for a cast of these bytes, and TF32 for exact enough, on Blackwell;
+                # it does not look behind a reduction
+                winner = tl.sum(winner[:, :, None], axis=2)
             to_winner = ((winner // 3 - 1) * width + (winner % 3 - 1)) * x_stride
             x_tile = tl.load(x_tile_ptr + (x_offs + to_winner), mask=x_mask, other=0.0)
         else:

@@ -21,9 +21,17 @@ def problem_of(t: torch.Tensor) -> tuple[Operands, Target, int]:
     Pixels are rounded up to a power of two, so that neighbouring batches share their kernels.
     """
     n, _, height, width = t.shape
-    exact = t.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    exact = t.dtype == torch.float32 and not allows_tf32()
     operands = _operands(t.element_size(), "ieee" if exact else "tf32")
     return operands, target_of(t.device), power_of_two(n * height * width)
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch lets convolutions in fp32 multiply in TF32.
+
+    `cudnn.allow_tf32` raises where the setting of convolutions is not that of recurrent networks.
+    """
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def dims_of(filters: Sequence[torch.Tensor]) -> InceptionDims:

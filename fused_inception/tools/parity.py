@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_inception import reference
+from fused_inception.ops.problem import allows_tf32
 from fused_inception.tools.loop import AMP_DTYPES, autocast, objective, placed
 
 # the fused network may differ from the plain one by this many times the plain one's own rounding
@@ -60,7 +61,7 @@ class Parity:
 
 def modes(device: torch.device, amp: str) -> list[str]:
     """fp32 without TF32, where rounding blurs least, and what training with `--amp` computes in."""
-    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    tf32 = device.type == "cuda" and allows_tf32()
     trained = amp if amp != "off" else "tf32" if tf32 else "fp32"
     return ["fp32"] if trained == "fp32" else ["fp32", trained]
 
@@ -146,12 +147,14 @@ def _logits_and_gradients(
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     """Convolutions as they are set, or without TF32; matrix products have none by default."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = before and allowed
+    if allowed or not allows_tf32():
+        yield
+        return
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
 
 def _distance(got: Tensor, want: Tensor) -> float:

@@ -91,6 +91,7 @@ def best_tile(
     *,
     max_elements: int | None = None,
     max_width: int = 256,
+    max_height: int = 256,
     splits_free: bool = False,
 ) -> tuple[int, int]:
     """(rows, columns) of the cheapest tile for one m x n x k product; with `splits_free` waves do
@@ -105,7 +106,8 @@ def best_tile(
         return waves * tile_seconds(bm, bn, k, ops, target), bm * bn, bm
 
     widths = [bn for bn in WIDTH_EFFICIENCY if bn <= max_width]
-    shapes = [(bm, bn) for bm in _heights(ops) for bn in widths if bm * bn <= limit]
+    heights = _heights(ops, max_height)
+    shapes = [(bm, bn) for bm in heights for bn in widths if bm * bn <= limit]
     return min(shapes, key=seconds)
 
 
@@ -139,9 +141,13 @@ def warps(tiles: Iterable[Tile]) -> int:
 
 
 def stages(tiles: Iterable[Tile], ops: Operands, target: Target) -> int:
-    """As many pipeline stages as fit, with room left for the epilogue's exchange of layouts."""
+    """As many pipeline stages as fit, with room left for the epilogue's exchange of layouts.
+
+    Exact fp32 products take longer than any load: two, as addresses of more would spill (sm_89).
+    """
     step = max((t.block_m + t.block_n) * t.block_k * ops.itemsize for t in tiles)
-    return max(1, min(target.max_stages, target.shared_bytes * 3 // 4 // step))
+    most = target.max_stages if ops.tensor_cores else 2
+    return max(1, min(most, target.shared_bytes * 3 // 4 // step))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -32,6 +32,7 @@ class FilterGradient:
     rows: int
     columns: int
     gathered: bool = False  # its rows are read through the pool's winners
+    window: bool = False  # of more than one tap
     max_elements: int | None = None
     pixels: int | None = None  # where they are not those of the launch
 
@@ -39,9 +40,14 @@ class FilterGradient:
         """The cheapest, of however many splits."""
         shape = best_tile(
             self.rows, self.columns, n_pixels, ops, target,
-            max_elements=64 * 128 if self.gathered else self.max_elements, splits_free=True,
+            max_elements=64 * 128 if self.gathered else self.max_elements,
+            # in fp32 the taps of 256 rows would spill (sm_80)
+            max_height=128 if self.window and ops.itemsize == 4 else 256,
+            splits_free=True,
         )  # fmt: skip
-        return Tile(*shape, 64 if ops.itemsize == 2 else 32 if ops.tensor_cores else 16)
+        # more addresses than products of 16 gathered pixels would spill in exact fp32 (sm_100)
+        step = 64 if ops.itemsize == 2 else 32 if ops.tensor_cores or self.gathered else 16
+        return Tile(*shape, step)
 
     def seconds(self, tile: Tile, n_pixels: int, ops: Operands, target: Target) -> float:
         """Of one program for so many pixels: its products and operands, or the instructions of its
@@ -119,10 +125,10 @@ def wgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Targ
     # as the kernel has its programs
     gradients = dict(
         projection=FilterGradient(s_in, sp, gathered=True),
-        conv3=FilterGradient(9 * align_up(dims.ch3x3red), s3),
+        conv3=FilterGradient(9 * align_up(dims.ch3x3red), s3, window=True),
         branch1=FilterGradient(s_in, s1),
         reduces=FilterGradient(s_in, dims.reduced_channels),
-        conv5=FilterGradient(taps5 * align_up(dims.ch5x5red), s5),
+        conv5=FilterGradient(taps5 * align_up(dims.ch5x5red), s5, window=True),
     )
     found = wgrad_jobs([*gradients.values()], n_pixels, ops, target)
     tiles = [job.tile for job in found]

@@ -23,8 +23,8 @@ OUT_OF_REGISTERS = 255
 GATHERS = re.compile(r"to_winner|image_offs")
 # on AMD the compiler leaves out the first 4 of 16 bytes, elements that are cleared behind the load
 CLEARED, CLEARED_BYTES = re.compile(r"first_tile ="), 12
-# TF32 tensor cores of sm_90 take tiles that are contiguous along the reduction; these are not, and
-# are turned element by element on their way to shared memory
+# TF32 tensor cores take tiles that are contiguous along the reduction; these are not: they are
+# turned element by element on their way to shared memory
 TURNED = re.compile(r"(x|dz)_tile =")
 TURNING = (
     "_wgrad_kernel",
@@ -106,7 +106,7 @@ def _precision(build: Build) -> str:
 
 
 def _is_turned(build: Build, load: Load) -> bool:
-    tf32 = build.spec.target == "sm_90" and _precision(build) == "tf32"
+    tf32 = is_nvidia(build.spec) and _precision(build) == "tf32"
     return tf32 and build.spec.kernel in TURNING and TURNED.match(load.text) is not None
 
 

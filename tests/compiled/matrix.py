@@ -118,7 +118,7 @@ class Use:
 
 
 # every test run: what the heuristics return for GoogLeNet in bf16 on sm_90, and each kernel for
-# the other types there and for bf16 on the other targets
+# the other types there, for bf16 on the other targets, and where exact fp32 once went wrong
 STEM = ("stem", "stem-rgba", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
 LIBRARY = ("4c-library", "4c-bn-library", "conv1-library", "conv3-bn-library")
@@ -140,6 +140,8 @@ EVERY_RUN = {
         for target in TARGETS
         for precision in DTYPES
         if (target == "sm_90") != (precision == "bf16")
+        # where Triton multiplied in TF32 behind a gather
+        or (target, precision) == ("sm_100", "ieee")
     },
 }
 # `make compile-all`; what has BatchNorm apart
