@@ -141,12 +141,9 @@ def warps(tiles: Iterable[Tile]) -> int:
 
 
 def stages(tiles: Iterable[Tile], ops: Operands, target: Target) -> int:
-    """As many pipeline stages as fit, with room left for the epilogue's exchange of layouts.
-
-    Exact fp32 products take longer than any load: two, as addresses of more would spill (sm_89).
-    """
+    """As many pipeline stages as fit, with room left for the epilogue's exchange of layouts."""
     step = max((t.block_m + t.block_n) * t.block_k * ops.itemsize for t in tiles)
-    most = target.max_stages if ops.tensor_cores else 2
+    most = target.max_stages if ops.tensor_cores else target.exact_stages
     return max(1, min(most, target.shared_bytes * 3 // 4 // step))
 
 
