@@ -26,13 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.compiled", description=__doc__)
     parser.add_argument("groups", nargs="+", metavar="GROUP")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--table", type=Path, metavar="FOLDER", help="write the results there")
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="put results into those there")
     parser.add_argument(
         "--keep-counts", action="store_true", help="what is compiled is what later runs are held to"
     )
     options = parser.parse_args()
-    rows: list[table.Row] = []
-    names: list[str] = []
     status = 0
     compile_all = compiler(options.workers)
     for name in options.groups:
@@ -50,8 +48,9 @@ def main() -> None:
         for group_name, group in groups_of(name):
             start = time.perf_counter()
             builds = list(compile_all(group.specialisations()))
-            names.append(group_name)
-            rows += table.rows(group.target, group.precision, builds)
+            if options.table:
+                rows = table.rows(group.target, group.precision, builds)
+                table.add(options.table, group_name, list(rows))
             if options.keep_counts:
                 counts.write(group_name, builds)
             for result in builds:
@@ -60,14 +59,13 @@ def main() -> None:
                     print(f"{group_name}: {result.spec.kernel}: {text}\n  {_describe(result)}")
             seconds = time.perf_counter() - start
             print(f"{group_name}: {len(builds)} kernels, {seconds:.0f} s", flush=True)
-    if options.table:
-        table.write(options.table, names, rows)
     sys.exit(status)
 
 
 def groups_of(name: str) -> Iterator[tuple[str, matrix.Group]]:
     if name == "full":
-        yield from matrix.FULL.items()
+        for full_name, group in matrix.FULL.items():
+            yield f"full:{full_name}", group
     elif name.startswith("full:"):
         yield name, matrix.FULL[name.removeprefix("full:")]
     else:

@@ -159,3 +159,8 @@ FULL = {
     for precision in DTYPES
     for suffix, layers in (("", tuple(n for n in LAYERS if n not in NORMS)), ("-norms", NORMS))
 }
+
+
+def names() -> list[str]:
+    """Of all groups, those of every test run first."""
+    return [*EVERY_RUN, *(f"full:{name}" for name in FULL)]

@@ -1,15 +1,19 @@
-"""The results of a run as a table: one row per kind of launch, target and precision."""
+"""What was compiled, group by group, as tables: one row per kind of launch."""
 
 import json
+import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
+from tests.compiled import matrix
 from tests.compiled.bounds import VECTOR_BYTES, tile_loads, violations
 from tests.compiled.build import Build
 from tests.compiled.collect import Specialisation
+from tests.compiled.machine_code import ROOT
 from tests.compiled.matrix import IMAGE
 
 
@@ -78,46 +82,60 @@ def _ranges(values: Iterable[tuple[str, float]]) -> dict[str, tuple[float, float
     return {name: (min(found), max(found)) for name, found in each.items()}
 
 
-def write(folder: Path, groups: list[str], table: list[Row]) -> None:
-    """Write triton-VERSION.json and triton-VERSION.md."""
+def add(folder: Path, group: str, table: list[Row]) -> None:
+    """Put a group into triton-VERSION.json and triton-VERSION.md, in place of what was known of it;
+    the other groups stay, each with the commit that it was compiled at."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"triton-{triton.__version__}"
-    result = {
-        "triton": triton.__version__,
-        "groups": groups,
-        "rows": [asdict(row) for row in table],
-    }
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / f"{name}.md").write_text("\n".join(_markdown(groups, table)) + "\n")
+    path = folder / f"triton-{triton.__version__}.json"
+    groups: dict[str, Any] = json.loads(path.read_text())["groups"] if path.exists() else {}
+    groups[group] = {"commit": _commit(), "rows": [asdict(row) for row in table]}
+    order = {name: place for place, name in enumerate(matrix.names())}
+    groups = dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
+    path.write_text(json.dumps({"triton": triton.__version__, "groups": groups}, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(_markdown(groups)) + "\n")
+
+
+def _commit() -> str:
+    """The last that changed the package; "-dirty" where files of it differ from that."""
+    last = _git("log", "-1", "--format=%h", "--", "fused_inception")
+    return f"{last}-dirty" if _git("status", "--porcelain", "--", "fused_inception") else last
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 _HEADER = (
-    "target", "type", "launch", "kernels", "broken", "registers", "stack", "spills", "shared",
+    "launch", "kernels", "broken", "registers", "stack", "spills", "shared",
     "tensor cores", "load", "instructions a step", "issue ratio", "seconds",
 )  # fmt: skip
 
 
-def _markdown(groups: list[str], table: Iterable[Row]) -> Iterator[str]:
+def _markdown(groups: dict[str, Any]) -> Iterator[str]:
+    kernels = sum(row["kernels"] for group in groups.values() for row in group["rows"])
+    broken = sum(row["broken"] for group in groups.values() for row in group["rows"])
     yield f"""# GoogLeNet's kernels, compiled ahead of time with Triton {triton.__version__}
 
-The configurations that the heuristics return at {IMAGE} pixels for these groups of matrix.py:
-{", ".join(groups)}.
+The configurations that the heuristics return at {IMAGE} pixels: {len(groups)} groups of matrix.py,
+{kernels} kernels, of which {broken} break a bound.
 
 Each row holds the worst of its kernels: the most registers of a thread, bytes of its stack,
 instructions of an inner loop that reach the stack, and bytes of shared memory of a program; all
 tensor-core instructions; the narrowest load, in bytes, of tiles of which a thread has 16 bytes or
 more; the instructions of one step of each inner loop that was not unrolled, and these per cycle of
-sm_90's tensor cores (above 1 instructions bind); the seconds of the longest compilation.
-"""
-    yield f"| {' | '.join(_HEADER)} |"
-    yield f"|{'---|' * len(_HEADER)}"
-    for row in table:
-        cells = (
-            row.target, row.precision, row.launch, row.kernels, row.broken, row.registers,
-            row.stack, row.loop_spills, row.shared, row.tensor_cores, row.load_bytes or "",
-            _text(row.steps), _text(row.issue_ratios), row.seconds,
-        )  # fmt: skip
-        yield f"| {' | '.join(map(str, cells))} |"
+sm_90's tensor cores (above 1 instructions bind); the seconds of the longest compilation (few where
+it was compiled before)."""
+    for name, group in groups.items():
+        yield f"\n## {name}, at {group['commit']}\n"
+        yield f"| {' | '.join(_HEADER)} |"
+        yield f"|{'---|' * len(_HEADER)}"
+        for row in (Row(**fields) for fields in group["rows"]):
+            cells = (
+                row.launch, row.kernels, row.broken, row.registers, row.stack, row.loop_spills,
+                row.shared, row.tensor_cores, row.load_bytes or "", _text(row.steps),
+                _text(row.issue_ratios), row.seconds,
+            )  # fmt: skip
+            yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _text(ranges: dict[str, tuple[float, float]]) -> str:

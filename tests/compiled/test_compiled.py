@@ -4,10 +4,12 @@ Compilation needs a process where kernels are not interpreted: `python -m tests.
 """
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from tests.conftest import PARALLEL
 
 pytest.importorskip("triton")
 
-from tests.compiled import matrix
+from tests.compiled import matrix, table
 from tests.compiled.bounds import violations
 from tests.compiled.build import Build
 from tests.compiled.collect import Specialisation
@@ -106,6 +108,26 @@ def test_every_kernel_is_compiled() -> None:
     missing = {kind: every_kernel() - names for kind, names in compiled.items()}
     assert missing == {kind: set() for kind in missing}
     assert len(missing) == 10
+
+
+def test_results_of_other_groups_stay(tmp_path: Path) -> None:
+    """A run of some groups replaces what was known of them alone."""
+    spec = Specialisation("", "_pack_kernel", "sm_80", (("x", "*bf16"),), (), (), 4)
+    code = MachineCode(registers=32, stack=0, tensor_cores={}, loads=(), loops=())
+    for group, stack in (("sm_80-bf16", 0), ("sm_90-fp16", 0), ("sm_80-bf16", 8)):
+        build = Build(spec, 0.0, code=replace(code, registers=255, stack=stack))
+        table.add(tmp_path, group, list(table.rows("sm_80", "bf16", [build, build])))
+    (path,) = tmp_path.glob("*.json")
+    groups = json.loads(path.read_text())["groups"]
+    # in the order of the matrix
+    assert {name: group["rows"][0]["stack"] for name, group in groups.items()} == {
+        "sm_90-fp16": 0, "sm_80-bf16": 8,
+    }  # fmt: skip
+    assert [*groups] == ["sm_90-fp16", "sm_80-bf16"]
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", groups["sm_80-bf16"]["commit"])
+    text = path.with_suffix(".md").read_text()
+    assert "2 groups of matrix.py,\n4 kernels, of which 2 break a bound." in text
+    assert text.index("## sm_90-fp16, at") < text.index("## sm_80-bf16, at")
 
 
 def every_kernel() -> set[str]:
