@@ -14,7 +14,8 @@ from torch import nn
 
 import fused_inception as fi
 from fused_inception.ops import ahead
-from fused_inception.tools import run
+from fused_inception.ops.problem import allows_tf32
+from fused_inception.tools import parity, run
 from fused_inception.tools.data import Data
 from fused_inception.tools.options import from_flags
 from fused_inception.tuning.targets import standing_for, target_of
@@ -224,3 +225,24 @@ def test_training_run_precompiles_both_modes(
         (False, False, (3, 3, 48, 48)),
         (False, False, (2, 3, 48, 48)),
     ]
+
+
+@pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16"])
+def test_the_parity_check_compiles_its_kernels_first(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of its batch, in training, in the types that it compares in."""
+    asked: list[tuple[Any, ...]] = []
+
+    def note(model: nn.Module, x: torch.Tensor) -> None:
+        amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        asked.append((model.training, len(x), amp, allows_tf32()))
+
+    monkeypatch.setattr(parity, "precompile", note)
+    network = {"variant": "paper", "num_classes": 3, "aux_logits": False, "image_size": 32}
+    model = fi.googlenet(**network).eval()
+    parity.compare(model, network, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), mode)
+    amp = torch.bfloat16 if mode == "bf16" else None
+    assert asked == [(True, 2, amp, mode != "fp32")]
+    assert not model.training
+    assert allows_tf32()

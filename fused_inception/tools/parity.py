@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_inception import reference
 from fused_inception.ops.problem import allows_tf32
 from fused_inception.tools.loop import AMP_DTYPES, autocast, objective, placed
+from fused_inception.tools.precompile import precompile
 
 # the fused network may differ from the plain one by this many times the plain one's own rounding
 # error, plus a floor: one ReLU or arg-max that flips between two roundings moves the gradients
@@ -87,7 +88,11 @@ def compare(
     exact = copy.deepcopy(plain).cpu().double()
     amp = mode if mode in AMP_DTYPES else "off"
     with _tf32(mode != "fp32"):
-        got = _logits_and_gradients(copy.deepcopy(model), x, labels, amp)
+        fused = copy.deepcopy(model).train()
+        with autocast(x.device, amp):
+            # few images, in types of their own: one by one their kernels would take minutes
+            precompile(fused, x)
+        got = _logits_and_gradients(fused, x, labels, amp)
         own = _logits_and_gradients(plain, x, labels, amp)
     want = _logits_and_gradients(exact, x.cpu().double(), labels.cpu(), "off")
     return Parity(
