@@ -17,6 +17,7 @@ from fused_inception.__main__ import main
 from fused_inception.adapters.ours import FUSED
 from fused_inception.adapters.plain import _PLAIN, plain_twin
 from fused_inception.nn.adoption import origin_of
+from fused_inception.tools import precompile as precompile_tool
 from fused_inception.tools import verify as verify_tool
 from fused_inception.tools.side_by_side import Error
 from tests.torchvision_import import import_torchvision
@@ -355,6 +356,29 @@ class TestCommands:
         assert "ATen: cpu tensors [0, 1]" in output
         assert main([*command, "--unfused"]) == 0
         assert "layers: fuse_ would fuse it [0, 1]" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("tool", ["verify", "explain"])
+    def test_kernels_are_compiled_first(
+        self, tool: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those of the fused model; a model that cannot be traced is left to its own pass."""
+        asked = []
+
+        def compiled(model: nn.Sequential, x: Tensor) -> fi.PrecompileReport:
+            asked.append(isinstance(model[1], fi.Inception) and len(x) == 2)
+            if len(asked) == 2:
+                raise RuntimeError("values decide")
+            return fi.PrecompileReport(kernels=7, compiled=5, workers=2)
+
+        monkeypatch.setattr(precompile_tool, "precompile", compiled)
+        command = [tool, "--model", "tests.test_verify:make_biased", "--image-size", "8"]
+        assert main(command) == 0
+        first, second, *_ = capsys.readouterr().out.splitlines()
+        assert first.startswith("precompile: 7 kernels, 5 compiled by 2 processes, 2 from")
+        assert second.startswith(tool)
+        assert main(command) == 0
+        assert asked == [True, True]
+        assert capsys.readouterr().out.startswith(tool)
 
     @pytest.mark.parametrize(
         ("model", "message"),

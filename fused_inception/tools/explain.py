@@ -34,6 +34,7 @@ from fused_inception.tools.blocks import (
     unwrapped,
 )
 from fused_inception.tools.costs import cost_of
+from fused_inception.tools.precompile import announce_precompiled
 from fused_inception.tools.text import aligned
 from fused_inception.tuning import dispatch
 from fused_inception.tuning.dispatch import Choice
@@ -315,6 +316,7 @@ def run(arguments: argparse.Namespace) -> int:
     with sample.prepared(arguments) as (model, x):
         if not arguments.unfused:
             fuse_(model)
+        announce_precompiled(model, x)
         report = explain(model, x)
     print(report)
     return 0

@@ -99,6 +99,17 @@ def precompile(model: nn.Module, x: Tensor, *, workers: int | None = None) -> Pr
     )
 
 
+def announce_precompiled(model: nn.Module, x: Tensor) -> None:
+    """`precompile` in front of a command's own pass: its report is printed where kernels were
+    needed."""
+    try:
+        report = precompile(model, x)
+    except (RuntimeError, TypeError):
+        return  # the pass itself compiles what it launches, or says what is wrong
+    if report.kernels:
+        print(report, flush=True)
+
+
 def processors() -> int:
     """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -20,6 +20,7 @@ from fused_inception.tools.blocks import (
     undisturbed,
     unwrapped,
 )
+from fused_inception.tools.precompile import announce_precompiled
 from fused_inception.tools.side_by_side import (
     Comparison,
     Error,
@@ -222,6 +223,9 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: no such model, or flags that do not fit it.
     """
     with sample.prepared(arguments) as (model, x):
+        fused = copy_of(model)
+        fuse_(fused)
+        announce_precompiled(fused, x)
         report = verify(model, x)
     print(report)
     return 0 if report.ok else 1
