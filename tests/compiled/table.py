@@ -96,15 +96,16 @@ def add(folder: Path, group: str, table: list[Row]) -> None:
 
 
 def _commit() -> str:
-    """The last that changed the package; "-dirty" where files of it differ from that."""
-    last = _git("log", "-1", "--format=%h", "--", "fused_inception")
-    return f"{last}-dirty" if _git("status", "--porcelain", "--", "fused_inception") else last
+    """The last that changed what compiled code depends on; "-dirty" where files differ from it."""
+    last = _git("log", "-1", "--format=%h", "--", *_SOURCES)
+    return f"{last}-dirty" if _git("status", "--porcelain", "--", *_SOURCES) else last
 
 
 def _git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
+_SOURCES = [f"fused_inception/{name}" for name in ("kernels", "ops", "tuning", "geometry.py")]
 _HEADER = (
     "launch", "kernels", "broken", "registers", "stack", "spills", "shared",
     "tensor cores", "load", "instructions a step", "issue ratio", "seconds",
