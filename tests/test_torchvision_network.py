@@ -39,7 +39,12 @@ def assert_agree_on(
 
 @pytest.mark.parametrize(
     ("dtype", "side", "steps"),
-    [(torch.float32, 224, 2), (torch.bfloat16, 224, 2), (torch.float16, 224, 1)],
+    [
+        (torch.float32, 224, 2),
+        (torch.bfloat16, 224, 2),
+        (torch.float16, 224, 1),
+        (torch.float16, SMALL, 1),
+    ],
     ids=str,
 )
 def test_training_steps(dtype: torch.dtype, side: int, steps: int) -> None:
@@ -70,14 +75,15 @@ def test_forward_in_training_and_eval_at_224(dtype: torch.dtype) -> None:
         (torch.float32, SMALL),
         (torch.bfloat16, 224),
         (torch.float16, 224),
+        (torch.float16, SMALL),
     ],
     ids=str,
 )
 def test_gradients_in_eval(dtype: torch.dtype, side: int) -> None:
     """Statistics are frozen; the classifiers of training are not run."""
 
-    # an image takes PyTorch half a minute on a CPU in fp16
-    images = 1 if dtype == torch.float16 else 2
+    # an image of 224 takes PyTorch half a minute on a CPU in fp16
+    images = 1 if (dtype, side) == (torch.float16, 224) else 2
 
     def agree() -> None:
         networks = Networks.torchvision("cpu")
