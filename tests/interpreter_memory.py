@@ -14,7 +14,7 @@ where programs do not happen to meet.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,14 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from _tensors(arg)
+        elif isinstance(arg, Tensor):
+            yield arg
+
+
 class _Watch:
     """The launch that runs now."""
 
@@ -102,7 +110,7 @@ class _Watch:
 
         def copied(executor: Any, args: Any, named: Any) -> tuple[list[Any], dict[str, Any]]:
             self.regions, self.found = {}, {}
-            tensors = [arg for arg in (*args, *named.values()) if isinstance(arg, Tensor)]
+            tensors = list(_tensors((*args, *named.values())))
             self.watches = all(t.untyped_storage().nbytes() <= LARGEST for t in tensors)
             if not self.watches:
                 return copy(executor, args, named)

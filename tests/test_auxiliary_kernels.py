@@ -92,8 +92,8 @@ def test_each_gradient_alone(need: int, device: torch.device) -> None:
     for i, gradient in enumerate(alone):
         assert torch.equal(gradient, together[i]) if i == need else not gradient.numel()
     names = [launch.kernel for launch in launches]
-    forward = ["_pack_filter_kernel", "_avg_pool_project_fwd_kernel"]
-    pack, finish = ["_pack_filter_kernel"] * (need == 0), ["_conv2d_finish_kernel"] * (need > 0)
+    forward = ["_pack_kernel", "_avg_pool_project_fwd_kernel"]
+    pack, finish = ["_pack_kernel"] * (need == 0), ["_finish_kernel"] * (need > 0)
     assert names == [*forward, *pack, "_avg_pool_project_bwd_kernel", *finish]
 
 

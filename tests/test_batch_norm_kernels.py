@@ -30,7 +30,7 @@ MODULE_LAUNCHES = (
 )
 CONV_LAUNCHES = (
     "_conv2d_fwd _batch_statistics _normalise",
-    "_norm_sums _norm_grad _conv2d_dgrad _conv2d_wgrad _conv2d_finish",
+    "_norm_sums _norm_grad _conv2d_dgrad _conv2d_wgrad _finish",
 )
 
 

@@ -208,7 +208,7 @@ def test_parallel_1x1_is_one_product(device: torch.device) -> None:
     biases = [torch.randn(c, generator=draw).to(device) for c in (16, 9, 3)]
     with fi.backend("triton"), fi.record_launches() as launches:
         got = functional.parallel_conv1x1_relu(x, weights, biases)
-    assert [launch.kernel for launch in launches] == ["_pack_filter_kernel", "_conv2d_fwd_kernel"]
+    assert [launch.kernel for launch in launches] == ["_pack_kernel", "_conv2d_fwd_kernel"]
     assert len({y.untyped_storage().data_ptr() for y in got}) == 1
     for ours, theirs in zip(got, reference.parallel_conv1x1_relu(x, weights, biases), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -290,7 +290,7 @@ def test_network_saves_a_quarter_of_what_pytorch_does(device, launches_do_nothin
 @pytest.mark.skipif(not INTERPRETED, reason="the profiler counts the CPU's memory")
 def test_stages_need_no_more_memory_than_their_layers(launches_do_nothing):
     """What a stage keeps goes when its backward has run; scratch of a module when it is done."""
-    x = torch.zeros(8, 3, 224, 224, dtype=torch.bfloat16).contiguous(
+    x = torch.zeros(64, 3, 224, 224, dtype=torch.bfloat16).contiguous(
         memory_format=torch.channels_last
     )
     peaks = []
@@ -380,7 +380,12 @@ def test_launches_of_the_whole_network_are_within_the_plan():
     stem = [training.part(layer=layer) for layer in training.layers[:5]]
     assert sum(part.launches("triton") for part in stem) == 5 + 6
     assert sum(part.launches("packing") for part in stem) == 2
-    # one more for each module whose pool branch is a launch of its own
-    small, large = (cost.network("paper", batch=n).launches("triton") for n in (1, 256))
-    assert small == 77
-    assert large == small + 9
+    small, large = (cost.network("paper", batch=n) for n in (1, 256))
+    # a launch F for each of three stages and of two auxiliary classifiers, and the stem's
+    assert small.launches("triton") == 71
+    # two for each of these but the stem's, which is among the stem's above
+    assert small.launches("packing") == 2 + 2 * (3 + 2)
+    # one more for each module whose pool branch is a launch of its own; F for nearly every one
+    finishes = sum(op.name == "F" and op.layer in GOOGLENET for op in large.ops)
+    assert 7 <= finishes <= 9
+    assert large.launches("triton") == 71 + 9 + finishes - 3

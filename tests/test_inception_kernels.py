@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_inception import reference
 from fused_inception.geometry import InceptionDims
 from fused_inception.kernels.conv import launch_branches
-from fused_inception.kernels.pack import launch_pack
+from fused_inception.kernels.pack import launch_pack, module_packing
 from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.launches import record_launches
 from fused_inception.ops import inception_triton
@@ -197,7 +197,7 @@ def test_slices_end_where_they_should(device: torch.device) -> None:
     dims, n, height, width = InceptionDims(13, 7, 11, 17, 5, 3, 19), 2, 3, 7
     p = problem(device, torch.float32, dims, n, height, width)
     ops, target, pixels = problem_of(p.x)
-    w, b = launch_pack(dims, p.filters, p.biases, torch.float32)
+    ((w, b),) = launch_pack([module_packing(dims)], p.filters, p.biases, torch.float32)
     x = inception_triton.for_kernels(p.x)
     y = torch.full((n, height, width, dims.out_channels), math.nan, device=device)
     y = y.permute(0, 3, 1, 2)
@@ -238,7 +238,7 @@ def test_pointwise_tilings(config: PointwiseConfig, device: torch.device) -> Non
     """Every way to cover the width gives the same result: mixed tiles, pool inside or behind."""
     dims = InceptionDims(24, 40, 24, 16, 16, 16, 24)
     p = problem(device, torch.float32, dims, 1, 5, 7)
-    w, b = launch_pack(dims, p.filters, p.biases, torch.float32)
+    ((w, b),) = launch_pack([module_packing(dims)], p.filters, p.biases, torch.float32)
     y = torch.full((1, 5, 7, dims.out_channels), math.nan, device=device).permute(0, 3, 1, 2)
     r, index, mask = inception_triton.saved_like(p.x, dims)
     launch_pointwise(dims, p.x, w, b, y, r, index, mask, config, save=True, precision="ieee")

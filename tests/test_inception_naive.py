@@ -152,7 +152,7 @@ def test_each_gradient_alone(position: int, impl: str, device: torch.device) -> 
     if impl == "triton":
         assert ("_naive_input_grad_kernel" in kernels) == (position == 0)
         assert ("_naive_wgrad_kernel" in kernels) == (1 <= position <= 3)
-        assert ("_naive_finish_kernel" in kernels) == (position > 0)
+        assert ("_finish_kernel" in kernels) == (position > 0)
 
 
 @on_triton
@@ -176,14 +176,14 @@ def test_launches(training: bool, device: torch.device) -> None:
             with fi.record_launches() as launches:
                 y.sum().backward()
             names[1] = [launch.kernel for launch in launches]
-    assert names[0] == ["_naive_pack_kernel", "_naive_conv_kernel", "_max_pool_fwd_kernel"]
+    assert names[0] == ["_pack_kernel", "_naive_conv_kernel", "_max_pool_fwd_kernel"]
     if training:
         assert names[1] == [
             "_relu_mask_kernel",
-            "_naive_pack_kernel",
+            "_pack_kernel",
             "_naive_input_grad_kernel",
             "_naive_wgrad_kernel",
-            "_naive_finish_kernel",
+            "_finish_kernel",
         ]
 
 
@@ -197,11 +197,11 @@ def test_packed_filters_are_kept_until_one_changes(device: torch.device) -> None
             module(x)
         return [launch.kernel for launch in launches]
 
-    assert "_naive_pack_kernel" in kernels()
-    assert "_naive_pack_kernel" not in kernels()
+    assert "_pack_kernel" in kernels()
+    assert "_pack_kernel" not in kernels()
     with torch.no_grad():
         module.branch3.conv.bias.add_(1)
-    assert "_naive_pack_kernel" in kernels()
+    assert "_pack_kernel" in kernels()
 
 
 @implementations

@@ -131,6 +131,14 @@ def launches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         yield (x, y, 16, 16, 0.5), {}
     for n, m in itertools.product(INTEGERS, INTEGERS):
         yield (X, None, n, m, 0.5), {}
+    # tuples, of one element and two, the first argument among them
+    for pointers in itertools.product(POINTERS[:-1], POINTERS):
+        yield (X, pointers, 3, 3, 0.5), {}
+        yield (pointers, None, 3, 3, 0.5), {}
+        yield ((), pointers[:1], 3, 3, 0.5), {}
+    for numbers in itertools.product(INTEGERS[:7], INTEGERS[:7]):
+        yield (X, None, numbers, 3, 0.5), {}
+        yield (X, None, 3, numbers, 0.5), {}
     for scale, options in itertools.product((0.5, 1.0, 1, 16, None), OPTIONS):
         yield (X, X, 3, 3, scale), options
 
@@ -195,7 +203,7 @@ def test_whoever_must_see_a_launch_sees_it(
     assert not session.is_remembered(*args)
 
 
-@pytest.mark.parametrize("arg", [True, (1, 2), torch.dtype], ids=["bool", "tuple", "other"])
+@pytest.mark.parametrize("arg", [True, (1, True), torch.dtype], ids=["bool", "in-tuple", "other"])
 def test_arguments_without_a_rule_go_to_triton(session: Session, arg: Any) -> None:
     with pytest.raises(TypeError):
         relaunch._key(session.kernel, (X, X, arg, 3, 0.5), CONSTANTS, 4)

@@ -18,6 +18,8 @@ from fused_inception.geometry import align_up
 
 # in training the pool branch is a launch of its own above so many pixels, a power of two
 POOL_APART_PIXELS = 64 * 132
+# partial sums of a trunk's modules wait for each other up to so many bytes
+UNFINISHED_BYTES = 16 * 2**20
 
 
 # kinds of layers whose launches the network makes today
@@ -44,6 +46,8 @@ class Fused(Plan):
         # names of their outputs
         self._masks: dict[str, Tensor] = {}
         self._is_trunk = False
+        self._outputs: dict[str, Tensor] = {}  # of the modules of a trunk
+        self._unfinished: list[ModuleTensors] = []
 
     def _launch(
         self,
@@ -80,26 +84,46 @@ class Fused(Plan):
             return
         self._is_trunk = True
         x = self.stem(network, self.tensor(IMAGE, network.image_size**2, 3))
-        tapped: list[tuple[Aux, Tensor]] = []
+        stage: list[Module] = []
         for module in network.modules:
-            x = self.module(module, x)
-            if module.name in network.aux:
-                tapped.append((network.aux[module.name], x))
+            stage.append(module)
             if module.name in network.pools:
-                x = self.pool(network.pools[module.name], x)
-                for aux, y in tapped:
-                    self.aux(aux, y)
-                tapped.clear()
+                x = self.pool(network.pools[module.name], self._modules(stage, x))
+                for behind in stage:
+                    if behind.name in network.aux:
+                        self.aux(network.aux[behind.name], self._outputs[behind.name])
+                stage.clear()
+        x = self._modules(stage, x)
         self.head(network.classifier, network.last_pixels, x)
+
+    def _modules(self, stage: list[Module], x: Tensor) -> Tensor:
+        """Those of a trunk: their filters are packed together, and their gradients are finished
+        together, at the latest behind the last."""
+        parts = []
+        for module in stage:
+            parts.append(ModuleTensors(self, module, x))
+            x = self._outputs[module.name] = parts[-1].y
+        first, last = stage[0].name, stage[-1].name
+        self._pack(first, parts)
+        self.later(lambda: self._finish(first))
+        for module, tensors in zip(stage, parts, strict=True):
+            self._forward(module, tensors)
+        # behind the pool's backward, before that of any module
+        self.later(lambda: self._pack(last, parts))
+        return x
 
     def module(self, module: Module, x: Tensor) -> Tensor:
         """Bias mode, or BatchNorm in eval folded into filters and bias: A, B; M, L1, L2, L3, F."""
         if module.norm and self.training:
             return self._norm_module(module, x)
         parts = ModuleTensors(self, module, x)
-        layer, dims, y = module.name, module.dims, parts.y
         if self.training:  # else the packed filters stay until a parameter changes
-            self._pack(module, parts)
+            self._pack(module.name, [parts])
+        self._forward(module, parts)
+        return parts.y
+
+    def _forward(self, module: Module, parts: "ModuleTensors") -> None:
+        layer, dims, x, y = module.name, module.dims, parts.x, parts.y
         pool = [parts.y_slice(dims.pool_proj)]
         if self.training:
             pool += [parts.index, parts.mask_slice(dims.pool_proj)]
@@ -131,13 +155,20 @@ class Fused(Plan):
             self._masks[y.name] = parts.mask
             parts.dz = gradient(y)
         self.later(lambda: self._module_backward(module, parts))
-        return y
 
-    def _pack(self, module: Module, parts: "ModuleTensors") -> None:
+    def _pack(self, layer: str, parts: "list[ModuleTensors]") -> None:
         self._launch(
-            "pack", module.name, [parts.filters], [parts.packed],
+            "pack", layer, [of.filters for of in parts], [of.packed for of in parts],
             kernel="_pack_kernel", source="packing",
         )  # fmt: skip
+
+    def _finish(self, layer: str) -> None:
+        """Launch F, of all modules whose partial sums wait."""
+        if self._unfinished:
+            reads = [of.partials for of in self._unfinished]
+            writes = [gradient(of.filters) for of in self._unfinished]
+            self._launch("F", layer, reads, writes, kernel="_finish_kernel")
+            self._unfinished.clear()
 
     def _module_backward(self, module: Module, parts: "ModuleTensors") -> None:
         layer = module.name
@@ -145,12 +176,14 @@ class Fused(Plan):
             self._launch(
                 "M", layer, [gradient(parts.y), parts.mask], [parts.dz], kernel="_relu_mask_kernel"
             )
-        self._pack(module, parts)
+            self._pack(layer, [parts])
         self._reduction_gradients(module, parts, "_dgrad_kernel")
         self._input_gradient(module, parts, "_input_grad_kernel")
         self._filter_gradients(module, parts, "_wgrad_kernel")
-        self._launch("F", layer, [parts.partials], [gradient(parts.filters)],
-                     kernel="_finish_kernel")  # fmt: skip
+        self._unfinished.append(parts)
+        waiting = sum(of.partials.bytes for of in self._unfinished)
+        if not self._is_trunk or waiting > UNFINISHED_BYTES:
+            self._finish(layer)
 
     def _reduction_gradients(self, module: Module, parts: "ModuleTensors", kernel: str) -> None:
         dims, pixels = module.dims, module.pixels
@@ -184,7 +217,7 @@ class Fused(Plan):
         layer, dims, pixels = module.name, module.dims, module.pixels
         raw, moments = parts.raw, parts.moments
         activated = Tensor(f"{layer} activated", parts.r.bytes)
-        self._pack(module, parts)
+        self._pack(layer, [parts])
         width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
         gemms = [
             self.gemm(pixels, width, dims.in_channels, "pointwise"),
@@ -215,7 +248,7 @@ class Fused(Plan):
             launch("sums", [gradient(parts.y), raw, moments], [moments], "norm_sums")
             reads = [gradient(parts.y), raw, moments]
             launch("normalise backward", reads, [dz], "norm_grad")
-            self._pack(module, parts)
+            self._pack(layer, [parts])
             self._reduction_gradients(module, parts, "_dgrad_kernel")
             reads, writes = [parts.dr, parts.r, moments], [parts.dr, activated]
             launch("reductions backward", reads, writes, "reduce_norm_grad")
@@ -256,7 +289,7 @@ class Fused(Plan):
             self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
 
         if self.training and not image:
-            launch("pack", [weight], [packed], "_pack_filter_kernel")
+            launch("pack", [weight], [packed], "_pack_kernel")
         writes = [raw] if normalises else [y, mask] if self.training else [y]
         forward = self.gemm(conv.outputs, conv.c_out, conv.c_in * taps, conv.kind)
         kernel = "_image_conv_fwd_kernel" if image else "_conv2d_fwd_kernel"
@@ -275,13 +308,13 @@ class Fused(Plan):
                 launch("M", [dz, mask], [dz], "_relu_mask_kernel")
             if not image:
                 data = self.gemm(conv.inputs, conv.c_in, conv.c_out * taps, conv.kind)
-                launch("pack", [weight], [packed], "_pack_filter_kernel")
+                launch("pack", [weight], [packed], "_pack_kernel")
                 launch("data gradient", [dz, packed], [gradient(x)], "_conv2d_dgrad_kernel", data)
             filters = self.filters_gemm(conv.c_in * taps, conv.c_out, conv.outputs)
             partials = Tensor(f"{conv.name} partials", filters.splits * conv.weights * FP32)
             kernel = "_image_conv_wgrad_kernel" if image else "_conv2d_wgrad_kernel"
             launch("filter gradient", [x, dz], [partials], kernel, filters)
-            launch("F", [partials], [gradient(weight)], "_conv2d_finish_kernel")
+            launch("F", [partials], [gradient(weight)], "_finish_kernel")
 
         self.later(backward)
         return y
@@ -357,21 +390,21 @@ class Fused(Plan):
             source = "packing" if name == "pack" else "triton"
             self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
 
-        launch("pack", [weight], [packed], "_pack_filter_kernel")
+        launch("pack", [weight], [packed], "_pack_kernel")
         gemm = self.gemm(conv.outputs, conv.c_out, conv.c_in, "pointwise")
         launch("pool conv", [x, packed], [pooled, y], "_avg_pool_project_fwd_kernel", gemm)
         self.save(layer, pooled, y)
 
         def backward() -> None:
             dz = gradient(y)
-            launch("pack", [weight], [packed], "_pack_filter_kernel")
+            launch("pack", [weight], [packed], "_pack_kernel")
             filters = self.filters_gemm(conv.c_in, conv.c_out, conv.outputs)
             partials = Tensor(f"{layer} partials", filters.splits * conv.weights * FP32)
             data = self.gemm(conv.outputs, conv.c_in, conv.c_out, "pointwise")
             reads, writes = [dz, y, pooled, packed], [gradient(x), partials]
             kernel = "_avg_pool_project_bwd_kernel"
             launch("pool conv backward", reads, writes, kernel, data, filters)
-            launch("finish", [partials], [gradient(weight)], "_conv2d_finish_kernel")
+            launch("finish", [partials], [gradient(weight)], "_finish_kernel")
             self._give(layer, x)
 
         self.later(backward)

@@ -40,15 +40,15 @@ def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -
     side = math.isqrt(conv1.outputs)
     image = plan.tensor(f"{x.name} packed", (side + PACKED_BORDER) ** 2, PACKED_CHANNELS)
 
-    def pack(layer: str, reads: list[Tensor], writes: list[Tensor]) -> None:
-        launch("pack", layer, reads, writes, kernel="_stem_pack_kernel", source="packing")
+    def pack(layer: str, reads: list[Tensor], writes: list[Tensor], kernel: str) -> None:
+        launch("pack", layer, reads, writes, kernel=kernel, source="packing")
 
     def forward(conv: Conv, reads: list[Tensor], write: Tensor, kernel: str) -> None:
         gemm = plan.gemm(conv.outputs, conv.c_out, _depth(conv, conv1), conv.kind)
         gemm = replace(gemm, useful=plan.batch * conv.multiply_adds)
         launch("conv", conv.layer, reads, [write], [gemm], kernel=kernel)
 
-    pack(conv1.layer, [x, *weights], [image, *packed])
+    pack(conv1.layer, [x, *weights], [image, *packed], "_stem_pack_kernel")
     forward(conv1, [image, packed[0]], y1, "_stem_conv_fwd_kernel")
     launch("pool", pool1.layer, [y1], [z, pooled, index1], kernel="_max_pool_lrn_fwd_kernel")
     forward(conv2, [z, packed[1]], r, "_conv2d_fwd_kernel")
@@ -68,7 +68,7 @@ def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -
         dz1, dz2, dz3 = gradient(y1), gradient(r), gradient(y3)
         launch("pool backward", pool2.layer, [gradient(y), index2, y3], [dz3],
                kernel="_lrn_max_pool_bwd_kernel")  # fmt: skip
-        pack(conv3.layer, weights[1:], packed[1:])
+        pack(conv3.layer, weights[1:], packed[1:], "_pack_kernel")
         data(conv3, [dz3, packed[2], r], dz2)
         data(conv2, [dz2, packed[1]], gradient(z))
         launch("pool backward", pool1.layer, [gradient(z), index1, pooled], [dz1],

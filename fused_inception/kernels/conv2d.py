@@ -1,6 +1,8 @@
 """One convolution with bias and ReLU: 1x1, 3x3 or 5x5, stride 1, "same" padding; the tiles of a
 module's launches."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -8,41 +10,11 @@ import triton.language as tl
 from fused_inception.geometry import align_up
 from fused_inception.kernels.conv import conv_tile
 from fused_inception.kernels.dgrad import dgrad_tile
-from fused_inception.kernels.finish import finish_bias, finish_filter
+from fused_inception.kernels.finish import BiasSum, FilterSum, Sums, Unfinished
 from fused_inception.kernels.launch import cdiv, run
-from fused_inception.kernels.pack import is_channels_last_filter, pack_bias, pack_rows
+from fused_inception.kernels.pack import launch_pack, row_packing
 from fused_inception.kernels.wgrad import wgrad_tile
-from fused_inception.tuning.configs import ConvConfig, FinishConfig, split_width
-
-
-@triton.jit
-def _pack_filter_kernel(
-    # tensors
-    w_ptr,  # [C_OUT, C_IN, K, K], or in memory [C_OUT, K, K, C_IN] with CHANNELS_LAST
-    b_ptr,  # [C_OUT]
-    packed_w_ptr,  # [S_OUT, TAPS, S_IN]; with FOR_DGRAD [S_IN, TAPS backwards, S_OUT]
-    packed_b_ptr,  # [S_OUT] fp32
-    # problem
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    TAPS: tl.constexpr,
-    S_IN: tl.constexpr,
-    S_OUT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    FOR_DGRAD: tl.constexpr,
-    # tile
-    BLOCK: tl.constexpr,
-):
-    """Copy, transpose and cast one filter; for a forward the last program packs its bias."""
-    pid = tl.program_id(0)
-    TILES: tl.constexpr = (S_OUT * TAPS * S_IN + BLOCK - 1) // BLOCK
-    if pid < TILES:
-        pack_rows(
-            w_ptr, packed_w_ptr, pid,
-            C_OUT, C_IN, TAPS, S_IN, S_OUT, S_OUT, CHANNELS_LAST, FOR_DGRAD, BLOCK,
-        )  # fmt: skip
-    elif not FOR_DGRAD:
-        pack_bias(b_ptr, packed_b_ptr, C_OUT, S_OUT, BLOCK)
+from fused_inception.tuning.configs import ConvConfig, split_width
 
 
 @triton.jit(do_not_specialize=["n_pixels", "height", "width", "x_stride8"])
@@ -163,75 +135,6 @@ def _conv2d_wgrad_kernel(
         tl.program_id(0), chunk, n_pixels, height, width, x_stride8 * 8, S_OUT,
         K, S_IN, S_OUT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_P, NUM_STAGES,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["splits", "rows", "filter_programs"])
-def _conv2d_finish_kernel(
-    # tensors
-    filter_ptr,  # [splits, TAPS * S_IN, S_OUT] fp32
-    bias_ptr,  # [rows, BIAS_STRIDE] fp32, first column of the bias
-    dw_ptr,  # [C_OUT, C_IN, K, K], or in memory [C_OUT, K, K, C_IN] with CHANNELS_LAST
-    db_ptr,  # [C_OUT]
-    # sizes
-    splits,
-    rows,
-    filter_programs,
-    # problem
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    TAPS: tl.constexpr,
-    S_IN: tl.constexpr,
-    S_OUT: tl.constexpr,
-    BIAS_STRIDE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Sums of the partial gradients, in fixed order: filter, then bias."""
-    pid = tl.program_id(0)
-    if pid < filter_programs:
-        finish_filter(
-            filter_ptr, dw_ptr, pid, splits,
-            C_OUT, C_IN, TAPS, S_IN, S_OUT, CHANNELS_LAST, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    else:
-        finish_bias(
-            bias_ptr, db_ptr, pid - filter_programs, rows, C_OUT, BIAS_STRIDE, BLOCK_M, BLOCK_N
-        )
-
-
-def launch_pack_filter(
-    weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, block: int = 2048
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One filter as [slots of C_OUT, K * K, slots of C_IN] in `dtype`, its bias in fp32.
-
-    Without a bias it is packed for the data gradient: [slots of C_IN, K * K backwards, slots of
-    C_OUT]. A bias of no elements is none, for a forward.
-    """
-    c_out, c_in, k, _ = weight.shape
-    s_out, s_in = align_up(c_out), align_up(c_in)
-    source = weight if is_channels_last_filter(weight) else weight.contiguous()
-    shape = (s_in, k * k, s_out) if bias is None else (s_out, k * k, s_in)
-    packed_w = torch.empty(shape, dtype=dtype, device=weight.device)
-    packed_b = torch.empty(0 if bias is None else s_out, dtype=torch.float32, device=weight.device)
-    run(
-        _pack_filter_kernel,
-        (cdiv(packed_w.numel(), block) + (bias is not None and bias.numel() > 0),),
-        (source, packed_b if bias is None else bias.contiguous(), packed_w, packed_b),
-        dict(
-            C_IN=c_in,
-            C_OUT=c_out,
-            TAPS=k * k,
-            S_IN=s_in,
-            S_OUT=s_out,
-            CHANNELS_LAST=is_channels_last_filter(source),
-            FOR_DGRAD=bias is None,
-            BLOCK=block,
-        ),
-        num_warps=4,
-    )
-    return packed_w, packed_b
 
 
 def launch_conv2d_fwd(
@@ -361,47 +264,42 @@ def launch_conv2d_wgrad(
     return out
 
 
-def launch_conv2d_finish(
+def conv2d_unfinished(
     partial_filter: torch.Tensor,
     partial_bias: torch.Tensor,
     dw: torch.Tensor,
     db: torch.Tensor,
-    config: FinishConfig,
     *,
     taps: int,
-) -> None:
-    """Fill `dw` and `db` (0 elements: not needed) from partial sums, in fixed order.
+) -> Unfinished:
+    """What launch F makes `dw` and `db` of; 0 elements: not needed.
 
     partial_filter: [splits, taps * slots of C_IN (or more rows), slots of C_OUT]; partial_bias: a
     view [rows, C_OUT or more] whose rows may lie apart.
     """
     c_out = max(dw.shape[0], db.shape[0])
     c_in = dw.shape[1] * dw.shape[2] * dw.shape[3] // taps if dw.numel() else 1
-    filter_programs = (
-        cdiv(c_in * taps, config.block_m) * cdiv(c_out, config.block_n) if dw.numel() else 0
-    )
-    run(
-        _conv2d_finish_kernel,
-        (filter_programs + cdiv(db.numel(), config.block_n),),
-        (
-            partial_filter,
-            partial_bias,
-            dw,
-            db,
-            partial_filter.shape[0],
-            partial_bias.shape[0],
-            filter_programs,
-        ),
-        dict(
-            C_IN=c_in,
-            C_OUT=c_out,
-            TAPS=taps,
-            S_IN=partial_filter.shape[1] // taps,
-            S_OUT=partial_filter.shape[2],
-            BIAS_STRIDE=partial_bias.stride(0),
-            CHANNELS_LAST=is_channels_last_filter(dw),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-        ),
-        num_warps=config.num_warps,
-    )
+    splits, rows, row = partial_filter.shape
+    sums = _sums(c_out, c_in, taps, rows // taps, row, partial_bias.stride(0))
+    return Unfinished(sums, (dw,), (partial_filter,), (0,), (splits,), (db,), (partial_bias,))
+
+
+@functools.lru_cache(maxsize=1024)
+def _sums(c_out: int, c_in: int, taps: int, slot_in: int, row: int, bias_row: int) -> Sums:
+    filters = (FilterSum(c_out, c_in, taps, slot_in, row, 0),)
+    return Sums(filters, (BiasSum(c_out, bias_row, 0),))
+
+
+def pack_filter(
+    weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One filter as [slots of C_OUT, K * K, slots of C_IN] in `dtype`, its bias in fp32.
+
+    Without a bias it is packed for the data gradient: [slots of C_IN, K * K backwards, slots of
+    C_OUT]. A bias of no elements is none, for a forward.
+    """
+    c_out, c_in, k, _ = weight.shape
+    biases = None if bias is None else [bias] if bias.numel() else []
+    ((w, b),) = launch_pack([row_packing((c_out, c_in, k * k))], [weight], biases, dtype)
+    rows, columns = (c_in, c_out) if bias is None else (c_out, c_in)
+    return w.view(align_up(rows), k * k, align_up(columns)), b

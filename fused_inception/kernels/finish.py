@@ -1,18 +1,60 @@
-"""Launch F: fixed-order sums of all partial results, cast and laid out as the parameters are."""
+"""Launch F: fixed-order sums of partial results, of as many operators as run behind each other,
+cast and laid out as the parameters are."""
 
 import functools
-from itertools import accumulate
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.pack import is_channels_last_filter
-from fused_inception.kernels.wgrad import PartialFilters
 from fused_inception.tuning.configs import FinishConfig
+
+
+class FilterSum(NamedTuple):
+    """A filter's gradient in partial sums [splits, taps * slot_in, row] fp32: C_OUT elements of
+    each row, from `column` on."""
+
+    c_out: int
+    c_in: int
+    taps: int
+    slot_in: int
+    row: int
+    column: int
+
+
+class BiasSum(NamedTuple):
+    """A bias's gradient in partial sums [rows, row] fp32, from `column` of each on."""
+
+    c_out: int
+    row: int
+    column: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Those of one operator. There is one object for each: launches are looked up by it."""
+
+    filters: tuple[FilterSum, ...]
+    biases: tuple[BiasSum, ...]
+
+
+class Unfinished(NamedTuple):
+    """Gradients of an operator's parameters that are partial sums yet."""
+
+    sums: Sums
+    # of each filter: its gradient, partial sums, their first element, a multiple of 64, splits
+    filter_grads: Sequence[torch.Tensor]
+    partials: Sequence[torch.Tensor]
+    starts: Sequence[int]
+    splits: Sequence[int]
+    # of each bias: its gradient, and partial sums, a row of which has those of many biases
+    bias_grads: Sequence[torch.Tensor]
+    columns: Sequence[torch.Tensor]
 
 
 @triton.jit
@@ -83,220 +125,118 @@ def finish_bias(
     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "splits1", "splits_r", "splits3", "splits5", "splits_p",
-        "start1", "start_r", "start5", "start_p",
-        "rows_m", "rows3", "rows5",
-        "end1", "end3r", "end3", "end5r", "end5", "end_p",
-        "end_b1", "end_b3r", "end_b3", "end_b5r", "end_b5",
-    ]
-)  # fmt: skip
+@triton.jit
+def finish_all(
+    filters,  # of each filter: partial sums, fp32, and gradient
+    biases,  # of each bias: partial sums [rows, ROW] fp32, and gradient
+    sizes,  # of each filter: first element of its partial sums, in units of 64, and splits; 2 n + 3
+    rows,  # of each bias, 2 n + 3
+    pid,
+    FILTERS: tl.constexpr,  # of each: its programs, column, C_OUT ... of `finish_filter`
+    BIASES: tl.constexpr,  # of each: its programs, column, C_OUT, ROW_STRIDE
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program ranges: all filters, all biases."""
+    for i in tl.static_range(len(FILTERS)):
+        if (pid >= FILTERS[i][0]) & (pid < FILTERS[i][1]):
+            start = ((sizes[2 * i] >> 1) - 1).to(tl.int64) * 64
+            finish_filter(
+                filters[2 * i] + (start + FILTERS[i][2]), filters[2 * i + 1],
+                pid - FILTERS[i][0], (sizes[2 * i + 1] >> 1) - 1,
+                FILTERS[i][3], FILTERS[i][4], FILTERS[i][5], FILTERS[i][6], FILTERS[i][7],
+                FILTERS[i][8], BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    for i in tl.static_range(len(BIASES)):
+        if (pid >= BIASES[i][0]) & (pid < BIASES[i][1]):
+            finish_bias(
+                biases[2 * i] + BIASES[i][2], biases[2 * i + 1], pid - BIASES[i][0],
+                (rows[i] >> 1) - 1, BIASES[i][3], BIASES[i][4], BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
 def _finish_kernel(
     # tensors
-    filters_ptr,  # partial filter gradients of launch L3
-    partial_m_ptr,  # [rows_m, SLOTS] column sums of dz
-    partial3_ptr,  # [rows3, SR] column sums of dr behind the 3x3 branch
-    partial5_ptr,  # [rows5, SR] likewise behind the 5x5 branch
-    dw1_ptr,
-    dw3r_ptr,
-    dw3_ptr,
-    dw5r_ptr,
-    dw5_ptr,
-    dwp_ptr,
-    db1_ptr,
-    db3r_ptr,
-    db3_ptr,
-    db5r_ptr,
-    db5_ptr,
-    dbp_ptr,
+    filters,
+    biases,
     # sizes
-    splits1,
-    splits_r,
-    splits3,
-    splits5,
-    splits_p,
-    start1,  # first element of each group in filters, in units of 64
-    start_r,
-    start5,
-    start_p,
-    rows_m,
-    rows3,
-    rows5,
-    end1,  # first program behind each result
-    end3r,
-    end3,
-    end5r,
-    end5,
-    end_p,
-    end_b1,
-    end_b3r,
-    end_b3,
-    end_b5r,
-    end_b5,
+    sizes,
+    rows,
     # problem
-    C_IN: tl.constexpr,
-    N1: tl.constexpr,
-    R3: tl.constexpr,
-    N3: tl.constexpr,
-    R5: tl.constexpr,
-    N5: tl.constexpr,
-    NP: tl.constexpr,
-    K5: tl.constexpr,
-    S_IN: tl.constexpr,
-    S1: tl.constexpr,
-    S3R: tl.constexpr,
-    S5R: tl.constexpr,
-    S3: tl.constexpr,
-    S5: tl.constexpr,
-    SP: tl.constexpr,
-    SLOT_3: tl.constexpr,
-    SLOT_5: tl.constexpr,
-    SLOT_P: tl.constexpr,
-    LAST3: tl.constexpr,
-    LAST5: tl.constexpr,
+    FILTERS: tl.constexpr,
+    BIASES: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program ranges: six filters, six biases; a result that is not needed has no programs."""
+    """`finish_all`."""
     pid = tl.program_id(0)
-    SR: tl.constexpr = S3R + S5R
-    SLOTS: tl.constexpr = S1 + S3 + S5 + SP
-    reduces_ptr = filters_ptr + start_r.to(tl.int64) * 64
-    if pid < end1:
-        finish_filter(
-            filters_ptr + start1.to(tl.int64) * 64, dw1_ptr, pid, splits1,
-            N1, C_IN, 1, S_IN, S1, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end3r:
-        finish_filter(
-            reduces_ptr, dw3r_ptr, pid - end1, splits_r,
-            R3, C_IN, 1, S_IN, SR, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end3:
-        finish_filter(
-            filters_ptr, dw3_ptr, pid - end3r, splits3,
-            N3, R3, 9, S3R, S3, LAST3, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end5r:
-        finish_filter(
-            reduces_ptr + S3R, dw5r_ptr, pid - end3, splits_r,
-            R5, C_IN, 1, S_IN, SR, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end5:
-        finish_filter(
-            filters_ptr + start5.to(tl.int64) * 64, dw5_ptr, pid - end5r, splits5,
-            N5, R5, K5 * K5, S5R, S5, LAST5, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end_p:
-        finish_filter(
-            filters_ptr + start_p.to(tl.int64) * 64, dwp_ptr, pid - end5, splits_p,
-            NP, C_IN, 1, S_IN, SP, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end_b1:
-        finish_bias(partial_m_ptr, db1_ptr, pid - end_p, rows_m, N1, SLOTS, BLOCK_M, BLOCK_N)
-    elif pid < end_b3r:
-        finish_bias(partial3_ptr, db3r_ptr, pid - end_b1, rows3, R3, SR, BLOCK_M, BLOCK_N)
-    elif pid < end_b3:
-        finish_bias(
-            partial_m_ptr + SLOT_3, db3_ptr, pid - end_b3r, rows_m, N3, SLOTS, BLOCK_M, BLOCK_N
-        )
-    elif pid < end_b5r:
-        finish_bias(partial5_ptr + S3R, db5r_ptr, pid - end_b3, rows5, R5, SR, BLOCK_M, BLOCK_N)
-    elif pid < end_b5:
-        finish_bias(
-            partial_m_ptr + SLOT_5, db5_ptr, pid - end_b5r, rows_m, N5, SLOTS, BLOCK_M, BLOCK_N
-        )
-    else:
-        finish_bias(
-            partial_m_ptr + SLOT_P, dbp_ptr, pid - end_b5, rows_m, NP, SLOTS, BLOCK_M, BLOCK_N
-        )
+    finish_all(filters, biases, sizes, rows, pid, FILTERS, BIASES, BLOCK_M, BLOCK_N)
 
 
-def finish_ends(
-    filter_grads: list[torch.Tensor], bias_grads: list[torch.Tensor], config: FinishConfig
-) -> list[int]:
-    """First program behind each result, filters first; one with no elements has no programs."""
-    programs = [
-        cdiv(n // g.shape[0], config.block_m) * cdiv(g.shape[0], config.block_n) if n else 0
-        for g in filter_grads
-        for n in [g.numel()]
-    ] + [cdiv(g.numel(), config.block_n) for g in bias_grads]
-    return list(accumulate(programs))
-
-
-def launch_finish(
-    dims: InceptionDims,
-    partial_filters: PartialFilters,
-    partial_m: torch.Tensor,
-    partial3: torch.Tensor,
-    partial5: torch.Tensor,
-    filter_grads: list[torch.Tensor],
-    bias_grads: list[torch.Tensor],
-    config: FinishConfig,
-) -> None:
-    """Fill the six filter and six bias gradients; those with no elements are left out.
+def launch_finish(parts: Sequence[Unfinished], config: FinishConfig) -> None:
+    """Fill all gradients; those with no elements are left out.
 
     A filter gradient is contiguous or channels last, in any dtype; sums run in fp32 in a fixed
     order.
     """
-    groups = partial_filters.groups
-    starts = [groups[k][0] // 64 for k in ("branch1", "reduces", "conv5", "projection")]
-    splits = [groups[k][1] for k in ("branch1", "reduces", "conv3", "conv5", "projection")]
-    ends = finish_ends(filter_grads, bias_grads, config)
-    run(
-        _finish_kernel,
-        (ends[-1],),
-        (
-            partial_filters.buffer,
-            partial_m,
-            partial3,
-            partial5,
-            *filter_grads,
-            *bias_grads,
-            *splits,
-            *starts,
-            partial_m.shape[0],
-            partial3.shape[0],
-            partial5.shape[0],
-            *ends[:-1],
-        ),
-        _constants(
-            dims,
-            config,
-            is_channels_last_filter(filter_grads[2]),
-            is_channels_last_filter(filter_grads[4]),
-        ),
-        num_warps=config.num_warps,
-    )
+    if not parts:
+        return
+    programs, constants, arguments = finish_arguments(parts, config)
+    run(_finish_kernel, (programs,), arguments, constants, num_warps=config.num_warps)
+
+
+def finish_arguments(
+    parts: Sequence[Unfinished], config: FinishConfig
+) -> tuple[int, dict[str, Any], tuple[Any, ...]]:
+    """Programs of `finish_all`, its constants, its other arguments in the order of
+    `_finish_kernel`'s."""
+    filters: list[torch.Tensor] = []
+    biases: list[torch.Tensor] = []
+    sizes: list[int] = []
+    rows: list[int] = []
+    needed, channels_last = [], []
+    for sums, filter_grads, partials, starts, splits, bias_grads, columns in parts:
+        # sizes in a tuple have Triton compile anew for 1 and for multiples of 16, whatever
+        # `do_not_specialize` says: 2 n + 3 is neither
+        for grad, partial, start, n in zip(filter_grads, partials, starts, splits, strict=True):
+            if grad.numel():
+                filters += (partial, grad)
+                sizes += (start // 64 * 2 + 3, n * 2 + 3)
+                channels_last.append(is_channels_last_filter(grad))
+        for grad, column in zip(bias_grads, columns, strict=True):
+            if grad.numel():
+                biases += (column, grad)
+                rows.append(column.shape[0] * 2 + 3)
+        needs = tuple([grad.numel() > 0 for grad in (*filter_grads, *bias_grads)])
+        needed.append((sums, needs))
+    programs, constants = _constants(tuple(needed), tuple(channels_last), config)
+    return programs, constants, (tuple(filters), tuple(biases), tuple(sizes), tuple(rows))
 
 
 @functools.lru_cache(maxsize=1024)
 def _constants(
-    dims: InceptionDims, config: FinishConfig, last3: bool, last5: bool
-) -> dict[str, Any]:
-    return dict(
-        C_IN=dims.in_channels,
-        N1=dims.ch1x1,
-        R3=dims.ch3x3red,
-        N3=dims.ch3x3,
-        R5=dims.ch5x5red,
-        N5=dims.ch5x5,
-        NP=dims.pool_proj,
-        K5=dims.kernel_5x5,
-        S_IN=align_up(dims.in_channels),
-        S1=align_up(dims.ch1x1),
-        S3R=align_up(dims.ch3x3red),
-        S5R=align_up(dims.ch5x5red),
-        S3=align_up(dims.ch3x3),
-        S5=align_up(dims.ch5x5),
-        SP=align_up(dims.pool_proj),
-        SLOT_3=dims.slots[1],
-        SLOT_5=dims.slots[2],
-        SLOT_P=dims.slots[3],
-        LAST3=last3,
-        LAST5=last5,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-    )
+    needed: tuple[tuple[Sums, tuple[bool, ...]], ...],
+    channels_last: tuple[bool, ...],
+    config: FinishConfig,
+) -> tuple[int, dict[str, Any]]:
+    filters, biases = [], []
+    program, last = 0, iter(channels_last)
+    for of, needs in needed:
+        for (c_out, c_in, taps, slot_in, row, column), need in zip(of.filters, needs, strict=False):
+            if need:
+                tiles = cdiv(c_in * taps, config.block_m) * cdiv(c_out, config.block_n)
+                programs = program, program + tiles
+                filters.append((*programs, column, c_out, c_in, taps, slot_in, row, next(last)))
+                program += tiles
+    for of, needs in needed:
+        for (c_out, row, column), need in zip(of.biases, needs[len(of.filters) :], strict=True):
+            if need:
+                programs = program, program + cdiv(c_out, config.block_n)
+                biases.append((*programs, column, c_out, row))
+                _, program = programs
+    return program, dict(
+        FILTERS=tuple(filters), BIASES=tuple(biases),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+    )  # fmt: skip

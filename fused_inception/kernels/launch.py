@@ -40,7 +40,7 @@ def run(
     num_warps: int,
 ) -> None:
     """Launch `kernel` over `grid` on the device of the first tensor of `args`, on its current
-    stream.
+    stream. A tuple of tensors or of integers is one argument.
 
     `args` are the run-time arguments in the order of the signature, `constants` the `tl.constexpr`
     ones by name. An empty grid launches nothing; tensors without data, of the device "meta", have
@@ -51,7 +51,7 @@ def run(
     if launches.is_recording():
         name = getattr(kernel, "fn", kernel).__name__
         launches.record(name, grid, {**constants, "num_warps": num_warps})
-    device = args[0].device
+    device = relaunch.device_of(args)
     if device.type == "meta":
         if _only_described.get():
             return

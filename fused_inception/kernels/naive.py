@@ -1,4 +1,4 @@
-"""The naive module forward: its filters packed, its three convolutions in one launch.
+"""The naive module forward: the layout of its filters, its three convolutions in one launch.
 
 The pool branch is `max_pool.launch_max_pool_fwd` into its slice of the concatenation.
 """
@@ -10,58 +10,8 @@ import triton.language as tl
 from fused_inception.geometry import NaiveDims, align_up
 from fused_inception.kernels.conv import conv_tile
 from fused_inception.kernels.launch import cdiv, run
-from fused_inception.kernels.pack import is_channels_last_filter, pack_bias, pack_rows
+from fused_inception.kernels.pack import Packing, row_packing
 from fused_inception.tuning.configs import NaiveConfig
-
-
-@triton.jit
-def _naive_pack_kernel(
-    # tensors
-    w1_ptr,  # three filters as torch stores them
-    w3_ptr,
-    w5_ptr,
-    b1_ptr,  # three biases
-    b3_ptr,
-    b5_ptr,
-    # packed filters, channels and rows padded to slots: [S1, S_IN], then [S3, 9, S_IN], then
-    # [S5, 25, S_IN]; for the data gradients [S_IN, taps backwards, S1], ... at the same places
-    w_ptr,
-    b_ptr,  # packed biases, fp32
-    # problem
-    C_IN: tl.constexpr,
-    N1: tl.constexpr,
-    N3: tl.constexpr,
-    N5: tl.constexpr,
-    S_IN: tl.constexpr,  # widths rounded up to slots
-    S1: tl.constexpr,
-    S3: tl.constexpr,
-    S5: tl.constexpr,
-    LAST3: tl.constexpr,  # w3 and w5 lie in memory as [C_OUT, K, K, C_IN]
-    LAST5: tl.constexpr,
-    FOR_DGRAD: tl.constexpr,
-    # tile
-    BLOCK: tl.constexpr,
-):
-    """Copy, transpose and cast all filters; one program per BLOCK elements. For a forward the last
-    program packs the biases; FOR_DGRAD needs none."""
-    pid = tl.program_id(0)
-    # packed elements up to each segment, and programs up to each segment
-    W1: tl.constexpr = S1 * S_IN
-    W3: tl.constexpr = W1 + S3 * 9 * S_IN
-    T1: tl.constexpr = (S1 * S_IN + BLOCK - 1) // BLOCK
-    T3: tl.constexpr = T1 + (S3 * 9 * S_IN + BLOCK - 1) // BLOCK
-    T5: tl.constexpr = T3 + (S5 * 25 * S_IN + BLOCK - 1) // BLOCK
-    D: tl.constexpr = FOR_DGRAD
-    if pid < T1:
-        pack_rows(w1_ptr, w_ptr, pid, N1, C_IN, 1, S_IN, S1, S1, False, D, BLOCK)
-    elif pid < T3:
-        pack_rows(w3_ptr, w_ptr + W1, pid - T1, N3, C_IN, 9, S_IN, S3, S3, LAST3, D, BLOCK)
-    elif pid < T5:
-        pack_rows(w5_ptr, w_ptr + W3, pid - T3, N5, C_IN, 25, S_IN, S5, S5, LAST5, D, BLOCK)
-    elif not FOR_DGRAD:
-        pack_bias(b1_ptr, b_ptr, N1, S1, BLOCK)
-        pack_bias(b3_ptr, b_ptr + S1, N3, S3, BLOCK)
-        pack_bias(b5_ptr, b_ptr + (S1 + S3), N5, S5, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n_pixels", "height", "width", "x_stride8"])
@@ -148,45 +98,10 @@ def naive_constants(dims: NaiveDims) -> dict[str, int]:
     )
 
 
-def launch_naive_pack(
-    dims: NaiveDims,
-    filters: list[torch.Tensor],
-    biases: list[torch.Tensor] | None,
-    dtype: torch.dtype,
-    block: int = 2048,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack three filters (cast to `dtype`) and three biases (cast to fp32).
-
-    Without biases the filters are packed for the data gradients. Returns (filters, biases) as flat
-    tensors, laid out as the kernel says.
-    """
-    slots = naive_constants(dims)
-    segments = [
-        slots[name] * taps * slots["S_IN"] for name, taps in (("S1", 1), ("S3", 9), ("S5", 25))
-    ]
-    device = filters[0].device
-    packed_w = torch.empty(sum(segments), dtype=dtype, device=device)
-    packed_b = torch.empty(dims.slot_channels if biases else 0, dtype=torch.float32, device=device)
-    sources = [w if is_channels_last_filter(w) else w.contiguous() for w in filters]
-    bias_args = [b.contiguous() for b in biases] if biases else [packed_b] * 3
-    run(
-        _naive_pack_kernel,
-        (sum(cdiv(n, block) for n in segments) + (1 if biases else 0),),
-        (*sources, *bias_args, packed_w, packed_b),
-        dict(
-            C_IN=dims.in_channels,
-            N1=dims.ch1x1,
-            N3=dims.ch3x3,
-            N5=dims.ch5x5,
-            **slots,
-            LAST3=is_channels_last_filter(sources[1]),
-            LAST5=is_channels_last_filter(sources[2]),
-            FOR_DGRAD=not biases,
-            BLOCK=block,
-        ),
-        num_warps=4,
-    )
-    return packed_w, packed_b
+def naive_packing(dims: NaiveDims) -> Packing:
+    """The layout of the three filters and biases that all kernels of the naive module read."""
+    c_in = dims.in_channels
+    return row_packing((dims.ch1x1, c_in, 1), (dims.ch3x3, c_in, 9), (dims.ch5x5, c_in, 25))
 
 
 def launch_naive_conv(

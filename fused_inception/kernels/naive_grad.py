@@ -1,20 +1,21 @@
 """The naive module backward, behind launch M: the gradient of x in one launch, the three filter
-gradients in another, their sums in a third."""
+gradients in another, to be finished by a third."""
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import NaiveDims
+from fused_inception.geometry import NaiveDims, align_up
 from fused_inception.kernels.conv import convolve_onto
-from fused_inception.kernels.finish import finish_bias, finish_ends, finish_filter
+from fused_inception.kernels.finish import BiasSum, FilterSum, Sums, Unfinished
 from fused_inception.kernels.input_grad import gather_pool
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.naive import naive_constants
-from fused_inception.kernels.pack import is_channels_last_filter
 from fused_inception.kernels.tiles import tap_validity
 from fused_inception.kernels.wgrad import PartialFilters, group_splits, wgrad_tile
-from fused_inception.tuning.configs import FinishConfig, InputGradConfig, NaiveWgradConfig
+from fused_inception.tuning.configs import InputGradConfig, NaiveWgradConfig
 
 
 @triton.jit(do_not_specialize=["n_pixels", "height", "width", "dp_stride8"])
@@ -152,77 +153,6 @@ def _naive_wgrad_kernel(
         )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "splits1", "splits3", "splits5", "start1", "start3", "rows",
-        "end1", "end3", "end5", "end_b1", "end_b3",
-    ]
-)  # fmt: skip
-def _naive_finish_kernel(
-    # tensors
-    filters_ptr,  # partial filter gradients
-    partial_ptr,  # [rows, S1 + S3 + S5] fp32 column sums of dz
-    dw1_ptr,
-    dw3_ptr,
-    dw5_ptr,
-    db1_ptr,
-    db3_ptr,
-    db5_ptr,
-    # sizes
-    splits1,
-    splits3,
-    splits5,
-    start1,  # first element of each group in filters, in units of 64
-    start3,
-    rows,
-    end1,  # first program behind each result
-    end3,
-    end5,
-    end_b1,
-    end_b3,
-    # problem
-    C_IN: tl.constexpr,
-    N1: tl.constexpr,
-    N3: tl.constexpr,
-    N5: tl.constexpr,
-    S_IN: tl.constexpr,
-    S1: tl.constexpr,
-    S3: tl.constexpr,
-    S5: tl.constexpr,
-    LAST3: tl.constexpr,
-    LAST5: tl.constexpr,
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Program ranges: three filters, three biases; a result that is not needed has no programs."""
-    pid = tl.program_id(0)
-    SLOTS: tl.constexpr = S1 + S3 + S5
-    if pid < end1:
-        finish_filter(
-            filters_ptr + start1.to(tl.int64) * 64, dw1_ptr, pid, splits1,
-            N1, C_IN, 1, S_IN, S1, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end3:
-        finish_filter(
-            filters_ptr + start3.to(tl.int64) * 64, dw3_ptr, pid - end1, splits3,
-            N3, C_IN, 9, S_IN, S3, LAST3, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end5:
-        finish_filter(
-            filters_ptr, dw5_ptr, pid - end3, splits5,
-            N5, C_IN, 25, S_IN, S5, LAST5, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end_b1:
-        finish_bias(partial_ptr, db1_ptr, pid - end5, rows, N1, SLOTS, BLOCK_M, BLOCK_N)
-    elif pid < end_b3:
-        finish_bias(partial_ptr + S1, db3_ptr, pid - end_b1, rows, N3, SLOTS, BLOCK_M, BLOCK_N)
-    else:
-        finish_bias(
-            partial_ptr + (S1 + S3), db5_ptr, pid - end_b3, rows, N5, SLOTS, BLOCK_M, BLOCK_N
-        )
-
-
 def launch_naive_input_grad(
     dims: NaiveDims,
     dz: torch.Tensor,
@@ -318,44 +248,30 @@ def launch_naive_wgrad(
     return PartialFilters(buffer, splits.placed)
 
 
-def launch_naive_finish(
+def naive_unfinished(
     dims: NaiveDims,
     partial_filters: PartialFilters,
     partial: torch.Tensor,
     filter_grads: list[torch.Tensor],
     bias_grads: list[torch.Tensor],
-    config: FinishConfig,
-) -> None:
-    """Fill the three filter and three bias gradients; those with no elements are left out.
+) -> Unfinished:
+    """What launch F makes the three filter and three bias gradients of; those with no elements are
+    not needed. partial: [rows, slots] column sums of dz."""
+    where = partial_filters.of("conv1", "conv3", "conv5")
+    return Unfinished(_sums(dims), filter_grads, *where, bias_grads, [partial] * 3)
 
-    A filter gradient is contiguous or channels last, in any dtype; sums run in fp32 in a fixed
-    order.
-    """
-    groups = [partial_filters.groups[name] for name in ("conv1", "conv3", "conv5")]
-    ends = finish_ends(filter_grads, bias_grads, config)
-    run(
-        _naive_finish_kernel,
-        (ends[-1],),
-        (
-            partial_filters.buffer,
-            partial,
-            *filter_grads,
-            *bias_grads,
-            *(splits for _, splits in groups),
-            *(start // 64 for start, _ in groups[:-1]),
-            partial.shape[0],
-            *ends[:-1],
+
+@functools.lru_cache(maxsize=1024)
+def _sums(dims: NaiveDims) -> Sums:
+    c_in, s_in = dims.in_channels, align_up(dims.in_channels)
+    taps = (1, 9, 25)
+    return Sums(
+        tuple(
+            FilterSum(c_out, c_in, t, s_in, align_up(c_out), 0)
+            for c_out, t in zip(dims.conv_widths, taps, strict=True)
         ),
-        dict(
-            C_IN=dims.in_channels,
-            N1=dims.ch1x1,
-            N3=dims.ch3x3,
-            N5=dims.ch5x5,
-            **naive_constants(dims),
-            LAST3=is_channels_last_filter(filter_grads[1]),
-            LAST5=is_channels_last_filter(filter_grads[2]),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+        tuple(
+            BiasSum(c_out, dims.slot_channels, slot)
+            for c_out, slot in zip(dims.conv_widths, dims.slots, strict=True)
         ),
-        num_warps=config.num_warps,
     )

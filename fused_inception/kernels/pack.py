@@ -1,8 +1,10 @@
-"""Packing of a module's six filters and biases into the layout that all its kernels read, in one
-launch."""
+"""Packing of filters and biases, of as many operators as run behind each other, into the layout
+that kernels read, in one launch."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,6 +13,82 @@ import triton.language as tl
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
+
+ELEMENTS = 2048  # of a program
+
+
+class PackedFilter(NamedTuple):
+    """Where a filter lies among packed ones, [slots of C_OUT, taps, slots of C_IN]; for the data
+    gradient [slots of C_IN, taps backwards, slots of C_OUT]."""
+
+    c_out: int
+    c_in: int
+    taps: int
+    start: int  # its first element
+    grad_start: int  # likewise for the data gradient
+    grad_stride: int  # there, elements from row to row: filters of one input lie side by side
+
+
+class PackedBias(NamedTuple):
+    """Where a bias lies among packed ones, fp32, in a slot."""
+
+    channels: int
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The layout of all filters and biases of an operator, in the operator's order.
+
+    There is one object for each: launches are looked up by it.
+    """
+
+    filters: tuple[PackedFilter, ...]
+    biases: tuple[PackedBias, ...]
+    filter_elements: int
+    bias_elements: int
+
+
+@functools.lru_cache(maxsize=1024)
+def module_packing(dims: InceptionDims) -> Packing:
+    """Of an Inception module, as `PackedLayout` says."""
+    layout = PackedLayout(dims)
+    s_in, cat = layout.slots_in, layout.cat_rows
+    r3, r5 = layout.r3, layout.r3 + align_up(dims.ch3x3red)
+    c_in, taps5 = dims.in_channels, dims.kernel_5x5**2
+    s3, s5, sp = map(align_up, (dims.ch3x3, dims.ch5x5, dims.pool_proj))
+    return Packing(
+        filters=(
+            PackedFilter(dims.ch1x1, c_in, 1, 0, 0, cat),
+            PackedFilter(dims.ch3x3red, c_in, 1, r3 * s_in, r3, cat),
+            PackedFilter(dims.ch3x3, dims.ch3x3red, 9, layout.w3, layout.w3, s3),
+            PackedFilter(dims.ch5x5red, c_in, 1, r5 * s_in, r5, cat),
+            PackedFilter(dims.ch5x5, dims.ch5x5red, taps5, layout.w5, layout.w5, s5),
+            PackedFilter(dims.pool_proj, c_in, 1, layout.wp, layout.wp, sp),
+        ),
+        biases=(
+            PackedBias(dims.ch1x1, 0),
+            PackedBias(dims.ch3x3red, r3),
+            PackedBias(dims.ch3x3, layout.b3),
+            PackedBias(dims.ch5x5red, r5),
+            PackedBias(dims.ch5x5, layout.b5),
+            PackedBias(dims.pool_proj, layout.bp),
+        ),
+        filter_elements=layout.filter_elements,
+        bias_elements=layout.bias_elements,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def row_packing(*shapes: tuple[int, int, int]) -> Packing:
+    """Of convolutions [C_OUT, C_IN, taps], one behind the other."""
+    filters, biases, at, bias_at = [], [], 0, 0
+    for c_out, c_in, taps in shapes:
+        filters.append(PackedFilter(c_out, c_in, taps, at, at, align_up(c_out)))
+        biases.append(PackedBias(c_out, bias_at))
+        at += align_up(c_out) * taps * align_up(c_in)
+        bias_at += align_up(c_out)
+    return Packing(tuple(filters), tuple(biases), at, bias_at)
 
 
 @triton.jit
@@ -66,161 +144,108 @@ def pack_bias(src_ptr, dst_ptr, C_OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def pack_all(
+    w_ptr,  # packed filters
+    b_ptr,  # packed biases, fp32
+    filters,  # as torch stores them
+    biases,
+    pid,
+    FILTERS: tl.constexpr,  # of each: its programs, first packed element, C_OUT ... as above
+    BIASES: tl.constexpr,  # of each: its program, first packed element, C_OUT, ROWS
+    FOR_DGRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy, transpose and cast; a program for BLOCK elements of a filter, and for each bias."""
+    for i in tl.static_range(len(FILTERS)):
+        if (pid >= FILTERS[i][0]) & (pid < FILTERS[i][1]):
+            pack_rows(
+                filters[i], w_ptr + FILTERS[i][2], pid - FILTERS[i][0],
+                FILTERS[i][3], FILTERS[i][4], FILTERS[i][5], FILTERS[i][6], FILTERS[i][7],
+                FILTERS[i][8], FILTERS[i][9], FOR_DGRAD, BLOCK,
+            )  # fmt: skip
+    for i in tl.static_range(len(BIASES)):
+        if pid == BIASES[i][0]:
+            pack_bias(biases[i], b_ptr + BIASES[i][1], BIASES[i][2], BIASES[i][3], BLOCK)
+
+
+@triton.jit
 def _pack_kernel(
     # tensors
-    w1_ptr,  # six filters as torch stores them
-    w3r_ptr,
-    w3_ptr,
-    w5r_ptr,
-    w5_ptr,
-    wp_ptr,
-    b1_ptr,  # six biases
-    b3r_ptr,
-    b3_ptr,
-    b5r_ptr,
-    b5_ptr,
-    bp_ptr,
-    w_ptr,  # packed filters, see PackedLayout
-    b_ptr,  # packed biases, fp32
+    w_ptr,
+    b_ptr,
+    filters,
+    biases,
     # problem
-    C_IN: tl.constexpr,
-    N1: tl.constexpr,
-    R3: tl.constexpr,
-    N3: tl.constexpr,
-    R5: tl.constexpr,
-    N5: tl.constexpr,
-    NP: tl.constexpr,
-    K5: tl.constexpr,
-    S_IN: tl.constexpr,  # widths rounded up to slots
-    S1: tl.constexpr,
-    S3R: tl.constexpr,
-    S5R: tl.constexpr,
-    S3: tl.constexpr,
-    S5: tl.constexpr,
-    SP: tl.constexpr,
-    LAST3: tl.constexpr,  # w3 and w5 lie in memory as [C_OUT, K, K, C_IN]
-    LAST5: tl.constexpr,
+    FILTERS: tl.constexpr,
+    BIASES: tl.constexpr,
     FOR_DGRAD: tl.constexpr,
     # tile
     BLOCK: tl.constexpr,
 ):
-    """Copy, transpose and cast all filters; one program per BLOCK elements. For a forward the last
-    program packs the biases; FOR_DGRAD needs none."""
-    pid = tl.program_id(0)
-    # packed elements up to each segment, and programs up to each segment
-    W1: tl.constexpr = S1 * S_IN
-    W3R: tl.constexpr = W1 + S3R * S_IN
-    W5R: tl.constexpr = W3R + S5R * S_IN
-    W3: tl.constexpr = W5R + S3 * 9 * S3R
-    W5: tl.constexpr = W3 + S5 * K5 * K5 * S5R
-    T1: tl.constexpr = (S1 * S_IN + BLOCK - 1) // BLOCK
-    T3R: tl.constexpr = T1 + (S3R * S_IN + BLOCK - 1) // BLOCK
-    T5R: tl.constexpr = T3R + (S5R * S_IN + BLOCK - 1) // BLOCK
-    T3: tl.constexpr = T5R + (S3 * 9 * S3R + BLOCK - 1) // BLOCK
-    T5: tl.constexpr = T3 + (S5 * K5 * K5 * S5R + BLOCK - 1) // BLOCK
-    TP: tl.constexpr = T5 + (SP * S_IN + BLOCK - 1) // BLOCK
-    # the 1x1 filters that read x follow each other by rows, for the data gradient side by side
-    CAT: tl.constexpr = S1 + S3R + S5R
-    AT_3R: tl.constexpr = S1 if FOR_DGRAD else W1
-    AT_5R: tl.constexpr = S1 + S3R if FOR_DGRAD else W3R
-    D: tl.constexpr = FOR_DGRAD
-    if pid < T1:
-        pack_rows(w1_ptr, w_ptr, pid, N1, C_IN, 1, S_IN, S1, CAT, False, D, BLOCK)
-    elif pid < T3R:
-        pack_rows(w3r_ptr, w_ptr + AT_3R, pid - T1, R3, C_IN, 1, S_IN, S3R, CAT, False, D, BLOCK)
-    elif pid < T5R:
-        pack_rows(w5r_ptr, w_ptr + AT_5R, pid - T3R, R5, C_IN, 1, S_IN, S5R, CAT, False, D, BLOCK)
-    elif pid < T3:
-        pack_rows(w3_ptr, w_ptr + W5R, pid - T5R, N3, R3, 9, S3R, S3, S3, LAST3, D, BLOCK)
-    elif pid < T5:
-        pack_rows(w5_ptr, w_ptr + W3, pid - T3, N5, R5, K5 * K5, S5R, S5, S5, LAST5, D, BLOCK)
-    elif pid < TP:
-        pack_rows(wp_ptr, w_ptr + W5, pid - T5, NP, C_IN, 1, S_IN, SP, SP, False, D, BLOCK)
-    elif not FOR_DGRAD:
-        pack_bias(b1_ptr, b_ptr, N1, S1, BLOCK)
-        pack_bias(b3r_ptr, b_ptr + S1, R3, S3R, BLOCK)
-        pack_bias(b5r_ptr, b_ptr + (S1 + S3R), R5, S5R, BLOCK)
-        pack_bias(b3_ptr, b_ptr + (S1 + S3R + S5R), N3, S3, BLOCK)
-        pack_bias(b5_ptr, b_ptr + (S1 + S3R + S5R + S3), N5, S5, BLOCK)
-        pack_bias(bp_ptr, b_ptr + (S1 + S3R + S5R + S3 + S5), NP, SP, BLOCK)
+    """`pack_all`."""
+    pack_all(w_ptr, b_ptr, filters, biases, tl.program_id(0), FILTERS, BIASES, FOR_DGRAD, BLOCK)
 
 
 def launch_pack(
-    dims: InceptionDims,
-    filters: list[torch.Tensor],
-    biases: list[torch.Tensor] | None,
+    packings: Sequence[Packing],
+    filters: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
     dtype: torch.dtype,
-    block: int = 2048,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack six filters (cast to `dtype`) and six biases (cast to fp32).
+    block: int = ELEMENTS,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pack all filters (cast to `dtype`) and biases (cast to fp32) of `packings`, in their order.
 
     With None for the biases the filters are packed for the data gradients, with none in the list
-    for a forward without biases. Returns (filters, biases) as flat
-    tensors, laid out as `PackedLayout` says.
+    for a forward without biases. Returns (filters, biases) of each packing as flat tensors.
     """
     sources = [w if is_channels_last_filter(w) else w.contiguous() for w in filters]
-    elements, programs, constants = _plan(
-        dims,
-        is_channels_last_filter(sources[2]),
-        is_channels_last_filter(sources[4]),
-        biases is None,
-        block,
-    )
+    programs, constants = pack_constants(
+        tuple(packings), tuple(map(is_channels_last_filter, sources)), bool(biases),
+        biases is None, block,
+    )  # fmt: skip
     device = filters[0].device
-    packed_w = torch.empty(elements[0], dtype=dtype, device=device)
-    packed_b = torch.empty(elements[1] if biases else 0, dtype=torch.float32, device=device)
-    bias_args = [b.contiguous() for b in biases] if biases else [packed_b] * 6
-    run(
-        _pack_kernel,
-        (programs + (1 if biases else 0),),
-        (*sources, *bias_args, packed_w, packed_b),
-        constants,
-        num_warps=4,
-    )
-    return packed_w, packed_b
+    sizes = [packing.filter_elements for packing in packings]
+    bias_sizes = [packing.bias_elements for packing in packings] if biases else []
+    w = torch.empty(sum(sizes), dtype=dtype, device=device)
+    b = torch.empty(sum(bias_sizes), dtype=torch.float32, device=device)
+    contiguous = tuple(bias.contiguous() for bias in biases or ())
+    run(_pack_kernel, (programs,), (w, b, tuple(sources), contiguous), constants, num_warps=4)
+    if len(packings) == 1:
+        return [(w, b)]
+    each_b = b.split(bias_sizes) if biases else [b] * len(packings)
+    return list(zip(w.split(sizes), each_b, strict=True))
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    dims: InceptionDims, last3: bool, last5: bool, for_dgrad: bool, block: int
-) -> tuple[tuple[int, int], int, dict[str, Any]]:
-    """Elements of packed filters and biases, programs for the filters, constants."""
-    layout = PackedLayout(dims)
-    slots = {
-        "S_IN": layout.slots_in,
-        "S1": align_up(dims.ch1x1),
-        "S3R": align_up(dims.ch3x3red),
-        "S5R": align_up(dims.ch5x5red),
-        "S3": align_up(dims.ch3x3),
-        "S5": align_up(dims.ch5x5),
-        "SP": align_up(dims.pool_proj),
-    }
-    taps5 = dims.kernel_5x5**2
-    segments = (
-        slots["S1"] * slots["S_IN"],
-        slots["S3R"] * slots["S_IN"],
-        slots["S5R"] * slots["S_IN"],
-        slots["S3"] * 9 * slots["S3R"],
-        slots["S5"] * taps5 * slots["S5R"],
-        slots["SP"] * slots["S_IN"],
+def pack_constants(
+    packings: tuple[Packing, ...],
+    channels_last: tuple[bool, ...],
+    biased: bool,
+    for_dgrad: bool,
+    block: int,
+) -> tuple[int, dict[str, Any]]:
+    """Programs of `pack_all`, and its constants."""
+    filters, biases = [], []
+    program = at = bias_at = 0
+    last = iter(channels_last)
+    for packing in packings:
+        for c_out, c_in, taps, start, grad_start, stride in packing.filters:
+            slot_in, rows = align_up(c_in), align_up(c_out)
+            end = program + cdiv(rows * taps * slot_in, block)
+            first = at + (grad_start if for_dgrad else start)
+            filters.append(
+                (program, end, first, c_out, c_in, taps, slot_in, rows, stride, next(last))
+            )
+            program = end
+        at += packing.filter_elements
+    for packing in packings if biased else ():
+        for channels, start in packing.biases:
+            biases.append((program, bias_at + start, channels, align_up(channels)))
+            program += 1
+        bias_at += packing.bias_elements
+    return program, dict(
+        FILTERS=tuple(filters), BIASES=tuple(biases), FOR_DGRAD=for_dgrad, BLOCK=block
     )
-    constants = dict(
-        C_IN=dims.in_channels,
-        N1=dims.ch1x1,
-        R3=dims.ch3x3red,
-        N3=dims.ch3x3,
-        R5=dims.ch5x5red,
-        N5=dims.ch5x5,
-        NP=dims.pool_proj,
-        K5=dims.kernel_5x5,
-        **slots,
-        LAST3=last3,
-        LAST5=last5,
-        FOR_DGRAD=for_dgrad,
-        BLOCK=block,
-    )
-    programs = sum(cdiv(n, block) for n in segments)
-    return (layout.filter_elements, layout.bias_elements), programs, constants
 
 
 def is_channels_last_filter(weight: torch.Tensor) -> bool:

@@ -39,6 +39,16 @@ class _Known:
 _known: dict[tuple[Any, ...], _Known] = {}
 
 
+def device_of(args: tuple[Any, ...]) -> torch.device:
+    """That of the first tensor."""
+    for arg in args:
+        if type(arg) is not tuple:
+            return arg.device
+        if arg:
+            return arg[0].device
+    raise TypeError("a launch without tensors")
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -47,7 +57,7 @@ def launch(
     num_warps: int,
 ) -> None:
     """`kernel[grid](*args, **constants, num_warps=num_warps)` on the current device, which is that
-    of the first of `args`."""
+    of `args`."""
     try:
         key = _key(kernel, args, constants, num_warps)
         known = None if key is None else _known.get(key)
@@ -59,7 +69,7 @@ def launch(
     active = driver.active
     if known is not None and known.driver is active:
         grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
-        stream = active.get_current_stream(args[0].device.index)
+        stream = active.get_current_stream(device_of(args).index)
         # no metadata and no hooks: only hooks read the metadata
         known.run(
             grid_x, grid_y, grid_z, stream, known.function, known.metadata, None, None, None,
@@ -88,7 +98,7 @@ def _key(
     Raises:
         TypeError: an argument is neither tensor nor number nor None.
     """
-    device = args[0].device
+    device = device_of(args)
     if device.type not in DEVICES or type(kernel) is not JITFunction:
         return None
     # globals are constants of a kernel; Triton looks whether they are still what they were
@@ -105,16 +115,23 @@ def _key(
     return (
         id(kernel), device, num_warps, kernel.debug or runtime.debug,
         knobs.compilation.instrumentation_mode, tuple(constants), tuple(constants.values()),
-        # a loop in one expression: at every launch, over up to 40 arguments
-        *[
-            (arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype, arg.data_ptr() & 15))
-            if isinstance(arg, torch.Tensor)
-            else _kinds[arg]
-            if type(arg) is int
-            else _kind_of_other(arg)
-            for arg in args
-        ],
+        *_kinds_of(args),
     )  # fmt: skip
+
+
+def _kinds_of(args: tuple[Any, ...]) -> list[Any]:
+    """What Triton specialises each argument on."""
+    # a loop in one expression: at every launch, over up to 40 arguments
+    return [
+        (arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype, arg.data_ptr() & 15))
+        if isinstance(arg, torch.Tensor)
+        else _kinds[arg]
+        if type(arg) is int
+        else tuple(_kinds_of(arg))
+        if type(arg) is tuple
+        else _kind_of_other(arg)
+        for arg in args
+    ]
 
 
 class _Kinds(dict[int, int]):
@@ -134,7 +151,7 @@ _kinds = _Kinds()
 
 
 def _kind_of_other(arg: Any) -> Any:
-    """Of what is neither tensor nor integer.
+    """Of what is neither tensor nor integer nor tuple.
 
     Raises:
         TypeError: there is no rule for it here.

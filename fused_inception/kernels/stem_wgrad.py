@@ -1,15 +1,23 @@
 """All filter and bias gradients of the stem: one launch of partial sums, one that finishes them."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from fused_inception.kernels.finish import finish_bias, finish_ends, finish_filter
+from fused_inception.kernels.finish import (
+    BiasSum,
+    FilterSum,
+    Sums,
+    Unfinished,
+    finish_all,
+    finish_arguments,
+    launch_finish,
+)
 from fused_inception.kernels.image_conv import image_wgrad_tile
 from fused_inception.kernels.launch import cdiv, run
-from fused_inception.kernels.pack import is_channels_last_filter
 from fused_inception.kernels.stem import StemShape
 from fused_inception.kernels.stem_conv import (
     DEPTH,
@@ -241,80 +249,34 @@ def launch_stem_wgrad(
     return StemPartials((partial[0], partial[1], partial[2]), sums3)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "splits1", "splits2", "splits3", "rows2", "rows3",
-        "end_w3", "end_w2", "end_w1", "end_b3", "end_b2",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["splits1", "image_end"])
 def _stem_finish_kernel(
     # tensors
-    partial1_ptr,  # [splits1, ROWS1, C1] fp32, and so on as the launch before left them
-    partial2_ptr,
-    partial3_ptr,
-    sums2_ptr,  # [rows2, C2] column sums of dz2
-    sums3_ptr,  # [rows3, C3] column sums of dz3
-    dw1_ptr,  # [C1, C_IN, K1, K1]
-    dw2_ptr,  # [C2, C1]
-    dw3_ptr,  # [C3, C2, 9], or [C3, 9, C2] with LAST3
-    db1_ptr,
-    db2_ptr,
-    db3_ptr,
+    partial1_ptr,  # [splits1, 256, C1] fp32
+    dw1_ptr,  # [C1, C_IN, 7, 7]
     # sizes
     splits1,
-    splits2,
-    splits3,
-    rows2,
-    rows3,
-    end_w3,  # first program behind each result
-    end_w2,
-    end_w1,
-    end_b3,
-    end_b2,
+    image_end,  # first program behind conv1's filter
+    # of `finish_all`, for all else
+    filters,
+    biases,
+    sizes,
+    rows,
     # problem
-    POSITIONS: tl.constexpr,  # of a filter of conv1
-    ROWS1: tl.constexpr,
-    BIAS1: tl.constexpr,  # the row that is the gradient of conv1's bias
-    PACKED: tl.constexpr,
     C1: tl.constexpr,
-    C2: tl.constexpr,
-    C3: tl.constexpr,
-    LAST3: tl.constexpr,
+    C_IN: tl.constexpr,
+    FILTERS: tl.constexpr,
+    BIASES: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program ranges: three filters, three biases; a result that is not needed has no programs."""
+    """Program ranges: conv1's filter, where its image was packed; all other gradients."""
     pid = tl.program_id(0)
-    if pid < end_w3:
-        finish_filter(
-            partial3_ptr, dw3_ptr, pid, splits3, C3, C2, 9, C2, C3, LAST3, BLOCK_M, BLOCK_N
-        )
-    elif pid < end_w2:
-        finish_filter(
-            partial2_ptr, dw2_ptr, pid - end_w3, splits2,
-            C2, C1, 1, C1, C2, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    elif pid < end_w1:
-        if PACKED:
-            finish_image_filter(
-                partial1_ptr, dw1_ptr, pid - end_w2, splits1,
-                C1, POSITIONS // 49, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        else:
-            finish_filter(
-                partial1_ptr, dw1_ptr, pid - end_w2, splits1,
-                C1, POSITIONS, 1, ROWS1, C1, False, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-    elif pid < end_b3:
-        finish_bias(sums3_ptr, db3_ptr, pid - end_w1, rows3, C3, C3, BLOCK_M, BLOCK_N)
-    elif pid < end_b2:
-        finish_bias(sums2_ptr, db2_ptr, pid - end_b3, rows2, C2, C2, BLOCK_M, BLOCK_N)
+    if pid < image_end:
+        finish_image_filter(partial1_ptr, dw1_ptr, pid, splits1, C1, C_IN, BLOCK_M, BLOCK_N)
     else:
-        finish_bias(
-            partial1_ptr + BIAS1 * C1, db1_ptr, pid - end_b2, splits1,
-            C1, ROWS1 * C1, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        finish_all(filters, biases, sizes, rows, pid - image_end, FILTERS, BIASES, BLOCK_M, BLOCK_N)
 
 
 def launch_stem_finish(
@@ -333,27 +295,46 @@ def launch_stem_finish(
     [rows, C2] column sums of conv2's gradient. packed: of conv1's partial sums, as
     `StemMaps.packed`.
     """
-    filters, sums3 = partials.filters, partials.sums3
-    ends = finish_ends(filter_grads[::-1], bias_grads[::-1], config)
+    partial1, *_ = partials.filters
+    dw1, dw2, dw3 = filter_grads
+    part = Unfinished(
+        _sums(shape, packed),
+        # conv1's is not among those that lie as all do
+        (dw3, dw2, dw1[:0] if packed else dw1),
+        partials.filters[::-1],
+        [0] * 3,
+        [partial.shape[0] for partial in partials.filters[::-1]],
+        bias_grads[::-1], (partials.sums3, sums2, partial1),
+    )  # fmt: skip
+    if not packed or dw1.numel() == 0:
+        launch_finish([part], config)
+        return
+    programs, constants, arguments = finish_arguments([part], config)
+    c1, c_in = shape.conv1.c_out, shape.conv1.c_in
+    image_end = cdiv(shape.conv1.positions, config.block_m) * cdiv(c1, config.block_n)
     run(
         _stem_finish_kernel,
-        (ends[-1],),
-        (
-            *(*filters, sums2, sums3, *filter_grads, *bias_grads),
-            *(*(partial.shape[0] for partial in filters), sums2.shape[0], sums3.shape[0]),
-            *ends[:-1],
-        ),
-        dict(
-            POSITIONS=shape.conv1.positions,
-            ROWS1=DEPTH if packed else shape.conv1.positions + 1,
-            BIAS1=ONE if packed else shape.conv1.positions,
-            PACKED=packed,
-            C1=shape.conv1.c_out,
-            C2=shape.c2,
-            C3=shape.c3,
-            LAST3=is_channels_last_filter(filter_grads[2]),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-        ),
+        (image_end + programs,),
+        (partial1, dw1, partial1.shape[0], image_end, *arguments),
+        dict(C1=c1, C_IN=c_in, **constants),
         num_warps=config.num_warps,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _sums(shape: StemShape, packed: bool) -> Sums:
+    c1, c2, c3, positions = shape.conv1.c_out, shape.c2, shape.c3, shape.conv1.positions
+    rows1, bias1 = (DEPTH, ONE) if packed else (positions + 1, positions)
+    return Sums(
+        filters=(
+            FilterSum(c3, c2, 9, c2, c3, 0),
+            FilterSum(c2, c1, 1, c1, c2, 0),
+            FilterSum(c1, positions, 1, rows1, c1, 0),
+        ),
+        biases=(
+            BiasSum(c3, c3, 0),
+            BiasSum(c2, c2, 0),
+            # a row of conv1's partial sums
+            BiasSum(c1, rows1 * c1, bias1 * c1),
+        ),
     )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.kernels.finish import BiasSum, FilterSum, Sums, Unfinished
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.tiles import window_bits
 from fused_inception.tuning.configs import WgradConfig, WgradJob
@@ -229,6 +230,11 @@ class PartialFilters:
     buffer: torch.Tensor
     groups: dict[str, tuple[int, int]]
 
+    def of(self, *names: str) -> tuple[list[torch.Tensor], list[int], list[int]]:
+        """Of the groups of these names: the buffer, first elements, splits."""
+        groups = [self.groups[name] for name in names]
+        return [self.buffer] * len(names), [at for at, _ in groups], [n for _, n in groups]
+
 
 @dataclass(frozen=True)
 class GroupedSplits:
@@ -316,15 +322,7 @@ def _plan(
     """Program ranges, where the groups behind the first one begin in units of 64, constants."""
     s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
     s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
-    taps5 = dims.kernel_5x5**2
-    shapes = {
-        "conv3": (config.conv3, 9 * s3r, s3),
-        "branch1": (config.branch1, s_in, s1),
-        "reduces": (config.reduces, s_in, s3r + s5r),
-        "conv5": (config.conv5, taps5 * s5r, s5),
-        "projection": (config.projection, s_in, sp),
-    }
-    splits = group_splits(shapes, n_pixels, groups)
+    splits = group_splits(_jobs(dims, s_in, config), n_pixels, groups)
     starts = [start // 64 for start, _ in splits.placed.values()]
     constants = dict(
         S_IN=s_in,
@@ -358,3 +356,75 @@ def _plan(
         NUM_STAGES=config.num_stages,
     )
     return splits, starts[1:], constants
+
+
+def _jobs(
+    dims: InceptionDims, s_in: int, config: WgradConfig
+) -> dict[str, tuple[WgradJob, int, int]]:
+    """Name -> (job, rows, columns), in the order of the program ranges."""
+    s1, s3, s5, sp = (align_up(c) for c in dims.branch_widths)
+    s3r, s5r = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
+    return {
+        "conv3": (config.conv3, 9 * s3r, s3),
+        "branch1": (config.branch1, s_in, s1),
+        "reduces": (config.reduces, s_in, s3r + s5r),
+        "conv5": (config.conv5, dims.kernel_5x5**2 * s5r, s5),
+        "projection": (config.projection, s_in, sp),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def partial_bytes(dims: InceptionDims, config: WgradConfig) -> int:
+    """Of all partial sums, fp32, for as many pixels as the configuration is for."""
+    jobs = _jobs(dims, align_up(dims.in_channels), config).values()
+    return 4 * sum(job.splits * rows * columns for job, rows, columns in jobs)
+
+
+def unfinished(
+    dims: InceptionDims,
+    partial_filters: PartialFilters,
+    partial_m: torch.Tensor,
+    partial3: torch.Tensor,
+    partial5: torch.Tensor,
+    filter_grads: list[torch.Tensor],
+    bias_grads: list[torch.Tensor],
+) -> Unfinished:
+    """What launch F makes the six filter and six bias gradients of; those with no elements are not
+    needed.
+
+    partial_m: [rows, slots] column sums of dz; partial3 and partial5: [rows, reduced channels],
+    those of dr behind the 3x3 and the 5x5 branch.
+    """
+    return Unfinished(
+        _sums(dims), filter_grads,
+        *partial_filters.of("branch1", "reduces", "conv3", "reduces", "conv5", "projection"),
+        bias_grads, (partial_m, partial3, partial_m, partial5, partial_m, partial_m),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _sums(dims: InceptionDims) -> Sums:
+    c_in, s_in = dims.in_channels, align_up(dims.in_channels)
+    r3, r5, reduced = dims.ch3x3red, dims.ch5x5red, dims.reduced_channels
+    s3r, s5r = align_up(r3), align_up(r5)
+    s1, s3, s5, sp = map(align_up, dims.branch_widths)
+    n1, n3, n5, np = dims.branch_widths
+    _, slot3, slot5, slot_p = dims.slots
+    return Sums(
+        filters=(
+            FilterSum(n1, c_in, 1, s_in, s1, 0),
+            FilterSum(r3, c_in, 1, s_in, reduced, 0),
+            FilterSum(n3, r3, 9, s3r, s3, 0),
+            FilterSum(r5, c_in, 1, s_in, reduced, s3r),
+            FilterSum(n5, r5, dims.kernel_5x5**2, s5r, s5, 0),
+            FilterSum(np, c_in, 1, s_in, sp, 0),
+        ),
+        biases=(
+            BiasSum(n1, dims.slot_channels, 0),
+            BiasSum(r3, reduced, 0),
+            BiasSum(n3, dims.slot_channels, slot3),
+            BiasSum(r5, reduced, s3r),
+            BiasSum(n5, dims.slot_channels, slot5),
+            BiasSum(np, dims.slot_channels, slot_p),
+        ),
+    )

@@ -6,7 +6,8 @@ from torch import Tensor
 from fused_inception.geometry import AvgWindow, align_up
 from fused_inception.kernels.avg_pool_project import launch_avg_pool_project_fwd
 from fused_inception.kernels.avg_pool_project_grad import launch_avg_pool_project_bwd
-from fused_inception.kernels.conv2d import launch_conv2d_finish, launch_pack_filter
+from fused_inception.kernels.conv2d import conv2d_unfinished, pack_filter
+from fused_inception.kernels.finish import launch_finish
 from fused_inception.ops import filter_cache
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
@@ -27,7 +28,7 @@ def forward(
         n if save else 0, align_up(c), *sides, dtype=x.dtype, device=x.device
     )
     w, b = filter_cache.packed(
-        [weight], [bias], x.dtype, lambda: launch_pack_filter(weight, bias, x.dtype), save=save
+        [weight], [bias], x.dtype, lambda: pack_filter(weight, bias, x.dtype), save=save
     )
     launch_avg_pool_project_fwd(
         for_kernels(x), w, b, y, pooled, window, config, save=save, precision=ops.precision
@@ -53,7 +54,7 @@ def backward(
     w = weight.new_empty((align_up(c), 1, align_up(weight.shape[0])), dtype=dy.dtype)
     dx = dy.new_empty(0)
     if need_x:
-        w, _ = launch_pack_filter(weight, None, dy.dtype)
+        w, _ = pack_filter(weight, None, dy.dtype)
         dx = empty_channels_last(n, c, height, width, dtype=dy.dtype, device=dy.device)
     partial_w, partial_b = launch_avg_pool_project_bwd(
         dy.contiguous(), y, pooled, w, dx, shape, window, config,
@@ -62,7 +63,8 @@ def backward(
     dw = torch.empty_like(weight) if need_w else weight.new_empty(0)
     db = torch.empty_like(bias) if need_b else bias.new_empty(0)
     if need_w or need_b:
-        launch_conv2d_finish(partial_w, partial_b, dw, db, finish_config(), taps=1)
+        part = conv2d_unfinished(partial_w, partial_b, dw, db, taps=1)
+        launch_finish([part], finish_config())
     return [dx, dw, db]
 
 

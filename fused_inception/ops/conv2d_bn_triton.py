@@ -9,13 +9,14 @@ from fused_inception.geometry import align_up
 from fused_inception.kernels.batch_norm import Moments, launch_batch_statistics
 from fused_inception.kernels.batch_norm_grad import launch_norm_grad
 from fused_inception.kernels.conv2d import (
+    conv2d_unfinished,
     launch_conv2d_dgrad,
-    launch_conv2d_finish,
     launch_conv2d_fwd,
     launch_conv2d_wgrad,
-    launch_pack_filter,
+    pack_filter,
 )
 from fused_inception.kernels.epilogue import launch_epilogue
+from fused_inception.kernels.finish import launch_finish
 from fused_inception.kernels.image_conv import (
     launch_image_conv_dgrad,
     launch_image_conv_fwd,
@@ -83,7 +84,7 @@ def forward(
     else:
         conv = conv_config(c_in, c_out, k, pixels, ops, target, norm=True)
         found = moments(conv.forward.block_m)
-        w, b = launch_pack_filter(weight, weight.new_empty(0), x.dtype)
+        w, b = pack_filter(weight, weight.new_empty(0), x.dtype)
         launch_conv2d_fwd(
             for_kernels(x), w, b, z, None, conv,
             kernel=k, save=False, precision=ops.precision, moments=found.partial,
@@ -151,7 +152,7 @@ def backward(
     else:
         config = conv_config(c_in, c_out, k, pixels, ops, target, norm=True)
         if need_x:
-            w, _ = launch_pack_filter(weight, None, dz.dtype)
+            w, _ = pack_filter(weight, None, dz.dtype)
             launch_conv2d_dgrad(dz, w, dx, None, config, kernel=k, precision=ops.precision)
     if need_w:
         if image is not None:
@@ -162,10 +163,9 @@ def backward(
             partial = launch_conv2d_wgrad(
                 for_kernels(x), dz, config, kernel=k, precision=ops.precision
             )
-        launch_conv2d_finish(
-            partial, norm[:0], dw, norm.new_empty(0), finish_config(),
-            taps=1 if image is not None else k * k,
-        )  # fmt: skip
+        taps = 1 if image is not None else k * k
+        part = conv2d_unfinished(partial, norm[:0], dw, norm.new_empty(0), taps=taps)
+        launch_finish([part], finish_config())
     empty = norm.new_empty(0)
     dx, dw = dx if their_dx is None else their_dx, dw if their_dw is None else their_dw
     return [dx, dw, empty if dgamma is None else dgamma, empty if dbeta is None else dbeta]

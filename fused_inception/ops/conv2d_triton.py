@@ -5,13 +5,14 @@ from torch import Tensor
 
 from fused_inception.geometry import IMAGE_CHANNELS, align_up, conv_out
 from fused_inception.kernels.conv2d import (
+    conv2d_unfinished,
     launch_conv2d_dgrad,
-    launch_conv2d_finish,
     launch_conv2d_fwd,
     launch_conv2d_wgrad,
-    launch_pack_filter,
+    pack_filter,
 )
 from fused_inception.kernels.epilogue import launch_epilogue
+from fused_inception.kernels.finish import launch_finish
 from fused_inception.kernels.image_conv import (
     ImageConv,
     launch_image_conv_dgrad,
@@ -45,7 +46,7 @@ def forward(
     w, b = weight, bias
     if shape is None:
         w, b = filter_cache.packed(
-            [weight], [bias], x.dtype, lambda: launch_pack_filter(weight, bias, x.dtype), save=save
+            [weight], [bias], x.dtype, lambda: pack_filter(weight, bias, x.dtype), save=save
         )
     plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target)
     if plan.library("conv.forward"):
@@ -123,7 +124,7 @@ def backward(
     else:
         config = conv_config(c_in, c_out, k, pixels, ops, target)
         if need_x:
-            w, _ = launch_pack_filter(weight, None, dz.dtype)
+            w, _ = pack_filter(weight, None, dz.dtype)
             launch_conv2d_dgrad(dz, w, dx, None, config, kernel=k, precision=ops.precision)
         if need_w:
             partial = launch_conv2d_wgrad(
@@ -132,7 +133,8 @@ def backward(
         else:
             partial = partial_bias[:0, None]
     if need_w or need_b:
-        launch_conv2d_finish(partial, partial_bias, dw, db, finish_config(), taps=taps)
+        part = conv2d_unfinished(partial, partial_bias, dw, db, taps=taps)
+        launch_finish([part], finish_config())
     return [dx if their_dx is None else their_dx, dw if their_dw is None else their_dw, db]
 
 

@@ -20,7 +20,8 @@ class _Entry(NamedTuple):
     result: Any
 
 
-_entries: dict[int, _Entry] = {}
+# by the first tensor and how many there are
+_entries: dict[tuple[int, int], _Entry] = {}
 _lock = threading.Lock()
 _listening = False
 
@@ -49,14 +50,13 @@ def kept(
     Not safe, so made anew: in grad mode and when a backward will follow (an optimiser step may
     come at any time), under CUDA-graph capture (a replay must see the parameters of its own time),
     for inference tensors (they carry no version). A step of an optimiser empties the cache, as
-    fused ones raise no version. Nor do writes through `.data`: call `clear()` after them. A tensor
-    comes first in one kind of thing alone.
+    fused ones raise no version. Nor do writes through `.data`: call `clear()` after them.
     """
     capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if save or torch.is_grad_enabled() or capturing or any(t.is_inference() for t in tensors):
         return make()
     key = (*options, *map(_identity, tensors))
-    owner = id(tensors[0])
+    owner = id(tensors[0]), len(tensors)
     with _lock:
         entry = _entries.get(owner)
     if entry is not None and entry.key == key and _same(entry.tensors, tensors):

@@ -8,17 +8,22 @@ from torch import Tensor
 from fused_inception.geometry import align_up
 from fused_inception.kernels.batch_norm import Moments, NormParameters, launch_batch_statistics
 from fused_inception.kernels.batch_norm_grad import launch_norm_grad, launch_reduce_norm_grad
+from fused_inception.kernels.finish import launch_finish
 from fused_inception.kernels.launch import cdiv
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.normalise import Finish, launch_normalise
-from fused_inception.kernels.pack import launch_pack
+from fused_inception.kernels.pack import launch_pack, module_packing
 from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.ops import library_triton
-from fused_inception.ops.inception_triton import filter_gradients, input_gradient
+from fused_inception.ops.inception_triton import (
+    filter_gradients,
+    input_gradient,
+    packed_for_gradients,
+)
 from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
-from fused_inception.tuning import chosen, dispatch
+from fused_inception.tuning import chosen, dispatch, heuristic
 from fused_inception.tuning.chosen import norm_config
 from fused_inception.tuning.norm_heuristic import statistics_config
 
@@ -42,7 +47,7 @@ def forward(
     n, _, height, width = x.shape
     ops, target, pixels = problem_of(x)
     n_pixels = n * height * width
-    w, b = launch_pack(dims, filters, [], x.dtype)
+    ((w, b),) = launch_pack([module_packing(dims)], filters, [], x.dtype)
     r, z, index, norm = saved = saved_like(x, filters)
     a_config = chosen.pointwise_config(dims, pixels, ops, target, True, norm=True)
     b_config = chosen.branches_config(dims, pixels, ops, target, norm=True)
@@ -157,7 +162,7 @@ def backward(
     dr, dp, activated, w = r, index, r, None
     partial3 = partial5 = norm.new_empty((0, 2, dims.reduced_channels))
     if reduce3 or reduce5:
-        w, _ = launch_pack(dims, filters, None, x.dtype)
+        (w,) = packed_for_gradients([dims], [filters], x.dtype)
         dr, dp, partial3, partial5 = library_triton.dgrad(
             dims, gradient, w, r,
             chosen.dgrad_config(dims, pixels, ops, target, norm=True),
@@ -177,10 +182,11 @@ def backward(
         dx, _ = input_gradient(dims, x, dz, dr, dp, index, w)
     # behind a BatchNorm there is no bias
     none = norm[:0]
-    filter_grads = filter_gradients(
+    filter_grads, unfinished = filter_gradients(
         dims, x, index, activated, gradient, dr, (none, none, none), filters, need_w,
         [x.new_empty(0)] * len(filters),
     )  # fmt: skip
+    launch_finish(unfinished, heuristic.finish_config())
     empty = norm.new_empty(0)
     vectors = [empty if g is None else g for g in (*dgammas, *dbetas)]
     return [dx, *filter_grads, *vectors]

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 from fused_inception.geometry import NaiveDims, Window, align_up
+from fused_inception.kernels.finish import launch_finish
 from fused_inception.kernels.max_pool import launch_max_pool_fwd
-from fused_inception.kernels.naive import launch_naive_conv, launch_naive_pack
+from fused_inception.kernels.naive import launch_naive_conv, naive_packing
 from fused_inception.kernels.naive_grad import (
-    launch_naive_finish,
     launch_naive_input_grad,
     launch_naive_wgrad,
+    naive_unfinished,
 )
+from fused_inception.kernels.pack import launch_pack
 from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.kernels.vectors import lanes_of
 from fused_inception.ops import filter_cache
@@ -45,8 +47,8 @@ def forward(
     n, _, height, width = x.shape
     ops, target, pixels = problem_of(x)
     w, b = filter_cache.packed(
-        filters, biases, x.dtype, lambda: launch_naive_pack(dims, filters, biases, x.dtype),
-        save=save,
+        filters, biases, x.dtype,
+        lambda: launch_pack([naive_packing(dims)], filters, biases, x.dtype)[0], save=save,
     )  # fmt: skip
     y = empty_channels_last(n, dims.out_channels, height, width, dtype=x.dtype, device=x.device)
     index, mask = saved = saved_like(x, dims)
@@ -103,7 +105,7 @@ def backward(
     )
     dx = x.new_empty(0)
     if need_x:
-        w, _ = launch_naive_pack(dims, filters, None, x.dtype)
+        ((w, _),) = launch_pack([naive_packing(dims)], filters, None, x.dtype)
         dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
         launch_naive_input_grad(
             dims, dz, for_kernels(dy[:, dims.offsets[3] :]), index, w, dx,
@@ -120,7 +122,6 @@ def backward(
             dims, for_kernels(x), dz, naive_wgrad_config(dims, pixels, ops, target),
             groups=frozenset(name for name, need in names if need), precision=ops.precision,
         )  # fmt: skip
-        launch_naive_finish(
-            dims, partial_filters, partial, filter_grads, bias_grads, finish_config()
-        )
+        part = naive_unfinished(dims, partial_filters, partial, filter_grads, bias_grads)
+        launch_finish([part], finish_config())
     return [dx, *filter_grads, *bias_grads]

@@ -3,16 +3,18 @@ tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 
 from fused_inception.geometry import InceptionDims, align_up
-from fused_inception.kernels.finish import launch_finish
+from fused_inception.kernels.finish import Unfinished, launch_finish
 from fused_inception.kernels.input_grad import launch_input_grad
-from fused_inception.kernels.pack import launch_pack
+from fused_inception.kernels.pack import launch_pack, module_packing
 from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.kernels.relu_mask import launch_relu_mask
-from fused_inception.kernels.wgrad import launch_wgrad
+from fused_inception.kernels.wgrad import launch_wgrad, unfinished
 from fused_inception.ops import filter_cache, library_triton
 from fused_inception.ops.layout import (
     empty_channels_last,
@@ -22,25 +24,59 @@ from fused_inception.ops.layout import (
 from fused_inception.ops.problem import dims_of, problem_of
 from fused_inception.tuning import chosen, dispatch, heuristic
 
+Packed = tuple[torch.Tensor, torch.Tensor]
+
+
+def packed_modules(
+    dims: Sequence[InceptionDims],
+    filters: list[list[torch.Tensor]],
+    biases: list[list[torch.Tensor]],
+    dtype: torch.dtype,
+    *,
+    save: bool,
+) -> list[Packed]:
+    """Filters and biases of some modules, packed for their forwards in one launch, or from the
+    cache where that is safe."""
+    flat = [*chain(*filters)], [*chain(*biases)]
+
+    def pack() -> list[Packed]:
+        return launch_pack([*map(module_packing, dims)], *flat, dtype)
+
+    return filter_cache.kept([*flat[0], *flat[1]], (dtype,), pack, save=save)
+
+
+def packed_for_gradients(
+    dims: Sequence[InceptionDims], filters: list[list[torch.Tensor]], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Filters of some modules, packed for their data gradients in one launch."""
+    packed = launch_pack([*map(module_packing, dims)], [*chain(*filters)], None, dtype)
+    return [w for w, _ in packed]
+
 
 def forward(
     x: torch.Tensor, filters: list[torch.Tensor], biases: list[torch.Tensor], save: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`forward_of_packed`, with filters and biases in any floating dtype."""
+    dims = dims_of(filters)
+    (packed,) = packed_modules([dims], [filters], [biases], x.dtype, save=save)
+    return forward_of_packed(x, dims, packed, save)
+
+
+def forward_of_packed(
+    x: torch.Tensor, dims: InceptionDims, packed: Packed, save: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """y [N, C_OUT, H, W] exactly channels last, and with `save` what `backward` needs beside x and
     the filters.
 
     x: [N, C_IN, H, W], read in place where `layout.why_not_in_place` has no objection, else copied
-    once. Filters and biases in any floating dtype.
+    once. packed: filters and biases, of `packed_modules`.
 
     Saved: r, both reduced maps; the winning tap of each pooling window, 1 byte; the ReLU mask of y,
     1 bit.
     """
-    dims = dims_of(filters)
     n, _, height, width = x.shape
     ops, target, pixels = problem_of(x)
-    w, b = filter_cache.packed(
-        filters, biases, x.dtype, lambda: launch_pack(dims, filters, biases, x.dtype), save=save
-    )
+    w, b = packed
     y = empty_channels_last(n, dims.out_channels, height, width, dtype=x.dtype, device=x.device)
     if save:
         r, index, mask = saved_like(x, dims)
@@ -94,6 +130,22 @@ class ReluBelow:
     other: torch.Tensor | None = None
 
 
+class Gradients(NamedTuple):
+    """What `backward_of_masked` finds.
+
+    Attributes:
+        dx: the gradient of x; where x is behind a ReLU `below`, the one in front of that.
+        sums: its column sums over some chunks of pixels each, which there are only then.
+        parameters: six filters, six biases.
+        unfinished: what launch F has to do until `parameters` are filled.
+    """
+
+    dx: torch.Tensor
+    sums: torch.Tensor
+    parameters: list[torch.Tensor]
+    unfinished: list[Unfinished]
+
+
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -108,9 +160,18 @@ def backward(
     gradient in the strides of the filter where those are contiguous or channels last.
     """
     _, _, mask = saved
-    masked = mask_gradient(dims_of(filters), dy, mask)
-    dx, _, gradients = backward_of_masked(masked, x, saved, filters, biases_dtype, needs)
-    return [dx, *gradients]
+    dims = dims_of(filters)
+    masked = mask_gradient(dims, dy, mask)
+    w = packed_for_gradients([dims], [filters], x.dtype)[0] if reads_packed(needs) else None
+    found = backward_of_masked(dims, masked, x, saved, filters, w, biases_dtype, needs)
+    launch_finish(found.unfinished, heuristic.finish_config())
+    return [found.dx, *found.parameters]
+
+
+def reads_packed(needs: Sequence[bool]) -> bool:
+    """Whether `backward_of_masked` multiplies by filters: for x or for one of the reductions."""
+    need_x, need_w, need_b = needs[0], needs[1:7], needs[7:]
+    return any((need_x, need_w[1], need_b[1], need_w[3], need_b[3]))
 
 
 def mask_gradient(dims: InceptionDims, dy: torch.Tensor, mask: torch.Tensor) -> Masked:
@@ -121,20 +182,18 @@ def mask_gradient(dims: InceptionDims, dy: torch.Tensor, mask: torch.Tensor) -> 
 
 
 def backward_of_masked(
+    dims: InceptionDims,
     masked: Masked,
     x: torch.Tensor,
     saved: list[torch.Tensor],
     filters: list[torch.Tensor],
+    w: torch.Tensor | None,
     biases_dtype: list[torch.dtype],
     needs: list[bool],
     below: ReluBelow | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """All launches of `backward` but M.
-
-    Returns dx, with a ReLU `below` the gradient behind that; its column sums over some chunks of
-    pixels each, which there are only then; the gradients of the parameters.
-    """
-    dims = dims_of(filters)
+) -> Gradients:
+    """The launches of `backward` between M and F. w: of `packed_for_gradients`, where
+    `reads_packed`."""
     r, index, _ = saved
     dz, partial_m = masked.dz, masked.sums
     ops, target, pixels = problem_of(x)
@@ -146,9 +205,7 @@ def backward_of_masked(
         dispatch.module_plan(dims, pixels, ops, target), dims, dz
     )
     dr, dp, partial3, partial5 = r, index, partial_m, partial_m
-    w = None
-    if reduce3 or reduce5:
-        w, _ = launch_pack(dims, filters, None, x.dtype)
+    if w is not None:
         dr, dp, partial3, partial5 = library_triton.dgrad(
             dims, gradient, w, r,
             chosen.dgrad_config(dims, pixels, ops, target),
@@ -156,17 +213,17 @@ def backward_of_masked(
         )  # fmt: skip
     dx, sums = x.new_empty(0), x.new_empty(0)
     if need_x:
-        assert w is not None  # for the type checker: need_x implies both reduces
+        assert w is not None  # for the type checker: need_x reads it
         dx, sums = input_gradient(dims, x, dz, dr, dp, index, w, below)
     bias_grads = [
         x.new_empty(f.shape[0] if need else 0, dtype=dtype)
         for f, need, dtype in zip(filters, need_b, biases_dtype, strict=True)
     ]
-    filter_grads = filter_gradients(
+    filter_grads, unfinished = filter_gradients(
         dims, x, index, r, gradient, dr, (partial_m, partial3, partial5), filters, need_w,
         bias_grads,
     )  # fmt: skip
-    return dx, sums, [*filter_grads, *bias_grads]
+    return Gradients(dx, sums, [*filter_grads, *bias_grads], unfinished)
 
 
 def input_gradient(
@@ -179,8 +236,8 @@ def input_gradient(
     w: torch.Tensor,
     below: ReluBelow | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch L2: the gradient of x, exactly channels last, and its column sums as
-    `backward_of_masked` returns them."""
+    """Launch L2: the gradient of x, exactly channels last, and its column sums, as `Gradients` has
+    them."""
     ops, target, pixels = problem_of(x)
     dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
     sums = launch_input_grad(
@@ -202,31 +259,29 @@ def filter_gradients(
     filters: list[torch.Tensor],
     needs: Sequence[bool],
     bias_grads: list[torch.Tensor],
-) -> list[torch.Tensor]:
-    """Launches L3 and F: gradients of six filters, 0 elements where `needs` says no; `bias_grads`
-    are filled from the partial sums of dz, dR3 and dR5 where they have elements.
+) -> tuple[list[torch.Tensor], list[Unfinished]]:
+    """Launch L3: gradients of six filters, 0 elements where `needs` says no; what launch F has to
+    do until they are filled, and `bias_grads` where these have elements.
 
     r: both reduced maps as the 3x3 and 5x5 read them, behind their ReLU.
     """
     grads = empty_filter_grads(filters, needs)
-    if any(needs) or any(b.numel() for b in bias_grads):
-        ops, target, pixels = problem_of(x)
-        need1, need3r, _, need5r, _, need_pool = needs
-        ours = library_triton.filter_gradients(gradient, r, grads)
-        groups = {
-            "branch1": need1,
-            "reduces": need3r or need5r,
-            "conv3": ours[2].numel() > 0,
-            "conv5": ours[4].numel() > 0,
-            "projection": need_pool,
-        }
-        partial_filters = launch_wgrad(
-            dims, for_kernels(x), index, r, gradient.dz, dr,
-            chosen.wgrad_config(dims, pixels, ops, target),
-            groups=frozenset(name for name, need in groups.items() if need),
-            precision=ops.precision,
-        )  # fmt: skip
-        launch_finish(
-            dims, partial_filters, *column_sums, ours, bias_grads, heuristic.finish_config()
-        )
-    return grads
+    if not any(needs) and not any(b.numel() for b in bias_grads):
+        return grads, []
+    ops, target, pixels = problem_of(x)
+    need1, need3r, _, need5r, _, need_pool = needs
+    ours = library_triton.filter_gradients(gradient, r, grads)
+    groups = {
+        "branch1": need1,
+        "reduces": need3r or need5r,
+        "conv3": ours[2].numel() > 0,
+        "conv5": ours[4].numel() > 0,
+        "projection": need_pool,
+    }
+    partial_filters = launch_wgrad(
+        dims, for_kernels(x), index, r, gradient.dz, dr,
+        chosen.wgrad_config(dims, pixels, ops, target),
+        groups=frozenset(name for name, need in groups.items() if need),
+        precision=ops.precision,
+    )  # fmt: skip
+    return grads, [unfinished(dims, partial_filters, *column_sums, ours, bias_grads)]

@@ -12,11 +12,11 @@ from fused_inception.kernels.conv2d import launch_conv2d_dgrad, launch_conv2d_fw
 from fused_inception.kernels.epilogue import launch_epilogue, launch_gate
 from fused_inception.kernels.image_conv import ImageConv, launch_image_conv_dgrad
 from fused_inception.kernels.launch import cdiv
+from fused_inception.kernels.pack import launch_pack
 from fused_inception.kernels.stem import (
     ImageToPack,
     StemShape,
     launch_stem_pack,
-    launch_stem_pack_image,
 )
 from fused_inception.kernels.stem_conv import BORDER, DEPTH, launch_stem_conv_fwd
 from fused_inception.kernels.stem_wgrad import StemMaps, launch_stem_finish, launch_stem_wgrad
@@ -58,15 +58,15 @@ def forward(
     if save and stem.packs_image(w1):
         out_height, out_width = (stem.sides(side, shape.conv1.kernel)[0] for side in x.shape[2:])
         to_pack = ImageToPack(x, w1, biases[0], out_height, out_width)
-        flat, b, packed = launch_stem_pack_image(to_pack, w2, w3, biases[1:], x.dtype)
-        image = [packed]
-        y1 = _convolve_image(to_pack, packed, shape.packed1(flat), b[shape.c2 + shape.c3 :], stem)
+        packed = launch_stem_pack(to_pack, w2, w3, biases[1:], x.dtype)
+        flat, b, image = packed.w, packed.b, [packed.image]
+        y1 = _convolve_image(to_pack, packed.image, packed.w1, b[shape.c2 + shape.c3 :], stem)
     else:
         # of its output only the pooled map is of use
         y1, _ = conv2d_triton.forward(x, w1, biases[0], stem.stride, stem.padding, False)
         flat, b = filter_cache.packed(
             [w2, w3], biases[1:], x.dtype,
-            lambda: launch_stem_pack(w2, w3, biases[1:], x.dtype), save=save,
+            lambda: launch_pack([shape.packing], [w2, w3], biases[1:], x.dtype)[0], save=save,
         )  # fmt: skip
     z, pooled_and_index = pooling_triton.max_pool2d_lrn(y1, *stem.norm1, stem.pool1, save)
     del y1
@@ -103,7 +103,7 @@ def backward(
     )
     dz1, dz2, sums2 = None, None, dz3.new_empty((0, shape.c2), dtype=torch.float32)
     if need2:
-        flat, _ = launch_stem_pack(filters[1], filters[2], None, y2.dtype)
+        ((flat, _),) = launch_pack([shape.packing], filters[1:], None, y2.dtype)
         packed2, packed3 = shape.packed(flat, backward=True)
         dz2, sums2 = _data_gradient(dz3, packed3, r, r, kernel=3)
         if need1:

@@ -6,13 +6,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fused_inception.kernels.finish import Unfinished, launch_finish
+from fused_inception.kernels.wgrad import partial_bytes
 from fused_inception.ops import global_pool_triton, inception_triton, pooling_triton
 from fused_inception.ops.inception_triton import Masked, ReluBelow, saved_like
 from fused_inception.ops.layout import channels_last
-from fused_inception.ops.problem import dims_of
+from fused_inception.ops.problem import dims_of, problem_of
 from fused_inception.ops.trunk import CONVS, Trunk, of_modules
+from fused_inception.tuning import chosen, heuristic
 
 __all__ = ["Memory", "backward", "forward", "saved_like"]
+
+# partial sums of modules are finished together up to so many, about what a GPU's L2 cache holds:
+# where there are more a launch is a small part of a step, and they would stay in memory
+UNFINISHED_BYTES = 16 * 2**20
 
 
 def forward(
@@ -33,10 +40,14 @@ def forward(
     """
     tapped: list[Tensor] = []
     saved: list[Tensor] = []
-    modules = list(zip(of_modules(filters), of_modules(biases), strict=True))
-    for i, (w, b) in enumerate(modules):
+    modules = of_modules(filters)
+    dims = [*map(dims_of, modules)]
+    packed = inception_triton.packed_modules(
+        dims, modules, of_modules(biases), x.dtype, save=save_from < len(modules)
+    )
+    for i, of in enumerate(dims):
         saves, next_saves = i >= save_from, save_from <= i + 1 < len(modules)
-        x, kept_of_module = inception_triton.forward(x, w, b, saves)
+        x, kept_of_module = inception_triton.forward_of_packed(x, of, packed[i], saves)
         saved += kept_of_module
         if i in trunk.pools:
             x, index = pooling_triton.max_pool2d(x, trunk.pools[i], saves)
@@ -138,31 +149,70 @@ def backward(
     count = len(biases_dtype)
     none = memory.modules[memory.first].x.new_empty(0)
     dx, filter_grads, bias_grads = none, [none] * count, [none] * count
-    need_w, need_b = needs[1 : 1 + count], needs[1 + count :]
     of_tap = dict(zip(memory.trunk.taps, d_taps, strict=True))
-    masked = None
-    for i in reversed(memory.modules):
+    # where gradients begin
+    i, begin = max(memory.modules), dy
+    while begin is None:
+        begin = of_tap.get(i)
+        i -= begin is None
+    masked = memory.masked(i, begin)
+    reached = _needs_of_modules(i, count, needs)
+    packed = _packed(memory, reached, none.dtype)
+    unfinished: list[Unfinished] = []
+    waiting = 0
+    for i, needs_of in reached.items():
         module = memory.modules[i]
-        if masked is None:
-            # where gradients begin
-            begin = dy if i == max(memory.modules) and dy is not None else of_tap.get(i)
-            if begin is None:
-                continue
-            masked = memory.masked(i, begin)
-        own = slice(CONVS * i, CONVS * (i + 1))
-        need_below = needs[0] or any(need_w[: own.start]) or any(need_b[: own.start])
         relu = None
-        if i > 0 and need_below and i - 1 not in memory.trunk.pools:
+        if i > 0 and needs_of[0] and i - 1 not in memory.trunk.pools:
             other = of_tap.get(i - 1)
             mask = memory.modules[i - 1].mask
             relu = ReluBelow(mask, None if other is None else channels_last(other))
-        dx, sums, gradients = inception_triton.backward_of_masked(
-            masked, module.x, module.kept, module.filters, biases_dtype[own],
-            [need_below, *need_w[own], *need_b[own]], relu,
+        own = slice(CONVS * i, CONVS * (i + 1))
+        found = inception_triton.backward_of_masked(
+            module.dims, masked, module.x, module.kept, module.filters, packed.get(i),
+            biases_dtype[own], needs_of, relu,
         )  # fmt: skip
-        filter_grads[own], bias_grads[own] = gradients[:CONVS], gradients[CONVS:]
-        if not need_below:
-            break
-        if i > 0:
-            masked = Masked(dx, sums) if relu is not None else memory.masked(i - 1, dx)
+        filter_grads[own], bias_grads[own] = found.parameters[:CONVS], found.parameters[CONVS:]
+        unfinished += found.unfinished
+        waiting += _partial_bytes(module)
+        if waiting > UNFINISHED_BYTES:
+            launch_finish(unfinished, heuristic.finish_config())
+            unfinished, waiting = [], 0
+        dx = found.dx
+        if i > 0 and needs_of[0]:
+            masked = Masked(dx, found.sums) if relu is not None else memory.masked(i - 1, dx)
+    launch_finish(unfinished, heuristic.finish_config())
     return [dx if needs[0] else none, *filter_grads, *bias_grads]
+
+
+def _partial_bytes(module: _Module) -> int:
+    """Of the module's partial sums: of its batch's bucket, so that batches of one bucket launch the
+    same kernels."""
+    ops, target, pixels = problem_of(module.x)
+    return partial_bytes(module.dims, chosen.wgrad_config(module.dims, pixels, ops, target))
+
+
+def _needs_of_modules(last: int, count: int, needs: list[bool]) -> dict[int, list[bool]]:
+    """Of each module that a gradient reaches, from number `last` down, which gradients are needed:
+    of its input, six filters, six biases."""
+    need_x, need_w, need_b = needs[0], needs[1 : 1 + count], needs[1 + count :]
+    found = {}
+    for i in range(last, -1, -1):
+        own = slice(CONVS * i, CONVS * (i + 1))
+        below = need_x or any(need_w[: own.start]) or any(need_b[: own.start])
+        found[i] = [below, *need_w[own], *need_b[own]]
+        if not below:
+            break
+    return found
+
+
+def _packed(memory: Memory, needs: dict[int, list[bool]], dtype: torch.dtype) -> dict[int, Tensor]:
+    """Filters for the data gradients of the modules that compute any."""
+    of = [i for i, needs_of in needs.items() if inception_triton.reads_packed(needs_of)]
+    if not of:
+        return {}
+    modules = [memory.modules[i] for i in of]
+    packed = inception_triton.packed_for_gradients(
+        [module.dims for module in modules], [module.filters for module in modules], dtype
+    )
+    return dict(zip(of, packed, strict=True))

@@ -38,10 +38,6 @@ TURNING = (
 SCATTERED = (
     "_pack_kernel",
     "_finish_kernel",
-    "_pack_filter_kernel",
-    "_conv2d_finish_kernel",
-    "_naive_pack_kernel",
-    "_naive_finish_kernel",
     "_stem_pack_kernel",
     "_stem_finish_kernel",
     "_image_conv_fwd_kernel",

@@ -34,7 +34,10 @@ def build(spec: Specialisation) -> Build:
         fn=kernel,
         signature=dict(spec.signature),
         constexprs=dict(spec.constants),
-        attrs={(i,): [list(pair) for pair in pairs] for i, pairs in spec.attributes},
+        attrs={
+            (at,) if isinstance(at, int) else at: [list(pair) for pair in pairs]
+            for at, pairs in spec.attributes
+        },
     )
     target = gpu_target(spec.target)
     start = time.perf_counter()

@@ -28,7 +28,8 @@ class Specialisation:
     target: str
     signature: tuple[tuple[str, str], ...]  # (argument, "*bf16", "i32", "constexpr", ...)
     constants: tuple[tuple[str, Any], ...]
-    attributes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+    # (place in the signature, or the place and that in a tuple) -> ...
+    attributes: tuple[tuple[int | tuple[int, ...], tuple[tuple[str, int], ...]], ...]
     num_warps: int
 
     def constant(self, name: str) -> Any:
@@ -67,9 +68,10 @@ def _recording(target: str) -> Iterator[dict[Specialisation, None]]:
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         names = fn.jit_function.arg_names
-        constants = ((names[path[0]], value) for path, value in compile["constants"].items())
+        # the size of an argument's tuple is known, none of its elements is
+        constants = ((names[place], value) for (place,), value in compile["constants"].items())
         attributes = (
-            (path[0], tuple((name, value) for name, value in pairs))
+            (path[0] if len(path) == 1 else path, tuple((name, value) for name, value in pairs))
             for path, pairs in compile["configs"][0].items()
             if pairs
         )

@@ -19,6 +19,7 @@ from tests.compiled.problems import (
     NormModule,
     Pooling,
     Problem,
+    Stage,
     Stem,
     specialisations,
 )
@@ -44,6 +45,10 @@ def _norm_module(name: str, batch: int) -> Problem:
     return NormModule(GOOGLENET[name], batch, SIZES.module(name))
 
 
+def _stage(number: str) -> Problem:
+    return Stage(tuple(dims for name, dims in GOOGLENET.items() if name.startswith(number)))
+
+
 def _auxiliary(below: str, batch: int) -> Problem:
     paper = AvgWindow(kernel=5, stride=3, ceil_mode=True)
     return Auxiliary(batch, GOOGLENET[below].out_channels, SIZES.maxpool3, paper)
@@ -65,6 +70,7 @@ LAYERS: dict[str, Callable[[int], Problem]] = {
     # not in the network, where a pool stands beside each norm
     "norm": lambda n: Pooling("lrn", n, 192, SIZES.maxpool1),
     **{name: functools.partial(_module, name) for name in GOOGLENET},
+    **{f"stage{number}": lambda _, of=number: _stage(of) for number in "345"},
     # with BatchNorm, in training
     **{f"{name}-bn": functools.partial(_norm_module, name) for name in GOOGLENET},
     "conv1-bn": lambda n: NormConvolution(n, 3, 64, kernel=7, stride=2, side=IMAGE),
@@ -120,11 +126,11 @@ class Use:
 # every test run: what the heuristics return for GoogLeNet in bf16 on sm_90, and each kernel for
 # the other types there, for bf16 on the other targets, and where exact fp32 once went wrong
 STEM = ("stem", "stem-rgba", "conv1", "pool1", "conv2", "conv3", "pool2")
-OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5")
+OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5", "stage3", "stage4", "stage5")
 LIBRARY = ("4c-library", "4c-bn-library", "conv1-library", "conv3-bn-library")
 FAMILIES = (
     *("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "aux1"),
-    *("pool5", "4c-bn", "4c-library"),
+    *("pool5", "4c-bn", "4c-library", "stage5"),
 )
 EVERY_RUN = {
     "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, SOME_BATCHES),

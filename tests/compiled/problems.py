@@ -16,6 +16,8 @@ from fused_inception.geometry import (
     Window,
     align_up,
 )
+from fused_inception.kernels.finish import launch_finish
+from fused_inception.kernels.wgrad import PartialFilters, unfinished
 from fused_inception.ops import (
     avg_pool_project_triton,
     conv2d_bn_triton,
@@ -30,6 +32,7 @@ from fused_inception.ops import (
 from fused_inception.ops.running import Running
 from fused_inception.ops.stem import Stem as StemOptions
 from fused_inception.tuning import dispatch
+from fused_inception.tuning.heuristic import finish_config
 from tests.compiled.collect import Specialisation, collect
 
 # what a matrix names its rows by: the type of the maps and of the products
@@ -86,10 +89,35 @@ class Module:
         for added in self.behind if training else ():
             mask = _mask_of(x)
             inception_triton.backward_of_masked(
-                inception_triton.mask_gradient(self.dims, _like(y), saved[2]),
-                x, saved, filters, dtypes, needs,
-                inception_triton.ReluBelow(mask, _like(x) if added else None),
+                self.dims, inception_triton.mask_gradient(self.dims, _like(y), saved[2]),
+                x, saved, filters,
+                *inception_triton.packed_for_gradients([self.dims], [filters], dtype),
+                dtypes, needs, inception_triton.ReluBelow(mask, _like(x) if added else None),
             )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What modules of a trunk launch together: packing, and the end of their gradients."""
+
+    modules: tuple[InceptionDims, ...]
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """These launches."""
+        filters = [[torch.empty(shape, device="meta") for shape in dims.filter_shapes]
+                   for dims in self.modules]  # fmt: skip
+        biases = [[torch.empty(f.shape[0], device="meta") for f in of] for of in filters]
+        inception_triton.packed_modules(self.modules, filters, biases, dtype, save=training)
+        if not training:
+            return
+        inception_triton.packed_for_gradients(self.modules, filters, dtype)
+        groups = dict.fromkeys(("branch1", "reduces", "conv3", "conv5", "projection"), (64, 3))
+        buffer = torch.empty(64, device="meta")
+        parts = [
+            unfinished(dims, PartialFilters(buffer, groups), *[buffer.view(2, 32)] * 3, *of)
+            for dims, *of in zip(self.modules, filters, biases, strict=True)
+        ]
+        launch_finish(parts, finish_config())
 
 
 @dataclass(frozen=True)
