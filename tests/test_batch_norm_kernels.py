@@ -26,7 +26,7 @@ EPS = 1e-3
 # forward and backward without the packing of filters
 MODULE_LAUNCHES = (
     "_pointwise _batch_statistics _normalise _branches _normalise",
-    "_norm_sums _norm_grad _dgrad _reduce_norm_grad _input_grad _wgrad _finish",
+    "_norm_sums _norm_grad _dgrad _reduce_norm_grad _gradients _finish",
 )
 CONV_LAUNCHES = (
     "_conv2d_fwd _batch_statistics _normalise",

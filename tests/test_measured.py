@@ -191,7 +191,7 @@ def test_speed_up_is_of_the_whole_step(device: torch.device, block: nn.Module) -
         block(images())
     (call,) = calls.values()
     assert plain_speed_up(call, counting) == 2.0
-    assert "_wgrad_kernel" in launches[0]
+    assert "_gradients_kernel" in launches[0]
     assert not launches[1]
 
 

@@ -163,10 +163,10 @@ def small_network(library: Any, norm: str | None) -> nn.Module:
 
 # with BatchNorm fewer steps: each launches twice as many kernels, and learns faster
 CURVES: dict[str | None, tuple[int, float, dict[str, int]]] = {
-    None: (24, 0.1, {"_wgrad_kernel": 1}),
+    None: (24, 0.1, {"_gradients_kernel": 1}),
     "batch": (
         12, 0.05,
-        {"_wgrad_kernel": 1, "_batch_statistics_kernel": 2, "_normalise_kernel": 3,
+        {"_gradients_kernel": 1, "_batch_statistics_kernel": 2, "_normalise_kernel": 3,
          "_norm_grad_kernel": 2, "_reduce_norm_grad_kernel": 1},
     ),
 }  # fmt: skip

@@ -16,8 +16,9 @@ from fused_inception.cost.ops import Gemm, Tensor, gradient
 from fused_inception.cost.plan import IMAGE, Plan
 from fused_inception.geometry import align_up
 
-# in training the pool branch is a launch of its own above so many pixels, a power of two
-POOL_APART_PIXELS = 64 * 132
+# above so many pixels, a power of two, the pool branch is a launch of its own in training, and the
+# gradients of input and filters are two
+APART_PIXELS = 64 * 132
 # partial sums of a trunk's modules wait for each other up to so many bytes
 UNFINISHED_BYTES = 16 * 2**20
 
@@ -137,7 +138,7 @@ class Fused(Plan):
         pool_gemm = self.gemm(module.pixels, dims.pool_proj, dims.in_channels, "pointwise")
         kernel = "_pointwise_kernel"
         reads = [x, parts.packed_cat]
-        if self.training and _power_of_two(self.batch * module.pixels) > POOL_APART_PIXELS:
+        if self.training and _power_of_two(self.batch * module.pixels) > APART_PIXELS:
             self._launch("A", layer, reads, one, [gemm], kernel=kernel)
             reads = [x, parts.packed_projection]
             self._launch("A pool", layer, reads, pool, [pool_gemm], kernel=kernel)
@@ -178,8 +179,7 @@ class Fused(Plan):
             )
             self._pack(layer, [parts])
         self._reduction_gradients(module, parts, "_dgrad_kernel")
-        self._input_gradient(module, parts, "_input_grad_kernel")
-        self._filter_gradients(module, parts, "_wgrad_kernel")
+        self._input_and_filter_gradients(module, parts)
         self._unfinished.append(parts)
         waiting = sum(of.partials.bytes for of in self._unfinished)
         if not self._is_trunk or waiting > UNFINISHED_BYTES:
@@ -196,20 +196,27 @@ class Fused(Plan):
         reads = [dz, parts.r, parts.packed_windows, parts.packed_projection]
         self._launch("L1", module.name, reads, [parts.dr, parts.dp], gemms, kernel=kernel)
 
-    def _input_gradient(self, module: Module, parts: "ModuleTensors", kernel: str) -> None:
-        dims = module.dims
+    def _input_and_filter_gradients(self, module: Module, parts: "ModuleTensors") -> None:
+        """L2 and L3, of small maps one launch."""
+        dims, kernel = module.dims, "_gradients_kernel"
         width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
-        gemm = self.gemm(module.pixels, dims.in_channels, width, "pointwise")
+        gemms = [self.gemm(module.pixels, dims.in_channels, width, "pointwise")]
         reads = [parts.dz_slice(dims.ch1x1), parts.dr, parts.dp, parts.index, parts.packed_cat]
         if parts.x.name in self._given:  # what others add to it
             reads.append(gradient(parts.x))
         reads += self._mask_of(parts.x)
-        self._launch("L2", module.name, reads, [gradient(parts.x)], [gemm], kernel=kernel)
+        filter_reads = [parts.x, parts.index, parts.r, parts.dz, parts.dr]
+        writes = [gradient(parts.x), parts.partials]
+        if _power_of_two(self.batch * module.pixels) > APART_PIXELS:
+            self._launch("L2", module.name, reads, writes[:1], gemms, kernel=kernel)
+            filters = parts.filter_gemms
+            self._launch("L3", module.name, filter_reads, writes[1:], filters, kernel=kernel)
+        else:
+            # each operand once
+            operands = dict.fromkeys([parts.dz, *filter_reads, *reads[1:]])
+            gemms += parts.filter_gemms
+            self._launch("L2, L3", module.name, operands, writes, gemms, kernel=kernel)
         self._give(module.name, parts.x)
-
-    def _filter_gradients(self, module: Module, parts: "ModuleTensors", kernel: str) -> None:
-        reads = [parts.x, parts.index, parts.r, parts.dz, parts.dr]
-        self._launch("L3", module.name, reads, [parts.partials], parts.filter_gemms, kernel=kernel)
 
     def _norm_module(self, module: Module, x: Tensor) -> Tensor:
         """BatchNorm in training: raw results and their statistics, then a pass that normalises."""
@@ -252,8 +259,7 @@ class Fused(Plan):
             self._reduction_gradients(module, parts, "_dgrad_kernel")
             reads, writes = [parts.dr, parts.r, moments], [parts.dr, activated]
             launch("reductions backward", reads, writes, "reduce_norm_grad")
-            self._input_gradient(module, parts, "_input_grad_kernel")
-            self._filter_gradients(module, parts, "_wgrad_kernel")
+            self._input_and_filter_gradients(module, parts)
             launch("F", [parts.partials], [gradient(parts.filters)], "finish")
 
         self.later(backward)

@@ -1,16 +1,11 @@
-"""Launch L2: the gradient of x, one GEMM over the concatenated 1x1 filters behind the gather of the
-pool gradient; where x is the output of another module, masked by its ReLU, so that module needs no
-launch M."""
+"""The tiles of launch L2: the gradient of x, one GEMM over the concatenated 1x1 filters behind the
+gather of the pool gradient; where x is the output of another module, masked by its ReLU, so that
+module needs no launch M."""
 
-import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import InceptionDims, align_up
-from fused_inception.kernels.launch import cdiv, run
-from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.tiles import load_bits, tap_validity
-from fused_inception.tuning.configs import InputGradConfig
 
 
 @triton.jit
@@ -76,8 +71,8 @@ def gather_pool(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_pixels", "height", "width"])
-def _input_grad_kernel(
+@triton.jit
+def input_grad_tile(
     # tensors
     dz_ptr,  # [P, DZ_STRIDE] masked gradient, 1x1 branch first
     dr_ptr,  # [P, SR] gradients of both reduced maps
@@ -90,6 +85,7 @@ def _input_grad_kernel(
     dx_ptr,  # [P, C_IN]
     partial_ptr,  # [tiles of pixels, C_IN] fp32, with a mask
     # sizes
+    pid,
     n_pixels,
     height,
     width,
@@ -106,14 +102,13 @@ def _input_grad_kernel(
     BLOCK_CO: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """dx[p, i] = sum over windows that p won of dp + sum_o [dz1 | dr][p, o] * w[i, o]; one program
-    per tile of dx.
+    """dx[p, i] = sum over windows that p won of dp + sum_o [dz1 | dr][p, o] * w[i, o].
 
     With a mask dx[p, i] + other[p, i] where the bit is set, else 0, and its sums over the tile.
     """
     TILES_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
-    pid_p = tl.program_id(0) // TILES_CI
-    pid_ci = tl.program_id(0) % TILES_CI
+    pid_p = pid // TILES_CI
+    pid_ci = pid % TILES_CI
     local_p = tl.arange(0, BLOCK_P)
     offs_p = pid_p * BLOCK_P + local_p
     offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
@@ -147,50 +142,3 @@ def _input_grad_kernel(
         tl.store(dx_ptr + p0 * C_IN + dx_offs, dx_tile, mask=dx_mask)
         sums = tl.sum(dx_tile.to(tl.float32), axis=0)
         tl.store(partial_ptr + pid_p * C_IN + offs_ci, sums, mask=offs_ci < C_IN)
-
-
-def launch_input_grad(
-    dims: InceptionDims,
-    dz: torch.Tensor,
-    dr: torch.Tensor,
-    dp: torch.Tensor,
-    index: torch.Tensor,
-    packed_w: torch.Tensor,
-    dx: torch.Tensor,
-    config: InputGradConfig,
-    *,
-    precision: str,
-    mask: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Fill `dx`, [N, C_IN, H, W] exactly channels last, from the results of launches M and L1.
-
-    With `mask`, the ReLU bits [P, C_IN / 8] of the module whose output x is, `dx` is the gradient
-    behind that ReLU, with `other`, exactly channels last, added to it first.
-
-    Returns its column sums over each tile of pixels, [tiles, C_IN]; without a mask there are none.
-    """
-    n, c_in, height, width = dx.shape
-    n_pixels = n * height * width
-    tile = config.gemm
-    tiles = 0 if mask is None else cdiv(n_pixels, tile.block_m)
-    partial = torch.empty((tiles, c_in), dtype=torch.float32, device=dx.device)
-    run(
-        _input_grad_kernel,
-        (cdiv(n_pixels, tile.block_m) * cdiv(c_in, tile.block_n),),
-        (dz, dr, dp, index, packed_w, mask, other, dx, partial, n_pixels, height, width),
-        dict(
-            C_IN=c_in,
-            S_IN=PackedLayout(dims).slots_in,
-            S1=align_up(dims.ch1x1),
-            SR=dims.reduced_channels,
-            DZ_STRIDE=dims.slot_channels,
-            PRECISION=precision,
-            BLOCK_P=tile.block_m,
-            BLOCK_CI=tile.block_n,
-            BLOCK_CO=tile.block_k,
-            NUM_STAGES=config.num_stages,
-        ),
-        num_warps=config.num_warps,
-    )
-    return partial

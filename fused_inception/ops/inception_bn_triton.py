@@ -16,8 +16,7 @@ from fused_inception.kernels.pack import launch_pack, module_packing
 from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.ops import library_triton
 from fused_inception.ops.inception_triton import (
-    filter_gradients,
-    input_gradient,
+    input_and_filter_gradients,
     packed_for_gradients,
 )
 from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
@@ -135,7 +134,8 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of x, six filters, six gammas and six betas; 0 elements where `needs` says no.
 
-    dy: [N, C_OUT, H, W] in the dtype of x, any strides. Seven launches beside the packing.
+    dy: [N, C_OUT, H, W] in the dtype of x, any strides. Seven launches beside the packing, six
+    where maps are small.
     """
     dims = dims_of(filters)
     layout = PackedLayout(dims)
@@ -176,17 +176,13 @@ def backward(
             [dgammas[i] for i in reduces], [dbetas[i] for i in reduces],
             norm_config(dims.reduced_channels, pixels, target),
         )  # fmt: skip
-    dx = x.new_empty(0)
-    if need_x:
-        assert w is not None  # for the type checker: need_x implies both reduces
-        dx, _ = input_gradient(dims, x, dz, dr, dp, index, w)
     # behind a BatchNorm there is no bias
     none = norm[:0]
-    filter_grads, unfinished = filter_gradients(
-        dims, x, index, activated, gradient, dr, (none, none, none), filters, need_w,
-        [x.new_empty(0)] * len(filters),
+    found = input_and_filter_gradients(
+        dims, x, index, activated, gradient, dr, (dp, w) if need_x else None, (none, none, none),
+        filters, need_w, [x.new_empty(0)] * len(filters),
     )  # fmt: skip
-    launch_finish(unfinished, heuristic.finish_config())
+    launch_finish(found.unfinished, heuristic.finish_config())
     empty = norm.new_empty(0)
     vectors = [empty if g is None else g for g in (*dgammas, *dbetas)]
-    return [dx, *filter_grads, *vectors]
+    return [found.dx, *found.parameters, *vectors]

@@ -1,6 +1,7 @@
 """The script of the module on the Triton path: which launches run, in which order, on which scratch
 tensors."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,11 +11,15 @@ import torch
 
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.finish import Unfinished, launch_finish
-from fused_inception.kernels.input_grad import launch_input_grad
+from fused_inception.kernels.gradients import (
+    FilterGradients,
+    InputGradient,
+    launch_gradients,
+    unfinished,
+)
 from fused_inception.kernels.pack import launch_pack, module_packing
 from fused_inception.kernels.pointwise import launch_pointwise
 from fused_inception.kernels.relu_mask import launch_relu_mask
-from fused_inception.kernels.wgrad import launch_wgrad, unfinished
 from fused_inception.ops import filter_cache, library_triton
 from fused_inception.ops.layout import (
     empty_channels_last,
@@ -211,77 +216,71 @@ def backward_of_masked(
             chosen.dgrad_config(dims, pixels, ops, target),
             reduce3=reduce3, reduce5=reduce5, pooled=need_x, precision=ops.precision,
         )  # fmt: skip
-    dx, sums = x.new_empty(0), x.new_empty(0)
-    if need_x:
-        assert w is not None  # for the type checker: need_x reads it
-        dx, sums = input_gradient(dims, x, dz, dr, dp, index, w, below)
     bias_grads = [
         x.new_empty(f.shape[0] if need else 0, dtype=dtype)
         for f, need, dtype in zip(filters, need_b, biases_dtype, strict=True)
     ]
-    filter_grads, unfinished = filter_gradients(
-        dims, x, index, r, gradient, dr, (partial_m, partial3, partial5), filters, need_w,
-        bias_grads,
+    found = input_and_filter_gradients(
+        dims, x, index, r, gradient, dr, (dp, w) if need_x else None,
+        (partial_m, partial3, partial5), filters, need_w, bias_grads, below,
     )  # fmt: skip
-    return Gradients(dx, sums, [*filter_grads, *bias_grads], unfinished)
+    return found._replace(parameters=[*found.parameters, *bias_grads])
 
 
-def input_gradient(
-    dims: InceptionDims,
-    x: torch.Tensor,
-    dz: torch.Tensor,
-    dr: torch.Tensor,
-    dp: torch.Tensor,
-    index: torch.Tensor,
-    w: torch.Tensor,
-    below: ReluBelow | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch L2: the gradient of x, exactly channels last, and its column sums, as `Gradients` has
-    them."""
-    ops, target, pixels = problem_of(x)
-    dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-    sums = launch_input_grad(
-        dims, dz, dr, dp, index, w, dx,
-        chosen.input_grad_config(dims, pixels, ops, target), precision=ops.precision,
-        mask=None if below is None else below.mask, other=None if below is None else below.other,
-    )  # fmt: skip
-    return dx, sums
-
-
-def filter_gradients(
+def input_and_filter_gradients(
     dims: InceptionDims,
     x: torch.Tensor,
     index: torch.Tensor,
     r: torch.Tensor,
     gradient: library_triton.MaskedGradient,
     dr: torch.Tensor,
+    of_input: tuple[torch.Tensor, torch.Tensor | None] | None,
     column_sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     filters: list[torch.Tensor],
     needs: Sequence[bool],
     bias_grads: list[torch.Tensor],
-) -> tuple[list[torch.Tensor], list[Unfinished]]:
-    """Launch L3: gradients of six filters, 0 elements where `needs` says no; what launch F has to
-    do until they are filled, and `bias_grads` where these have elements.
+    below: ReluBelow | None = None,
+) -> Gradients:
+    """Launches L2 and L3, together where maps are small: the gradient of x, exactly channels last,
+    and those of six filters, 0 elements where `needs` says no; what launch F has to do until they
+    are filled, and `bias_grads` where these have elements.
 
-    r: both reduced maps as the 3x3 and 5x5 read them, behind their ReLU.
+    r: both reduced maps as the 3x3 and 5x5 read them, behind their ReLU. of_input: gradient of the
+    pooled map and packed filters; None where the gradient of x is not needed.
     """
-    grads = empty_filter_grads(filters, needs)
-    if not any(needs) and not any(b.numel() for b in bias_grads):
-        return grads, []
     ops, target, pixels = problem_of(x)
-    need1, need3r, _, need5r, _, need_pool = needs
-    ours = library_triton.filter_gradients(gradient, r, grads)
-    groups = {
-        "branch1": need1,
-        "reduces": need3r or need5r,
-        "conv3": ours[2].numel() > 0,
-        "conv5": ours[4].numel() > 0,
-        "projection": need_pool,
-    }
-    partial_filters = launch_wgrad(
-        dims, for_kernels(x), index, r, gradient.dz, dr,
-        chosen.wgrad_config(dims, pixels, ops, target),
-        groups=frozenset(name for name, need in groups.items() if need),
-        precision=ops.precision,
-    )  # fmt: skip
-    return grads, [unfinished(dims, partial_filters, *column_sums, ours, bias_grads)]
+    dz = gradient.dz
+    dx, first, second = x.new_empty(0), None, None
+    if of_input is not None:
+        dp, w = of_input
+        assert w is not None  # for the type checker: the gradient of x reads it
+        dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
+        first = InputGradient(
+            dp, w, dx, chosen.input_grad_config(dims, pixels, ops, target),
+            None if below is None else below.mask, None if below is None else below.other,
+        )  # fmt: skip
+    grads = ours = empty_filter_grads(filters, needs)
+    if any(needs) or any(b.numel() for b in bias_grads):
+        need1, need3r, _, need5r, _, need_pool = needs
+        ours = library_triton.filter_gradients(gradient, r, grads)
+        groups = {
+            "branch1": need1,
+            "reduces": need3r or need5r,
+            "conv3": ours[2].numel() > 0,
+            "conv5": ours[4].numel() > 0,
+            "projection": need_pool,
+        }
+        second = FilterGradients(
+            for_kernels(x), r, frozenset(name for name, need in groups.items() if need),
+            chosen.wgrad_config(dims, pixels, ops, target),
+        )  # fmt: skip
+    launch = functools.partial(launch_gradients, dims, dz, dr, index, precision=ops.precision)
+    sums, parts = dx, []
+    if first is not None and (second is None or not heuristic.gradients_together(pixels, target)):
+        sums, _ = launch(first, None)
+        first = None
+    if second is not None:
+        found, partial_filters = launch(first, second)
+        sums = sums if first is None else found
+        parts.append(unfinished(dims, partial_filters, *column_sums, ours, bias_grads))
+    return Gradients(dx, sums, grads, parts)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_inception.kernels.finish import Unfinished, launch_finish
-from fused_inception.kernels.wgrad import partial_bytes
+from fused_inception.kernels.gradients import partial_bytes
 from fused_inception.ops import global_pool_triton, inception_triton, pooling_triton
 from fused_inception.ops.inception_triton import Masked, ReluBelow, saved_like
 from fused_inception.ops.layout import channels_last

@@ -342,6 +342,12 @@ def gathered_config(
     return InputGradConfig(tile, warps([tile]), stages([tile], ops, target))
 
 
+def gradients_together(n_pixels: int, target: Target) -> bool:
+    """Whether launches L2 and L3 are one: where neither fills the processors, they share them, and
+    a launch is a good part of their time."""
+    return n_pixels <= 64 * target.processors
+
+
 def finish_config() -> FinishConfig:
     """Launch F: reads of 128 bytes along the output channels, writes of as much along the filter
     positions."""

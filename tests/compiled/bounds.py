@@ -29,7 +29,7 @@ CLEARED, CLEARED_BYTES = re.compile(r"first_tile ="), 12
 TURNED = re.compile(r"(x|dz)_tile =")
 TURNED_LEFT = re.compile(r"x_tile =")
 TURNING = (
-    "_wgrad_kernel",
+    "_gradients_kernel",
     "_conv2d_wgrad_kernel",
     "_naive_wgrad_kernel",
     "_stem_wgrad_kernel",

@@ -13,6 +13,7 @@ from tests.compiled.problems import (
     Auxiliary,
     Convolution,
     GlobalPool,
+    Gradients,
     Library,
     Module,
     NormConvolution,
@@ -70,6 +71,8 @@ LAYERS: dict[str, Callable[[int], Problem]] = {
     # not in the network, where a pool stands beside each norm
     "norm": lambda n: Pooling("lrn", n, 192, SIZES.maxpool1),
     **{name: functools.partial(_module, name) for name in GOOGLENET},
+    # two launches that are one where maps are small, which depends on the target too
+    "4c-gradients": lambda n: Gradients(GOOGLENET["4c"], n, SIZES.module("4c")),
     **{f"stage{number}": lambda _, of=number: _stage(of) for number in "345"},
     # with BatchNorm, in training
     **{f"{name}-bn": functools.partial(_norm_module, name) for name in GOOGLENET},
@@ -130,7 +133,7 @@ OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5", "stage3", "stage4",
 LIBRARY = ("4c-library", "4c-bn-library", "conv1-library", "conv3-bn-library")
 FAMILIES = (
     *("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "aux1"),
-    *("pool5", "4c-bn", "4c-library", "stage5"),
+    *("pool5", "4c-gradients", "4c-bn", "4c-library", "stage5"),
 )
 EVERY_RUN = {
     "sm_90-bf16-stem": Group("sm_90", "bf16", STEM, SOME_BATCHES),

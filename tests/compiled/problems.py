@@ -17,7 +17,14 @@ from fused_inception.geometry import (
     align_up,
 )
 from fused_inception.kernels.finish import launch_finish
-from fused_inception.kernels.wgrad import PartialFilters, unfinished
+from fused_inception.kernels.gradients import (
+    FilterGradients,
+    InputGradient,
+    launch_gradients,
+    unfinished,
+)
+from fused_inception.kernels.layout import PackedLayout
+from fused_inception.kernels.wgrad import PartialFilters
 from fused_inception.ops import (
     avg_pool_project_triton,
     conv2d_bn_triton,
@@ -29,10 +36,12 @@ from fused_inception.ops import (
     pooling_triton,
     stem_triton,
 )
+from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
 from fused_inception.ops.stem import Stem as StemOptions
 from fused_inception.tuning import dispatch
-from fused_inception.tuning.heuristic import finish_config
+from fused_inception.tuning.heuristic import finish_config, input_grad_config
+from fused_inception.tuning.wgrad_heuristic import wgrad_config
 from tests.compiled.collect import Specialisation, collect
 
 # what a matrix names its rows by: the type of the maps and of the products
@@ -118,6 +127,35 @@ class Stage:
             for dims, *of in zip(self.modules, filters, biases, strict=True)
         ]
         launch_finish(parts, finish_config())
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Launches L2 and L3 of a module, together and apart."""
+
+    dims: InceptionDims
+    batch: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """These launches, in training alone."""
+        if not training:
+            return
+        dims = self.dims
+        dz, x, r = (
+            _map(self.batch, channels, self.side, dtype)
+            for channels in (dims.slot_channels, align_up(dims.in_channels), dims.reduced_channels)
+        )
+        ops, target, pixels = problem_of(x)
+        w = torch.empty(PackedLayout(dims).filter_elements, dtype=dtype, device="meta")
+        dx = _like(x)[:, : dims.in_channels]
+        of_input = InputGradient(x, w, dx, input_grad_config(dims, pixels, ops, target))
+        groups = frozenset(("branch1", "reduces", "conv3", "conv5", "projection"))
+        config = wgrad_config(dims, pixels, ops, target)
+        of_filters = FilterGradients(x, r, groups, config)
+        index = x.to(torch.uint8)
+        for some in ((of_input, of_filters), (of_input, None), (None, of_filters)):
+            launch_gradients(dims, dz, r, index, *some, precision=ops.precision)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from tests.compiled.collect import Specialisation
 from tests.compiled.machine_code import ROOT
 from tests.compiled.matrix import IMAGE
 
+# kernels of which a launch has some parts, by a constant each
+RANGES = {"pointwise": ("GEMM", "POOL"), "gradients": ("INPUT", "FILTERS")}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -39,12 +42,13 @@ class Row:
 
 
 def launch_name(spec: Specialisation) -> str:
-    """The kernel, and which program ranges launch A has."""
+    """The kernel, and which program ranges it has: launch A of products and pool, L2 and L3 as one
+    of input and filters."""
     name = spec.kernel.removeprefix("_").removesuffix("_kernel")
-    if spec.constant("GEMM") is None:
+    if name not in RANGES:
         return name
-    ranges = {"gemm": spec.constant("GEMM"), "pool": spec.constant("POOL")}
-    return f"{name} ({' + '.join(k for k, there in ranges.items() if there)})"
+    there = (flag.lower() for flag in RANGES[name] if spec.constant(flag))
+    return f"{name} ({' + '.join(there)})"
 
 
 def rows(target: str, precision: str, builds: Iterable[Build]) -> Iterator[Row]:
