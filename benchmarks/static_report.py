@@ -21,7 +21,7 @@ from pathlib import Path
 import triton
 from tqdm import tqdm
 
-from benchmarks import padding
+from benchmarks import padding, products
 from fused_inception.geometry import InceptionDims
 from fused_inception.tuning.heuristic import Operands
 from tests.compiled import matrix
@@ -32,7 +32,7 @@ from tests.compiled.matrix import LAYERS, Use
 from tests.compiled.problems import Convolution, Module, NormConvolution, NormModule
 from tests.compiled.table import launch_name
 
-# launches of a module: the first letters of their names in `padding.launches`
+# launches of a module: the first letters of their names in `products.launches`
 LETTERS = {
     **{f"pointwise ({ranges})": "A" for ranges in ("gemm + pool", "gemm", "pool")},
     **{"branches": "B ", "dgrad": "L1", "input_grad": "L2", "wgrad": "L3"},
@@ -116,24 +116,24 @@ def padded(launch: str, target: str, precision: str, use: Use) -> float | None:
     norm = isinstance(problem, NormModule | NormConvolution)
     # fp16 has the tiles of bf16, exact fp32 those that fit 4-byte operands
     ops = Operands(2, "tf32") if precision in ("bf16", "fp16") else Operands(4, precision)
-    products: list[padding.Product] = []
+    found: list[products.Product] = []
     if isinstance(problem, Module | NormModule) and isinstance(problem.dims, InceptionDims):
         pixels = problem.batch * problem.side**2
         how = {"training": use.training, "norm": norm}
-        of_module = padding.launches(problem.dims, pixels, ops, target, **how)
+        of_module = products.launches(problem.dims, pixels, ops, target, **how)
         parts = [
-            part for name, found in of_module if name[:2] == LETTERS.get(launch) for part in found
+            part for name, each in of_module if name[:2] == LETTERS.get(launch) for part in each
         ]
-        products = parts[PARTS_OF_A.get(launch, slice(None))]
+        found = parts[PARTS_OF_A.get(launch, slice(None))]
     elif isinstance(problem, Convolution | NormConvolution) and launch.startswith("conv2d_"):
         pixels = problem.batch * problem.side**2
         widths = problem.c_in, problem.c_out, problem.kernel
-        found = padding.convolution(*widths, pixels, ops, target, norm=norm)
+        ways = products.convolution(*widths, pixels, ops, target, norm=norm)
         way = launch.removeprefix("conv2d_")
-        products = [found[way]] if way in found else []
-    if not products:
+        found = [ways[way]] if way in ways else []
+    if not found:
         return None
-    return 1 - sum(p.useful for p in products) / sum(p.issued for p in products)
+    return 1 - sum(p.useful for p in found) / sum(p.issued for p in found)
 
 
 def _tiles(constants: Iterable[tuple[str, object]]) -> Iterable[tuple[str, object]]:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks import padding
-from benchmarks.padding import KEPT, Row, launches, rows, shares, table
+from benchmarks.padding import KEPT, Row, rows, shares, table
+from benchmarks.products import launches
 from fused_inception.geometry import InceptionDims
 from fused_inception.tuning import heuristic
 from fused_inception.tuning.configs import BranchesConfig, Tile

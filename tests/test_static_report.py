@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import padding
+from benchmarks import padding, products
 from benchmarks.static_report import HEAD, markdown, padded, row_of
 from fused_inception.geometry import GOOGLENET
 from tests.compiled.build import Build
@@ -52,17 +52,19 @@ def test_a_row_shows_tiles_and_counts() -> None:
 
 @pytest.mark.parametrize("launch", ["pointwise (gemm)", "pointwise (pool)", "branches", "wgrad"])
 def test_padding_of_a_row_is_that_of_its_layers(launch: str) -> None:
-    """As `benchmarks.padding` has it of the products of that launch."""
+    """As `benchmarks.products` has it of the products of that launch."""
     for use in USES:
         dims, pixels = GOOGLENET[use.layer], use.batch * (28 if use.layer == "3a" else 14) ** 2
-        products = dict(
-            padding.launches(dims, pixels, padding.OPERANDS["bf16"], "sm_90", training=use.training)
+        of_module = dict(
+            products.launches(
+                dims, pixels, padding.OPERANDS["bf16"], "sm_90", training=use.training
+            )
         )
         names = {
             "pointwise (gemm)": ["A"], "pointwise (pool)": ["A"], "branches": ["B 3x3", "B 5x5"],
-            "wgrad": [name for name in products if name.startswith("L3")],
+            "wgrad": [name for name in of_module if name.startswith("L3")],
         }[launch]  # fmt: skip
-        found = [p for name in names for p in products[name]]
+        found = [p for name in names for p in of_module[name]]
         if launch.startswith("pointwise"):
             found = found[:1] if "gemm" in launch else found[1:]
         want = 1 - sum(p.useful for p in found) / sum(p.issued for p in found)
