@@ -59,10 +59,8 @@ def _tiled(m: int, n: int, k: int, tile: Tile, taps: int = 1, tail: int = 0) -> 
 
 
 def _split(m: int, n: int, pixels: int, job: WgradJob) -> Product:
-    chunk, splits = job.chunks(pixels)
-    tile = job.tile
-    rows, columns = align_up(m, tile.block_m), align_up(n, tile.block_n)
-    return Product(m, n, pixels, 1, rows, columns, chunk * splits)
+    # splits are of whole steps, and the last one ends with the pixels
+    return _tiled(m, n, pixels, job.tile)
 
 
 def _image_split(positions: int, c_out: int, pixels: int, job: WgradJob) -> Product:
