@@ -5,8 +5,8 @@ row is one kernel with one configuration: the layers and batches that launch it;
 of stack of a thread, shared memory of a program, programs that fit a processor at a time, the
 narrowest load of tiles; of each inner loop the instructions of a step and sm_90's tensor-core
 cycles for it; and how much of its multiply-adds is padding, from the least to the most of these
-layers, where its tiles are those of an Inception module or of a convolution of its own. Behind the
-table comes the share of padding in all modules' tiles.
+layers: nothing for a kernel that multiplies no tiles. Behind the table comes the share of padding
+in all modules' tiles.
 """
 
 import argparse
@@ -21,18 +21,28 @@ from pathlib import Path
 import triton
 from tqdm import tqdm
 
-from benchmarks import padding
-from fused_inception.geometry import InceptionDims
+from benchmarks import padding, products
+from fused_inception.geometry import AUX_CHANNELS, IMAGE_CHANNELS, InceptionDims, NaiveDims
 from fused_inception.tuning.heuristic import Operands
 from tests.compiled import matrix
 from tests.compiled.__main__ import compiler, groups_of
 from tests.compiled.build import Build
+from tests.compiled.collect import Specialisation
 from tests.compiled.counts import Counts, counts_of
 from tests.compiled.matrix import LAYERS, Use
-from tests.compiled.problems import Convolution, Module, NormConvolution, NormModule
+from tests.compiled.problems import (
+    Auxiliary,
+    Convolution,
+    Library,
+    Module,
+    NormConvolution,
+    NormModule,
+    Problem,
+    Stem,
+)
 from tests.compiled.table import launch_name
 
-# launches of a module: the first letters of their names in `padding.launches`
+# launches of a module: the first letters of their names in `products.launches`
 LETTERS = {
     **{f"pointwise ({ranges})": "A" for ranges in ("gemm + pool", "gemm", "pool")},
     **{"branches": "B ", "dgrad": "L1", "input_grad": "L2", "wgrad": "L3"},
@@ -88,7 +98,7 @@ def row_of(group: str, precision: str, build: Build, uses: Sequence[Use]) -> Row
     name = launch_name(spec)
     tiles = " ".join(f"{name}={value}" for name, value in _tiles(spec.constants))
     cores = " ".join(sorted(build.code.tensor_cores))
-    each = [padded(name, spec.target, precision, use) for use in uses]
+    each = [padded(spec, precision, use) for use in uses]
     shares = [share for share in each if share is not None]
     low, high = (f"{100 * end(shares, default=0):.0f}" for end in (min, max))
     return Row(
@@ -110,30 +120,60 @@ def users(uses: Iterable[Use]) -> str:
     )
 
 
-def padded(launch: str, target: str, precision: str, use: Use) -> float | None:
-    """The share of padding in the multiply-adds of a launch; None where it is not known."""
-    problem = LAYERS[use.layer](use.batch)
-    norm = isinstance(problem, NormModule | NormConvolution)
+def padded(spec: Specialisation, precision: str, use: Use) -> float | None:
+    """The share of padding in the multiply-adds of a launch; None where it has none."""
+    found = _products(spec, precision, LAYERS[use.layer](use.batch), use.training)
+    if not found:
+        return None
+    return 1 - sum(p.useful for p in found) / sum(p.issued for p in found)
+
+
+def _products(
+    spec: Specialisation,
+    precision: str,
+    problem: Problem,
+    training: bool,
+    library: bool = False,
+) -> list[products.Product]:
+    launch = launch_name(spec)
     # fp16 has the tiles of bf16, exact fp32 those that fit 4-byte operands
     ops = Operands(2, "tf32") if precision in ("bf16", "fp16") else Operands(4, precision)
-    products: list[padding.Product] = []
-    if isinstance(problem, Module | NormModule) and isinstance(problem.dims, InceptionDims):
-        pixels = problem.batch * problem.side**2
-        how = {"training": use.training, "norm": norm}
-        of_module = padding.launches(problem.dims, pixels, ops, target, **how)
-        parts = [
-            part for name, found in of_module if name[:2] == LETTERS.get(launch) for part in found
-        ]
-        products = parts[PARTS_OF_A.get(launch, slice(None))]
-    elif isinstance(problem, Convolution | NormConvolution) and launch.startswith("conv2d_"):
-        pixels = problem.batch * problem.side**2
-        widths = problem.c_in, problem.c_out, problem.kernel
-        found = padding.convolution(*widths, pixels, ops, target, norm=norm)
-        way = launch.removeprefix("conv2d_")
-        products = [found[way]] if way in found else []
-    if not products:
-        return None
-    return 1 - sum(p.useful for p in products) / sum(p.issued for p in products)
+    where = ops, spec.target
+    norm = isinstance(problem, NormModule | NormConvolution)
+    found: dict[str, list[products.Product]] = {}
+    match problem:
+        case Library(ours):
+            return _products(spec, precision, ours, training, library=True)
+        case Module(InceptionDims() as dims, batch, side) | NormModule(dims, batch, side):
+            of_module = products.launches(
+                dims, batch * side**2, *where, training=training, norm=norm
+            )
+            theirs = ("3x3", "5x5") if library else ()
+            parts = [
+                part
+                for name, each in of_module
+                if name[:2] == LETTERS.get(launch) and not name.endswith(theirs)
+                for part in each
+            ]
+            return parts[PARTS_OF_A.get(launch, slice(None))]
+        case Module(NaiveDims() as dims, batch, side):
+            found = products.naive(dims, batch * side**2, *where)
+        case Convolution() | NormConvolution():
+            filters = problem.c_in, problem.c_out, problem.kernel
+            batch, side = problem.batch, problem.side
+            if problem.c_in <= IMAGE_CHANNELS:
+                found = products.image_convolution(*filters, problem.stride, batch, side, *where)
+            else:
+                found = products.convolution(*filters, batch * side**2, *where, norm=norm)
+        case Stem(batch, side, channels):
+            for convolution in problem.convolutions:
+                if convolution.kernel == spec.constant("K"):
+                    return _products(spec, precision, convolution, training)
+            c1, c2, c3 = (convolution.c_out for convolution in problem.convolutions)
+            found = products.stem(channels, (c1, c2, c3), batch, side, *where)
+        case Auxiliary(batch, c_in, side, window):
+            found = products.auxiliary(c_in, AUX_CHANNELS, batch, side, window, *where)
+    return found.get(launch, [])
 
 
 def _tiles(constants: Iterable[tuple[str, object]]) -> Iterable[tuple[str, object]]:

@@ -11,7 +11,6 @@ from tests.compiled.collect import Specialisation
 from tests.compiled.problems import (
     DTYPES,
     Auxiliary,
-    Convolution,
     GlobalPool,
     Gradients,
     Library,
@@ -61,9 +60,9 @@ LAYERS: dict[str, Callable[[int], Problem]] = {
     # not in the network: reads the image as it is, in training too
     "stem-rgba": lambda n: Stem(n, IMAGE, channels=4),
     # its parts, as operators of their own
-    "conv1": lambda n: Convolution(n, 3, 64, kernel=7, stride=2, side=IMAGE),
-    "conv2": lambda n: Convolution(n, 64, 64, kernel=1, stride=1, side=SIZES.maxpool1),
-    "conv3": lambda n: Convolution(n, 64, 192, kernel=3, stride=1, side=SIZES.maxpool1),
+    "conv1": lambda n: Stem(n, IMAGE).convolutions[0],
+    "conv2": lambda n: Stem(n, IMAGE).convolutions[1],
+    "conv3": lambda n: Stem(n, IMAGE).convolutions[2],
     "pool1": lambda n: Pooling("max_pool_lrn", n, 64, SIZES.conv1),
     "pool2": lambda n: Pooling("lrn_max_pool", n, 192, SIZES.maxpool1),
     "pool3": lambda n: Pooling("max_pool", n, GOOGLENET["3b"].out_channels, SIZES.maxpool2),

@@ -15,6 +15,7 @@ from fused_inception.geometry import (
     NaiveDims,
     Window,
     align_up,
+    googlenet_sizes,
 )
 from fused_inception.kernels.finish import launch_finish
 from fused_inception.kernels.gradients import (
@@ -296,12 +297,22 @@ class Stem:
     side: int
     channels: int = 3
 
+    @property
+    def convolutions(self) -> tuple[Convolution, Convolution, Convolution]:
+        """Its three, as operators of their own."""
+        n, side = self.batch, googlenet_sizes(self.side).maxpool1
+        return (
+            Convolution(n, self.channels, 64, kernel=7, stride=2, side=self.side),
+            Convolution(n, 64, 64, kernel=1, stride=1, side=side),
+            Convolution(n, 64, 192, kernel=3, stride=1, side=side),
+        )
+
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The script of the operator; in training the image needs no gradient."""
         options = StemOptions(2, 3, STEM_POOL, STEM_NORM, STEM_NORM, STEM_POOL)
         image = (self.batch, self.channels, self.side, self.side)
         x = torch.empty(image, dtype=dtype, device="meta")
-        shapes = ((64, self.channels, 7, 7), (64, 64, 1, 1), (192, 64, 3, 3))
+        shapes = [(c.c_out, c.c_in, c.kernel, c.kernel) for c in self.convolutions]
         filters = [torch.empty(shape, device="meta") for shape in shapes]
         biases = [torch.empty(shape[0], device="meta") for shape in shapes]
         y, saved = stem_triton.forward(x, filters, biases, options, training)
