@@ -33,6 +33,7 @@ from tests.compiled.matrix import LAYERS, Use
 from tests.compiled.problems import (
     Auxiliary,
     Convolution,
+    Gradients,
     Library,
     Module,
     NormConvolution,
@@ -44,8 +45,9 @@ from tests.compiled.table import launch_name
 
 # launches of a module: the first letters of their names in `products.launches`
 LETTERS = {
-    **{f"pointwise ({ranges})": "A" for ranges in ("gemm + pool", "gemm", "pool")},
-    **{"branches": "B ", "dgrad": "L1", "input_grad": "L2", "wgrad": "L3"},
+    **{f"pointwise ({ranges})": ("A",) for ranges in ("gemm + pool", "gemm", "pool")},
+    **{"branches": ("B ",), "dgrad": ("L1",), "gradients (input)": ("L2",)},
+    **{"gradients (filters)": ("L3",), "gradients (input + filters)": ("L2", "L3")},
 }
 PARTS_OF_A = {"pointwise (gemm)": slice(0, 1), "pointwise (pool)": slice(1, 2)}
 TILES = ("BLOCK", "TILES", "TAIL", "POOL_", "NUM_STAGES")
@@ -144,7 +146,11 @@ def _products(
     match problem:
         case Library(ours):
             return _products(spec, precision, ours, training, library=True)
-        case Module(InceptionDims() as dims, batch, side) | NormModule(dims, batch, side):
+        case (
+            Module(InceptionDims() as dims, batch, side)
+            | NormModule(dims, batch, side)
+            | Gradients(dims, batch, side)
+        ):
             of_module = products.launches(
                 dims, batch * side**2, *where, training=training, norm=norm
             )
@@ -152,7 +158,7 @@ def _products(
             parts = [
                 part
                 for name, each in of_module
-                if name[:2] == LETTERS.get(launch) and not name.endswith(theirs)
+                if name[:2] in LETTERS.get(launch, ()) and not name.endswith(theirs)
                 for part in each
             ]
             return parts[PARTS_OF_A.get(launch, slice(None))]

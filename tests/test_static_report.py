@@ -16,6 +16,7 @@ from tests.compiled.build import Build
 from tests.compiled.collect import Specialisation
 from tests.compiled.machine_code import Loop, MachineCode
 from tests.compiled.matrix import Use
+from tests.compiled.table import RANGES
 from tests.test_house import run_python, sources
 
 CONSTANTS = (
@@ -42,8 +43,8 @@ USES = [Use("4d", 32, True), Use("4d", 256, True), Use("4d", 32, False), Use("3a
 def share(launch: str, use: Use, **constants: object) -> float | None:
     """Of a launch in bf16 on sm_90 that the table calls so."""
     kernel, _, ranges = launch.partition(" ")
-    if kernel == "pointwise":
-        constants = {"GEMM": "gemm" in ranges, "POOL": "pool" in ranges}
+    for flag in RANGES.get(kernel, ()):
+        constants[flag] = flag.lower() in ranges
     spec = replace(SPEC, kernel=f"_{kernel}_kernel", constants=tuple(constants.items()))
     return padded(spec, "bf16", use)
 
@@ -66,16 +67,20 @@ def test_a_row_shows_tiles_and_counts() -> None:
     assert "L3 reduces" in text
 
 
-@pytest.mark.parametrize("launch", ["pointwise (gemm)", "pointwise (pool)", "branches", "wgrad"])
+LAUNCHES = {
+    **dict.fromkeys(("pointwise (gemm)", "pointwise (pool)"), ("A",)),
+    **{"branches": ("B ",), "gradients (input)": ("L2",), "gradients (filters)": ("L3",)},
+    **{"gradients (input + filters)": ("L2", "L3")},
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
 def test_padding_of_a_row_is_that_of_its_layers(launch: str) -> None:
     """As `benchmarks.products` has it of the products of that launch."""
     for use in USES:
         dims, pixels = GOOGLENET[use.layer], use.batch * (28 if use.layer == "3a" else 14) ** 2
         of_module = dict(products.launches(dims, pixels, BF16, "sm_90", training=use.training))
-        names = {
-            "pointwise (gemm)": ["A"], "pointwise (pool)": ["A"], "branches": ["B 3x3", "B 5x5"],
-            "wgrad": [name for name in of_module if name.startswith("L3")],
-        }[launch]  # fmt: skip
+        names = [name for name in of_module if name.startswith(LAUNCHES[launch])]
         found = [p for name in names for p in of_module[name]]
         if launch.startswith("pointwise"):
             found = found[:1] if "gemm" in launch else found[1:]
@@ -93,7 +98,7 @@ def test_padding_of_convolutions_of_their_own() -> None:
     wgrad = share("conv2d_wgrad", Use("conv3", 256, True))
     assert wgrad is not None
     assert wgrad > 0.1
-    assert share("conv2d_finish", Use("conv2", 256, True)) is None
+    assert share("finish", Use("conv2", 256, True)) is None
 
 
 def test_padding_of_the_stem_is_that_of_its_convolutions() -> None:
@@ -112,7 +117,8 @@ def test_padding_beside_the_library_is_that_of_our_products() -> None:
     use = Use("4c-library", 256, True)
     of_module = dict(products.launches(GOOGLENET["4c"], 256 * 14**2, BF16, "sm_90"))
     ours = [p for name in ("L3 1x1", "L3 reduces", "L3 pool") for p in of_module[name]]
-    assert share("wgrad", use) == 1 - sum(p.useful for p in ours) / sum(p.issued for p in ours)
+    want = 1 - sum(p.useful for p in ours) / sum(p.issued for p in ours)
+    assert share("gradients (filters)", use) == want
     assert share("branches", use) is None
 
 
