@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -126,6 +127,38 @@ def test_a_tail_where_uniform_tiles_pad_most() -> None:
 def test_step_of_the_reduction(channels: int, step: int) -> None:
     """64 where that pads the channels of a tap by no more than a seventh."""
     assert heuristic._block_k(channels, OPERANDS["16-bit"]) == step
+
+
+# (target, operands) that spill where the others do not
+SPILLING = ("sm_120", "tf32")
+
+
+@pytest.mark.parametrize("precision", OPERANDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_stages_where_three_would_spill(target: str, precision: str) -> None:
+    """4b's input gradient with what an auxiliary classifier adds to it."""
+    ops, gpu = OPERANDS[precision], TARGETS[target]
+    dims = GOOGLENET["4b"]
+    k = dims.ch1x1 + dims.reduced_channels
+    usual = heuristic.gathered_config(2**13, dims.in_channels, k, ops, gpu)
+    config = heuristic.input_grad_config(dims, 2**13, ops, gpu)
+    stages = 2 if (target, precision) == SPILLING else usual.num_stages
+    assert config == replace(usual, num_stages=stages)
+    assert usual.num_stages > 2 or (target, precision) != SPILLING
+
+
+@pytest.mark.parametrize("precision", OPERANDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_half_a_step_for_a_tail_without_a_pipeline(target: str, precision: str) -> None:
+    """The stem's conv3 at N = 32, whose steps of 32 would spill; with a second stage, at N = 1,
+    they would not."""
+    ops, gpu = OPERANDS[precision], TARGETS[target]
+    steps = [
+        conv_heuristic.conv_config(64, 192, 3, pixels, ops, gpu).forward.block_k
+        for pixels in (2**12, 2**17)
+    ]
+    usual = heuristic._block_k(64, ops)
+    assert steps == [usual, 16 if (target, precision) == SPILLING else usual]
 
 
 def test_large_batches_take_large_tiles() -> None:

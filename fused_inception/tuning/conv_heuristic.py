@@ -46,7 +46,12 @@ def conv_config(
     dgrad = gated_tile(n_pixels, c_in, align_up(c_out), taps, ops, target)
     wgrad = wgrad_job(taps * align_up(c_in), align_up(c_out), n_pixels, ops, target)
     tiles = [forward, dgrad, wgrad.tile]
-    return ConvConfig(forward, tail, dgrad, wgrad, warps(tiles), stages(tiles, ops, target))
+    num_stages = stages(tiles, ops, target)
+    if tail and num_stages == 1 and ops.short_of_registers(target):
+        # without a pipeline a step waits in registers: one of 32 would spill where ptxas makes room
+        # for two programs a processor
+        forward = replace(forward, block_k=16)
+    return ConvConfig(forward, tail, dgrad, wgrad, warps(tiles), num_stages)
 
 
 @functools.lru_cache(maxsize=4096)

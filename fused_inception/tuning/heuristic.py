@@ -45,6 +45,10 @@ class Operands:
         """Exact fp32 products run on the ordinary units."""
         return self.itemsize == 2 or self.precision == "tf32"
 
+    def short_of_registers(self, target: Target) -> bool:
+        """Whether these are TF32 on a target where it spills first."""
+        return self.itemsize == 4 and self.tensor_cores and target.tf32_spills
+
     def flops(self, target: Target) -> float:
         """Peak of these operands."""
         if self.itemsize == 2:
@@ -324,7 +328,11 @@ def input_grad_config(
 ) -> InputGradConfig:
     """Launch L2."""
     k = align_up(dims.ch1x1) + dims.reduced_channels
-    return gathered_config(n_pixels, dims.in_channels, k, ops, target)
+    config = gathered_config(n_pixels, dims.in_channels, k, ops, target)
+    if ops.short_of_registers(target):
+        # at three stages a short reduction is unrolled whole, and spills beside what others add
+        return replace(config, num_stages=min(2, config.num_stages))
+    return config
 
 
 def gathered_config(

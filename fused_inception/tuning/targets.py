@@ -26,6 +26,8 @@ class Target:
     memory_bytes: float = 4.3e12  # per second, device memory
     # depth in exact fp32, whose products take longer than any load
     exact_stages: int = 2
+    # whether TF32 spills in what the other targets have registers for
+    tf32_spills: bool = False
 
 
 # shared memory: the limits of the CUDA programming guide and of CDNA3; speeds: orders of magnitude
@@ -38,7 +40,7 @@ TARGETS = {
         Target("sm_89", 101376, 142, 330e12, 4.5e12, 3, 128 * 128, memory_bytes=0.8e12),
         Target("sm_100", 232448, 148, 1600e12, 10.0e12, 4, 128 * 128, memory_bytes=7.0e12),
         # in exact fp32 two stages would spill
-        Target("sm_120", 101376, 170, 400e12, 6.0e12, 3, 128 * 128, 128 * 64, 1.6e12, 3),
+        Target("sm_120", 101376, 170, 400e12, 6.0e12, 3, 128 * 128, 128 * 64, 1.6e12, 3, True),
         Target("gfx942", 65536, 304, 1000e12, 10.0e12, 2, 128 * 128, memory_bytes=4.5e12),
     )
 }
