@@ -50,7 +50,7 @@ class TestExplain:
         lines = str(fi.explain(model, images())).splitlines()
         assert lines[0] == "explain: Sequential, training, float32 [2, 3, 6, 6], cpu"
         assert lines[4].split()[:4] == ["1", "Inception", "ATen", "[2,"]
-        assert "~2+5 (2)" in lines[4]
+        assert "~2+4 (2)" in lines[4]
         assert lines[5] == "ATen: cpu tensors [0, 1]"
         assert "predicted for one NVIDIA H200" in lines[-1]
 
@@ -111,10 +111,10 @@ class TestTritonPath:
         assert [block.launches for block in report.blocks] == [
             Launches(1, 3, 0),
             Launches(1, 1, 0),
-            Launches(2, 5, 2),
+            Launches(2, 4, 2),
         ]
-        assert report.launches == Launches(4, 9, 2)
-        assert "4 Triton launches forward, 9 backward, and 2 that pack filters" in str(report)
+        assert report.launches == Launches(4, 8, 2)
+        assert "4 Triton launches forward, 8 backward, and 2 that pack filters" in str(report)
         assert report.blocks[0].copied is None
 
     @pytest.mark.usefixtures("own_tables")
