@@ -10,7 +10,7 @@ import torch
 import fused_inception as fi
 from fused_inception import cost
 from fused_inception.backend import backend
-from fused_inception.cost.fused import BUILT, Fused, kind_of
+from fused_inception.cost.fused import BUILT, UNFINISHED_BYTES, Fused, kind_of
 from fused_inception.cost.layers import Conv
 from fused_inception.functional import conv2d_relu, inception
 from fused_inception.geometry import GOOGLENET, InceptionDims
@@ -387,6 +387,9 @@ def test_launches_of_the_whole_network_are_within_the_plan():
     stem = [training.part(layer=layer) for layer in training.layers[:5]]
     assert sum(part.launches("triton") for part in stem) == 5 + 6
     assert sum(part.launches("packing") for part in stem) == 2
+    from fused_inception.ops import trunk_triton
+
+    assert UNFINISHED_BYTES == trunk_triton.UNFINISHED_BYTES
     small, large = (cost.network("paper", batch=n) for n in (1, 256))
     # of each module A, B, L1, and L2 and L3 as one; a launch F for each of three stages
     modules = 9 * 4 + 3

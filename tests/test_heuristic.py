@@ -129,6 +129,17 @@ def test_step_of_the_reduction(channels: int, step: int) -> None:
     assert heuristic._block_k(channels, OPERANDS["16-bit"]) == step
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_wide_pool_tile_inside_a_launch_has_eight_warps(target: str) -> None:
+    """5b in training at N = 1, whose 64 sums a thread spilled on sm_89; not where the pool is a
+    launch of its own, nor in inference, which keeps no winners."""
+    ops, gpu, dims = OPERANDS["16-bit"], TARGETS[target], GOOGLENET["5b"]
+    small = heuristic.pointwise_config(dims, 2**6, ops, gpu, True)
+    assert small.pool_in_launch
+    assert (small.pool.block_n, small.num_warps) == (128, 8)
+    assert heuristic.pointwise_config(dims, 2**6, ops, gpu, False).num_warps == 4
+
+
 # (target, operands) that spill where the others do not
 SPILLING = ("sm_120", "tf32")
 

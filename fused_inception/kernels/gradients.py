@@ -180,8 +180,10 @@ class InputGradient:
         n, _, height, width = self.dx.shape
         return cdiv(n * height * width, self.config.gemm.block_m)
 
-    def empty_sums(self) -> torch.Tensor:
-        """[tiles, C_IN], for the column sums over each tile of pixels; none without a mask."""
+    @functools.cached_property
+    def sums(self) -> torch.Tensor:
+        """To be filled with the column sums over each tile of pixels, [tiles, C_IN]; none without a
+        mask."""
         tiles = 0 if self.mask is None else self.pixel_tiles
         return self.dx.new_empty((tiles, self.dx.shape[1]), dtype=torch.float32)
 
@@ -212,14 +214,13 @@ def launch_gradients(
     of_filters: FilterGradients | None,
     *,
     precision: str,
-) -> tuple[torch.Tensor, PartialFilters]:
+) -> PartialFilters:
     """The gradient of x, partial filter gradients, or in one launch both.
 
     dz, dr, index: of launches M, L1 and A, [N, channels, H, W] channels last.
 
-    Returns the column sums of dx, as `InputGradient.empty_sums` has them, and the groups of partial
-    filter gradients: each [splits, filter positions (tap, channel), output channels] in fp32,
-    channels padded to slots.
+    Returns the groups of partial filter gradients: each [splits, filter positions (tap, channel),
+    output channels] in fp32, channels padded to slots.
     """
     n, _, height, width = dz.shape
     n_pixels = n * height * width
@@ -234,12 +235,10 @@ def launch_gradients(
     if of_filters is not None:
         tensors[:3] = of_filters.x, of_filters.r, buffer
         stride8 = of_filters.x.stride(3) // 8
-    sums = buffer
     if of_input is not None:
-        of, dx = of_input, of_input.dx
-        sums = of.empty_sums()
-        tensors[3:] = of.dp, of.w, of.mask, of.other, dx, sums
-        programs += of.pixel_tiles * cdiv(dx.shape[1], of.config.gemm.block_n)
+        of = of_input
+        tensors[3:] = of.dp, of.w, of.mask, of.other, of.dx, of.sums
+        programs += of.pixel_tiles * cdiv(dims.in_channels, of.config.gemm.block_n)
     run(
         _gradients_kernel,
         (programs,),
@@ -247,7 +246,7 @@ def launch_gradients(
         constants,
         num_warps=num_warps,
     )
-    return sums, PartialFilters(buffer, splits.placed)
+    return PartialFilters(buffer, splits.placed)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -100,8 +100,7 @@ def naive_constants(dims: NaiveDims) -> dict[str, int]:
 
 def naive_packing(dims: NaiveDims) -> Packing:
     """The layout of the three filters and biases that all kernels of the naive module read."""
-    c_in = dims.in_channels
-    return row_packing((dims.ch1x1, c_in, 1), (dims.ch3x3, c_in, 9), (dims.ch5x5, c_in, 25))
+    return row_packing(*((c_out, c_in, k * k) for c_out, c_in, k, _ in dims.filter_shapes))
 
 
 def launch_naive_conv(

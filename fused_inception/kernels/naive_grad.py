@@ -263,12 +263,10 @@ def naive_unfinished(
 
 @functools.lru_cache(maxsize=1024)
 def _sums(dims: NaiveDims) -> Sums:
-    c_in, s_in = dims.in_channels, align_up(dims.in_channels)
-    taps = (1, 9, 25)
     return Sums(
         tuple(
-            FilterSum(c_out, c_in, t, s_in, align_up(c_out), 0)
-            for c_out, t in zip(dims.conv_widths, taps, strict=True)
+            FilterSum(c_out, c_in, k * k, align_up(c_in), align_up(c_out), 0)
+            for c_out, c_in, k, _ in dims.filter_shapes
         ),
         tuple(
             BiasSum(c_out, dims.slot_channels, slot)

@@ -121,7 +121,7 @@ def _key(
 
 def _kinds_of(args: tuple[Any, ...]) -> list[Any]:
     """What Triton specialises each argument on."""
-    # a loop in one expression: at every launch, over up to 40 arguments
+    # a loop in one expression: at every launch, over up to 120 tensors
     return [
         (arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype, arg.data_ptr() & 15))
         if isinstance(arg, torch.Tensor)

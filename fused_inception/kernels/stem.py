@@ -39,7 +39,7 @@ class StemShape:
     @property
     def packing(self) -> Packing:
         """The layout of conv2's and conv3's filters and biases."""
-        return row_packing((self.c2, self.conv1.c_out, 1), (self.c3, self.c2, 9))
+        return _packing(self.conv1.c_out, self.c2, self.c3, image=False)
 
     def packed(self, flat: torch.Tensor, *, backward: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The filters of conv2 and conv3 among those packed so, as launchers of single convolutions
@@ -139,7 +139,7 @@ def launch_stem_pack(
     n, c_in, height, width = x.shape
     c1 = w1.shape[0]
     shape = packed_image_shape(n, image.out_height, image.out_width)
-    packing = _packing(c1, w2.shape[0], w3.shape[0])
+    packing = _packing(c1, w2.shape[0], w3.shape[0], image=True)
     source = w3 if is_channels_last_filter(w3) else w3.contiguous()
     programs, constants = pack_constants(
         (packing,), (False, is_channels_last_filter(source)), True, False, block
@@ -163,8 +163,10 @@ def launch_stem_pack(
 
 
 @functools.lru_cache(maxsize=1024)
-def _packing(c1: int, c2: int, c3: int) -> Packing:
-    """Of conv2 and conv3 and, behind theirs, the bias of conv1."""
+def _packing(c1: int, c2: int, c3: int, *, image: bool) -> Packing:
+    """Of conv2 and conv3; with an image, behind theirs, the bias of conv1."""
     of = row_packing((c2, c1, 1), (c3, c2, 9))
+    if not image:
+        return of
     bias1 = PackedBias(c1, of.bias_elements)
     return replace(of, biases=(*of.biases, bias1), bias_elements=of.bias_elements + align_up(c1))

@@ -175,8 +175,13 @@ def backward(
 
 def reads_packed(needs: Sequence[bool]) -> bool:
     """Whether `backward_of_masked` multiplies by filters: for x or for one of the reductions."""
+    return any(_reduces(needs))
+
+
+def _reduces(needs: Sequence[bool]) -> tuple[bool, bool]:
+    """Whether the gradients of the 3x3's and of the 5x5's reduced map are needed."""
     need_x, need_w, need_b = needs[0], needs[1:7], needs[7:]
-    return any((need_x, need_w[1], need_b[1], need_w[3], need_b[3]))
+    return need_x or need_w[1] or need_b[1], need_x or need_w[3] or need_b[3]
 
 
 def mask_gradient(dims: InceptionDims, dy: torch.Tensor, mask: torch.Tensor) -> Masked:
@@ -203,8 +208,7 @@ def backward_of_masked(
     dz, partial_m = masked.dz, masked.sums
     ops, target, pixels = problem_of(x)
     need_x, need_w, need_b = needs[0], needs[1:7], needs[7:]
-    reduce3 = need_x or need_w[1] or need_b[1]
-    reduce5 = need_x or need_w[3] or need_b[3]
+    reduce3, reduce5 = _reduces(needs)
 
     gradient = library_triton.MaskedGradient(
         dispatch.module_plan(dims, pixels, ops, target), dims, dz
@@ -275,12 +279,11 @@ def input_and_filter_gradients(
             chosen.wgrad_config(dims, pixels, ops, target),
         )  # fmt: skip
     launch = functools.partial(launch_gradients, dims, dz, dr, index, precision=ops.precision)
-    sums, parts = dx, []
-    if first is not None and (second is None or not heuristic.gradients_together(pixels, target)):
-        sums, _ = launch(first, None)
+    sums = dx if first is None else first.sums
+    if first is not None and (second is None or not heuristic.launches_together(pixels, target)):
+        launch(first, None)
         first = None
-    if second is not None:
-        found, partial_filters = launch(first, second)
-        sums = sums if first is None else found
-        parts.append(unfinished(dims, partial_filters, *column_sums, ours, bias_grads))
-    return Gradients(dx, sums, grads, parts)
+    if second is None:
+        return Gradients(dx, sums, grads, [])
+    part = unfinished(dims, launch(first, second), *column_sums, ours, bias_grads)
+    return Gradients(dx, sums, grads, [part])

@@ -168,7 +168,7 @@ def pointwise_config(
         return *_split_seconds(n_pixels, width, k, shape, ops, target), -shape[1]
 
     # one launch where launches are what it costs: inference, and less than a few waves of training
-    together = not save or norm or n_pixels <= 64 * target.processors
+    together = not save or norm or launches_together(n_pixels, target)
     # the bits of 256 rows, and those of 128 x 256 beside the pool's registers, would spill
     largest = ops.max_elements(target)
     if save and together:
@@ -190,12 +190,16 @@ def pointwise_config(
     pool = Tile(pool_rows, min(widest, max(32, _power_of_two(dims.pool_proj))), 32)
     if not ops.tensor_cores:
         pool = Tile(64, 64, 16)
+    num_warps = warps([gemm])
+    if save and together and pool.block_n == 128:
+        # its gather is the longest program, and with 64 sums a thread one value spilled (sm_89)
+        num_warps = 8
     return PointwiseConfig(
         gemm,
         tail,
         pool,
         together,
-        warps([gemm]),
+        num_warps,
         stages([gemm], ops, target),
         8 if pool.block_m == 128 else 4,
     )
@@ -350,9 +354,9 @@ def gathered_config(
     return InputGradConfig(tile, warps([tile]), stages([tile], ops, target))
 
 
-def gradients_together(n_pixels: int, target: Target) -> bool:
-    """Whether launches L2 and L3 are one: where neither fills the processors, they share them, and
-    a launch is a good part of their time."""
+def launches_together(n_pixels: int, target: Target) -> bool:
+    """Whether A's parts in training, and L2 and L3, are one launch: where none fills the processors
+    they share them, and a launch is a good part of their time."""
     return n_pixels <= 64 * target.processors
 
 
