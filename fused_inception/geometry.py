@@ -7,6 +7,8 @@ ALIGN = 8  # channels: 16 bytes in 16-bit types, the widest vector load
 # as many input channels at the most are read as an image, one element at a time
 IMAGE_CHANNELS = 4
 IMAGE_POSITIONS = 256
+# of max pools: kernels unroll its taps, registers and compilers are good for so many
+LARGEST_WINDOW = 3
 AUX_CHANNELS = 128  # filters of the 1x1 convolution in an auxiliary head
 
 
@@ -245,6 +247,13 @@ def why_no_conv_kernel(c_in: int, kernel: int, stride: int, padding: int) -> str
         'for 1x1, 3x3 and 5x5 of stride 1 with "same" padding, and for images of up to '
         f"{IMAGE_CHANNELS} channels"
     )
+
+
+def why_no_pool_kernel(kernel: int) -> str | None:
+    """Why no kernel of ours pools windows of this side; None where one does."""
+    if kernel <= LARGEST_WINDOW:
+        return None
+    return f"kernel_size {kernel}: kernels exist up to {LARGEST_WINDOW}"
 
 
 @dataclass(frozen=True)

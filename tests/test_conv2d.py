@@ -214,6 +214,12 @@ def test_parallel_1x1_is_one_product(device: torch.device) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="got 3 and 2"):
         functional.parallel_conv1x1_relu(x, weights, biases[:2])
+    with pytest.raises(ValueError, match=r"bias must be of shape \[16\], got \[3\]"):
+        functional.parallel_conv1x1_relu(x, weights, biases[::-1])
+    with pytest.raises(ValueError, match=r"weight must be of shape \[C_out, 24, 1, 1\]"):
+        functional.parallel_conv1x1_relu(x, [w.expand(-1, -1, 3, 3) for w in weights], biases)
+    with pytest.raises(TypeError, match="weight must be float32, got bfloat16"):
+        functional.parallel_conv1x1_relu(x, [weights[0], weights[1].bfloat16(), weights[2]], biases)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_inception as fi
+from fused_inception.backend import assume_triton
 from fused_inception.geometry import InceptionDims
 from fused_inception.tools.explain import Launches
 from fused_inception.tuning import dispatch
@@ -159,3 +160,16 @@ class TestTritonPath:
         assert fi.explain(model, images(2, 16, 5, 5)).blocks[0].path.reason == "cpu tensors"
         with fi.backend("triton"), pytest.raises(fi.BackendError, match="no kernel for this"):
             fi.explain(model, images(2, 16, 5, 5))
+        reasons = {
+            fi.MaxPool2d(5): "kernel_size 5: kernels exist up to 3",
+            fi.MaxPoolLRN2d(3, 4, 2): "kernel_size 4: kernels exist up to 3",
+            fi.ConvBlock(16, 8, kernel_size=7, padding=3): "kernel 7, stride 1, padding 3",
+        }
+        for block, reason in reasons.items():
+            assert f"PyTorch's operators: {reason}" in repr(block)
+            with assume_triton():
+                (row,) = fi.explain(block, images(2, 16, 9, 9)).blocks
+            assert row.path.name == "ATen"
+            assert row.path.reason.startswith(reason)
+            assert row.launches is None
+            assert "+" not in str(fi.explain(block, images(2, 16, 9, 9))).split("ATen: ")[0]

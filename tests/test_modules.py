@@ -230,6 +230,9 @@ def test_print_hides_no_plain_layer() -> None:
     for fused in (network.conv1, network.aux1, network.aux2, network.avgpool):
         assert "one fused operator" in fused.extra_repr()
     assert "parameters of the fused module" in network.aux1.conv.extra_repr()
+    assert "7 of 7 pools and local response norms" in repr(network)
+    network.maxpool1 = torch.nn.MaxPool2d(3, 2, ceil_mode=True)
+    assert "6 of 7 pools and local response norms" in repr(network)
     network = fi.googlenet("torchvision", num_classes=3)
     assert "9 of 9 Inception modules, 5 of 5 other convolutions" in repr(network)
     for fused in (network.conv1, network.aux1.conv):

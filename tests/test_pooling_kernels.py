@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from fused_inception import reference
-from fused_inception.geometry import Window
+from fused_inception.geometry import LARGEST_WINDOW, Window
 from fused_inception.launches import record_launches
 from fused_inception.ops import pooling_triton
-from fused_inception.ops.pooling import MAX_KERNEL
 from fused_inception.tuning.configs import MarchConfig, VectorConfig
 from tests.conftest import INTERPRETED
 from tests.pooling_cases import OPS, POOLING_CASES, PoolingCase
 from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-KERNEL_CASES = [case for case in POOLING_CASES if case.window.kernel <= MAX_KERNEL]
+KERNEL_CASES = [case for case in POOLING_CASES if case.window.kernel <= LARGEST_WINDOW]
 BY_NAME = {case.name: case for case in KERNEL_CASES}
 ops = pytest.mark.parametrize("op", OPS)
 # where the time of a program is the same for any tile, tiles are large

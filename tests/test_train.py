@@ -318,9 +318,11 @@ def test_predict_refuses_what_it_cannot_read(finished, tmp_path, capsys):
         capsys, ["predict", str(tmp_path / "bad.png"), weights]
     )
     torch.save({"model": {}}, tmp_path / "other.pt")
-    assert "is not a checkpoint" in fails_with(
-        capsys, ["predict", str(tmp_path / "other.pt"), weights]
-    )
+    torch.save({"kind": checkpoint.KIND}, tmp_path / "empty.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("other.pt", "empty.pt", "text.pt"):
+        complaint = fails_with(capsys, ["predict", str(tmp_path / name), weights])
+        assert "is not a checkpoint" in complaint
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):

@@ -44,6 +44,7 @@ def fuse_(
 
     Raises:
         FusionError: `strict` is violated; nothing has been changed.
+        TypeError: `model` is no module.
     """
     report, _ = _fuse(model, filter_fn, strict)
     return report

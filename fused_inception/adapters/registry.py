@@ -10,15 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from fused_inception.geometry import why_no_conv_kernel
+from fused_inception.geometry import why_no_conv_kernel, why_no_pool_kernel
 from fused_inception.nn.adoption import adopt
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock, change_of, change_of_conv
 from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception, change_inside
 from fused_inception.nn.pooling import MaxPool2d
-
-LARGEST_WINDOW = 3
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,8 @@ def _max_pool_obstacle(pool: Any) -> str | None:
     if pool.dilation not in (1, (1, 1)):
         return f"has dilation {pool.dilation}"
     kernel = pool.kernel_size if isinstance(pool.kernel_size, int) else pool.kernel_size[0]
-    if kernel > LARGEST_WINDOW:
-        return f"has kernel_size {kernel}: kernels exist up to {LARGEST_WINDOW}"
-    return None
+    reason = why_no_pool_kernel(kernel)
+    return reason and f"has {reason}"
 
 
 def _average_obstacle(pool: Any) -> str | None:

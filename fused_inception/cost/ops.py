@@ -194,7 +194,9 @@ class Cost:
     def eager_seconds(self, device: Device) -> float:
         """Predicted seconds where the CPU launches every kernel."""
         ours = self.launches(*OURS)
-        host = ours * device.our_host_seconds.value
+        trains = any(op.phase == BACKWARD for op in self.ops)
+        each = device.our_host_training_seconds if trains else device.our_host_seconds
+        host = ours * each.value
         host += (self.launches() - ours) * device.host_seconds.value
         return max(self.seconds(device), host)
 

@@ -18,6 +18,8 @@ from fused_inception.ops.registration import autocast, autocasts, call
 def global_avg_pool2d(x: Tensor) -> Tensor:
     """Mean over height and width, accumulated in fp32 (fp64 in fp64).
 
+    Source: Szegedy et al., arXiv 1409.4842, section 5; Lin et al., arXiv 1312.4400, section 3.2.
+
     Args:
         x: [N, C, H, W] in fp16, bf16, fp32 or fp64; any layout is read in place.
 
@@ -55,7 +57,8 @@ def global_avg_pool2d_dropout(x: Tensor, p: float = 0.5, training: bool = True) 
     Raises:
         ValueError: `p` is not between 0 and 1; else as `global_avg_pool2d`.
 
-    Autograd saves one byte a feature, and nothing without dropout.
+    Autograd saves one byte a feature, and nothing without dropout. A double backward raises
+    RuntimeError.
     """
     checks.image_batch(x)
     checks.probability(p)
@@ -110,7 +113,8 @@ def avg_pool2d_conv1x1_relu(
         TypeError: a dtype that does not fit, or float64 under the backend "triton".
         BackendError: the backend "triton" cannot run here.
 
-    Autograd saves the pooled map and y, and not `x`. A double backward raises RuntimeError.
+    Autograd saves the pooled map and y, on the ATen path `x` too. A double backward raises
+    RuntimeError.
     """
     checks.image_batch(x)
     window = checks.pool_window(x, kernel_size, stride, 0, 1, ceil_mode)

@@ -21,6 +21,8 @@ def conv2d_relu(
 ) -> Tensor:
     """relu(conv(x, weight) + bias) in one kernel.
 
+    Source: Szegedy et al., arXiv 1409.4842, table 1, whose every convolution has a ReLU behind it.
+
     Kernels exist for 1x1, 3x3 and 5x5 filters of stride 1 with "same" padding, and for filters of
     any size, stride and padding on images of up to 4 channels (at most 256 filter positions). All
     else runs through ATen; under the backend "triton" it raises.
@@ -63,22 +65,35 @@ def parallel_conv1x1_relu(
 ) -> tuple[Tensor, ...]:
     """1x1 convolutions of one input with bias and ReLU, as one product over all their filters.
 
+    y_i = relu(conv1x1(x, weights[i]) + biases[i])
+
+    Source: Szegedy et al., arXiv 1409.4842, figure 2b, whose reductions read one map.
+
     Args:
         x: [N, C_in, H, W], as in `conv2d_relu`.
-        weights: filters, each [C_i, C_in, 1, 1].
-        biases: each [C_i].
+        weights: filters, each [C_i, C_in, 1, 1] in the dtype of `x`.
+        biases: each [C_i] in the dtype of `x` or fp32.
+
+    Under autocast `x` is cast, and the filters inside.
 
     Returns:
         Channel slices [N, C_i, H, W] of one channels-last buffer, in the order of the filters.
 
     Raises:
         ValueError: no filters, or not as many biases; else as `conv2d_relu`.
+        TypeError, BackendError: as `conv2d_relu`.
+
+    Autograd saves what `conv2d_relu` does, and the filters and biases once more, concatenated.
+    A double backward raises RuntimeError.
     """
+    checks.image_batch(x)
     if not weights or len(weights) != len(biases):
         raise ValueError(
             "weights and biases must be as many, and at least one, "
             f"got {len(weights)} and {len(biases)}"
         )
+    for weight, bias in zip(weights, biases, strict=True):
+        checks.pointwise_parameters(x, weight, bias, casts=autocasts(x))
     y = conv2d_relu(x, torch.cat([*weights]), torch.cat([*biases]))
     return y.split([weight.shape[0] for weight in weights], dim=1)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from fused_inception import checks
 from fused_inception.backend import BackendError, resolve, selected
 from fused_inception.functional.layout import settle
-from fused_inception.geometry import Window
+from fused_inception.geometry import Window, why_no_pool_kernel
 from fused_inception.ops import plain
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops.measured import measured
@@ -26,6 +26,8 @@ def max_pool2d(
 
     The first maximum of a window wins, the last NaN wins, padding takes no part. The sides of the
     output follow the rule that Caffe and torch share, `geometry.pool_out`.
+
+    Source: Szegedy et al., arXiv 1409.4842, table 1 and figure 2.
 
     Args:
         input: [N, C, H, W] in fp16, bf16, fp32 or fp64. A channels-last tensor, or a channel slice
@@ -103,10 +105,11 @@ def lrn_max_pool2d(
 ) -> Tensor:
     """`local_response_norm`, then `max_pool2d`, in one kernel: the normalised map is not stored.
 
-    Arguments, result and errors are those of the two. Windows compare the normalised values in
-    fp32, before they are rounded.
+    Arguments, result, source and errors are those of the two. Windows compare the normalised values
+    in fp32, before they are rounded.
 
-    Autograd saves `x` and one byte an output on the Triton path, 8 on the ATen path.
+    Autograd saves `x` and one byte an output on the Triton path, 8 on the ATen path. A double
+    backward raises RuntimeError.
     """
     checks.image_batch(x)
     checks.norm_size(size)
@@ -129,10 +132,10 @@ def max_pool2d_lrn(
 ) -> Tensor:
     """`max_pool2d`, then `local_response_norm`, in one kernel.
 
-    Arguments, result and errors are those of the two.
+    Arguments, result, source and errors are those of the two.
 
     Autograd saves the pooled map and one byte an output on the Triton path, 8 on the ATen path,
-    and not `x`.
+    and not `x`. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
     checks.norm_size(size)
@@ -143,12 +146,10 @@ def max_pool2d_lrn(
 def pool(op: torch._ops.OpOverload, x: Tensor, window: Window | None, *norm: float) -> Tensor:
     """Run an operator of `ops.pooling`."""
     impl = resolve(x)
-    if impl == "triton" and window is not None and window.kernel > _pooling.MAX_KERNEL:
+    reason = None if window is None else why_no_pool_kernel(window.kernel)
+    if impl == "triton" and reason is not None:
         if selected() == "triton":
-            raise BackendError(
-                f'backend "triton" pools windows of up to {_pooling.MAX_KERNEL}, '
-                f"got {window.kernel}"
-            )
+            raise BackendError(f'backend "triton" has no kernel for this pool: {reason}')
         impl = "torch"
     if impl == "torch" and window is not None and not norm:
         return plain.max_pool2d(settle(x, impl), (), window)

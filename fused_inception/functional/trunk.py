@@ -44,8 +44,9 @@ def inception_trunk(
 
     Source: Szegedy et al., arXiv 1409.4842, table 1; GoogLeNet has three, which end with its max
     pools and its global pool. On the Triton path one operator: the launch that makes the gradient
-    of a module's output applies that module's ReLU mask and sums its bias gradients, which takes a
-    launch and a pass over the gradient of each module less than `inception`. Elsewhere, and where a
+    of a module's output applies that module's ReLU mask and sums its bias gradients, and filters of
+    all modules are packed together; that takes one to three launches and a pass over the gradient
+    of each module less than `inception`. Elsewhere, and where a
     branch's width is no multiple of 8, a pool is of more than 3 x 3, the last module is tapped or
     one that has a pool behind it, or the global pool is behind a max pool, it is `inception`,
     `max_pool2d` and `global_avg_pool2d_dropout`.
@@ -70,8 +71,8 @@ def inception_trunk(
         BackendError: the backend "triton" cannot run here.
 
     Autograd saves, besides the parameters, from the first module on that needs a gradient: each
-    one's input, what `inception` saves, and one byte a pooled element. A double backward raises
-    RuntimeError.
+    one's input, what `inception` saves, one byte a pooled element, and of dropout one a mean. A
+    double backward raises RuntimeError.
     """
     checks.image_batch(x)
     _check(x, parameters, pools, taps)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_inception import functional
+from fused_inception.geometry import why_no_conv_kernel
 from fused_inception.nn.adoption import adopt
 from fused_inception.nn.batch_norm import (
     arguments_of,
@@ -39,6 +40,11 @@ def change_of(module: nn.Module, expected: type[nn.Module]) -> str | None:
     if "forward" in own:  # as some libraries wrap modules
         return "has a forward of its own"
     return None
+
+
+def aten_path(reason: str | None) -> str | None:
+    """For `print`: the path of an operator without a kernel, if there is a `reason`."""
+    return reason and f"PyTorch's operators: {reason}"
 
 
 def global_hook() -> str | None:
@@ -187,4 +193,11 @@ class ConvBlock(nn.Module):
     def extra_repr(self) -> str:
         """Mode and path, for `print`."""
         mode = "bias" if self.norm is None else "batch norm"
-        return f"{mode}, relu, {self._obstacle() or self.path}"
+        return f"{mode}, relu, {self._obstacle() or aten_path(self._no_kernel()) or self.path}"
+
+    def _no_kernel(self) -> str | None:
+        """Why the operator runs through ATen everywhere; None where there is a kernel."""
+        conv: Any = self.conv
+        return why_no_conv_kernel(
+            conv.in_channels, conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        )

@@ -139,6 +139,9 @@ class GoogLeNet(nn.Module):
         inside = {block for m in modules for block in m.modules()}
         convs = [m for m in self.modules() if isinstance(m, ConvBlock) and m not in inside]
         heads = [head for head in (self.aux1, self.aux2) if head is not None]
+        names = ("maxpool1", "norm1", "norm2", "maxpool2", "maxpool3", "maxpool4", "avgpool")
+        pools = [layer for layer in map(self._modules.get, names) if layer is not None]
+        own = (MaxPool2d, LocalResponseNorm, GlobalAvgPool2d)
         parts = {"stem": obstacle(self._stem())}
         for layers, readers in zip(self._stages(), ([], heads, []), strict=True):
             parts[f"stage {next(iter(layers))[-2]}"] = obstacle_in_stage(layers, readers)
@@ -151,8 +154,8 @@ class GoogLeNet(nn.Module):
         return (
             f'"{self.variant}", fused: {sum(m.is_fused for m in modules)} of {len(modules)} '
             f"Inception modules, {sum(m.is_fused for m in convs)} of {len(convs)} other "
-            "convolutions, all pools and local response norms; all else is plain PyTorch; "
-            + "; ".join(paths)
+            f"convolutions, {sum(type(layer) in own for layer in pools)} of {len(pools)} pools and "
+            "local response norms; all else is plain PyTorch; " + "; ".join(paths)
         )
 
 

@@ -5,13 +5,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_inception import functional
-from fused_inception.geometry import Window
-from fused_inception.nn.conv_block import FUSED, change_of, global_hook
+from fused_inception.geometry import Window, why_no_pool_kernel
+from fused_inception.nn.conv_block import FUSED, aten_path, change_of, global_hook
 
 
-class MaxPool2d(nn.Module):
-    """Maximum over square windows, `functional.max_pool2d`; no stride means one window beside the
-    other."""
+class _Pool(nn.Module):
+    """What pools with windows say of themselves."""
+
+    kernel_size: Any
+
+    def _no_kernel(self) -> str | None:
+        """Why the operator runs through ATen everywhere; None where there is a kernel."""
+        size: int | tuple[int, int] = self.kernel_size
+        return why_no_pool_kernel(size if isinstance(size, int) else max(size))
+
+    @property
+    def path(self) -> str:
+        """For `print`."""
+        return aten_path(self._no_kernel()) or FUSED
+
+
+class MaxPool2d(_Pool):
+    """Maximum over square windows, `functional.max_pool2d`.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode: as torch's; no stride means one window beside the
+            other. Windows, strides and paddings that differ between height and width raise
+            ValueError in forward.
+    """
 
     def __init__(
         self,
@@ -36,12 +57,17 @@ class MaxPool2d(nn.Module):
         """Window and path, for `print`."""
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
-            f"ceil_mode={self.ceil_mode}, {FUSED}"
+            f"ceil_mode={self.ceil_mode}, {self.path}"
         )
 
 
 class LocalResponseNorm(nn.Module):
-    """Local response normalisation across channels, `functional.local_response_norm`."""
+    """Local response normalisation across channels, `functional.local_response_norm`.
+
+    Args:
+        size: channels of a window.
+        alpha, beta, k: the constants of the formula.
+    """
 
     def __init__(self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> None:
         super().__init__()
@@ -59,7 +85,7 @@ class LocalResponseNorm(nn.Module):
         return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, {FUSED}"
 
 
-class _NormAndPool(nn.Module):
+class _NormAndPool(_Pool):
     """The options of both."""
 
     def __init__(
@@ -89,12 +115,13 @@ class _NormAndPool(nn.Module):
         return (
             f"{self.size}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"alpha={self.alpha}, beta={self.beta}, k={self.k}, padding={self.padding}, "
-            f"ceil_mode={self.ceil_mode}, {FUSED}"
+            f"ceil_mode={self.ceil_mode}, {self.path}"
         )
 
 
 class LRNMaxPool2d(_NormAndPool):
-    """Local response normalisation, then a max pool, `functional.lrn_max_pool2d`."""
+    """Local response normalisation, then a max pool, `functional.lrn_max_pool2d`; arguments are
+    those of `LocalResponseNorm` and `MaxPool2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H_out, W_out]."""
@@ -112,7 +139,8 @@ class LRNMaxPool2d(_NormAndPool):
 
 
 class MaxPoolLRN2d(_NormAndPool):
-    """A max pool, then local response normalisation, `functional.max_pool2d_lrn`."""
+    """A max pool, then local response normalisation, `functional.max_pool2d_lrn`; arguments are
+    those of `LocalResponseNorm` and `MaxPool2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H_out, W_out]."""

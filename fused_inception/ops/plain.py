@@ -1,4 +1,5 @@
-"""Every function with PyTorch's own differentiable operators: any device, any floating dtype.
+"""The functions with PyTorch's own differentiable operators: any device, any floating dtype; but
+for local response normalisation, see `pooling_aten`.
 
 What runs where no kernel of ours does. PyTorch records the gradients, so that a step costs what the
 unfused layers cost: an operator of ours with a gradient of its own would keep all that it saved

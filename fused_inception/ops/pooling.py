@@ -23,8 +23,6 @@ from fused_inception.ops.registration import (
     register_autograd,
 )
 
-# kernels unroll the taps of a window: registers and compilers are good for so many
-MAX_KERNEL = 3
 NORM = "int size, float alpha, float beta, float k"
 WINDOW = "int kernel, int stride, int padding, bool ceil_mode"
 

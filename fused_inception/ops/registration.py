@@ -23,7 +23,8 @@ def register(
 ) -> torch._ops.OpOverload:
     """Define `fused_inception::name`, with one implementation for every device, and return it.
 
-    The implementation chooses between ATen and Triton by the operator's argument `impl`.
+    Those of `pooling` choose between ATen and Triton by their argument `impl`; all others exist on
+    the Triton path alone, beside the functions of `plain`.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, lib=_library, tags=torch.Tag.pt2_compliant_tag)

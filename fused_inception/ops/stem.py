@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import ALIGN, IMAGE_CHANNELS, Window, conv_out
+from fused_inception.geometry import ALIGN, IMAGE_CHANNELS, Window, conv_out, why_no_pool_kernel
 from fused_inception.ops import conv2d
 from fused_inception.ops.layout import empty_channels_last, gradients_like, settle_all
-from fused_inception.ops.pooling import MAX_KERNEL
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -89,10 +88,7 @@ def why_not(filters: Sequence[Tensor], stem: Stem) -> str | None:
     widths = [w.shape[0] for w in (w1, w2, w3)]
     if any(width % ALIGN != 0 for width in widths):
         return f"widths must be multiples of {ALIGN}, got {widths}"
-    kernels = [stem.pool1.kernel, stem.pool2.kernel]
-    if max(kernels) > MAX_KERNEL:
-        return f"windows are of at most {MAX_KERNEL}, got {kernels}"
-    return None
+    return why_no_pool_kernel(max(stem.pool1.kernel, stem.pool2.kernel))
 
 
 def _forward(

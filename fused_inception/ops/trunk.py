@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import ALIGN, Window
+from fused_inception.geometry import ALIGN, Window, why_no_pool_kernel
 from fused_inception.ops.layout import (
     dims_of,
     empty_channels_last,
     gradients_like,
     settle_all,
 )
-from fused_inception.ops.pooling import MAX_KERNEL
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -72,9 +71,10 @@ def why_not(filters: Sequence[Tensor], trunk: Trunk) -> str | None:
         widths = [module[i].shape[0] for i in (0, 2, 4, 5)]
         if any(width % ALIGN != 0 for width in widths):
             return f"widths of branches must be multiples of {ALIGN}, got {widths}"
-    kernels = [window.kernel for window in trunk.pools.values()]
-    if kernels and max(kernels) > MAX_KERNEL:
-        return f"windows are of at most {MAX_KERNEL}, got {kernels}"
+    for window in trunk.pools.values():
+        reason = why_no_pool_kernel(window.kernel)
+        if reason is not None:
+            return reason
     last = len(filters) // CONVS - 1
     if (trunk.pools.keys() | {last}) & set(trunk.taps):
         return "the last module is tapped, or one that has a pool behind it"

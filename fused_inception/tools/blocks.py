@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from fused_inception.adapters.ours import FUSED
 from fused_inception.adapters.report import ALREADY_FUSED, FusionReport
 from fused_inception.backend import choose, selected
-from fused_inception.geometry import why_no_conv_kernel
-from fused_inception.nn.conv_block import ConvBlock
 
 TRITON, ATEN, LAYERS = "Triton", "ATen", "layers"
 
@@ -60,20 +58,18 @@ def path_of(block: nn.Module, x: Tensor) -> Path:
     name, device = selected(), x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if choose(name, device, dtype) == "triton":
-        reason = _no_kernel(block)
+        reason = why_no_kernel(block)
         return Path(TRITON, f"backend {name}, {device}") if reason is None else Path(ATEN, reason)
     if name == "torch":
         return Path(ATEN, "backend torch")
     return Path(ATEN, "float64" if dtype == torch.float64 else f"{device} tensors")
 
 
-def _no_kernel(block: Any) -> str | None:
-    if not isinstance(block, ConvBlock):
-        return None
-    conv: Any = block.conv
-    return why_no_conv_kernel(
-        conv.in_channels, conv.kernel_size[0], conv.stride[0], conv.padding[0]
-    )
+def why_no_kernel(block: nn.Module) -> str | None:
+    """Why a block of ours runs through ATen on every device; None where it has kernels, or its
+    layers compute."""
+    computes = getattr(block, "_obstacle", lambda: None)()
+    return None if computes else getattr(block, "_no_kernel", lambda: None)()
 
 
 def setting_of(model: nn.Module, x: Tensor) -> str:

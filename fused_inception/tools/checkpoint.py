@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -35,9 +34,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError):
+    except (OSError, MemoryError):  # what could not be read may well be one
+        raise
+    except Exception:  # unpickling bytes that are no pickle raises nearly anything
         contents = None
-    if not isinstance(contents, dict) or contents.get("kind") != KIND:
+    named = isinstance(contents, dict) and contents.get("kind") == KIND
+    if not named or not {"network", "model"} <= contents.keys():
         raise UserError(f"{path} is not a checkpoint of fused_inception's train command")
     return contents
 

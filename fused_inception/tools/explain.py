@@ -32,6 +32,7 @@ from fused_inception.tools.blocks import (
     tensors_of,
     undisturbed,
     unwrapped,
+    why_no_kernel,
 )
 from fused_inception.tools.costs import cost_of
 from fused_inception.tools.precompile import announce_precompiled
@@ -75,6 +76,7 @@ class BlockExplanation:
         fused: its cost as a fused block; predicted; None where the cost model does not know it.
         eager: the same of plain PyTorch.
         parts: who computes each convolution of which there is a choice, and why.
+        has_kernel: False where the block runs through ATen on every device.
     """
 
     name: str
@@ -86,6 +88,7 @@ class BlockExplanation:
     fused: Cost | None
     eager: Cost | None
     parts: Mapping[str, Choice] = field(default_factory=dict)
+    has_kernel: bool = True
 
     @property
     def cost(self) -> Cost | None:
@@ -229,6 +232,7 @@ def explain(model: nn.Module, x: Tensor) -> ExplainReport:
                     fused=cost_of(twin, z, y, plan="fused", training=training),
                     eager=cost_of(twin, z, y, plan="eager", training=training),
                     parts=parts,
+                    has_kernel=why_no_kernel(block) is None,
                 )
             )
         triton = any(block.path.name == TRITON for block in blocks)
@@ -278,7 +282,7 @@ def _row(block: BlockExplanation, device: Device) -> list[str]:
     launches = "-"
     if block.launches is not None:
         launches = str(block.launches)
-    elif block.path.name != LAYERS and block.fused is not None:
+    elif block.path.name != LAYERS and block.has_kernel and block.fused is not None:
         launches = f"~{Launches.predicted(block.fused)}"
     return [
         block.name or "(the model)",
