@@ -198,6 +198,19 @@ def norm_vectors(
     return present
 
 
+def written_to(name: str, vectors: Sequence[Tensor]) -> None:
+    """Kernels, which know no strides, can write to these vectors.
+
+    Raises:
+        ValueError: one is not contiguous.
+    """
+    for t in vectors:
+        if not t.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, as training writes to them, got stride {t.stride(0)}"
+            )
+
+
 def norm_pair(first: str, a: Sequence[Tensor], second: str, b: Sequence[Tensor]) -> None:
     """Both kinds are there, or neither.
 

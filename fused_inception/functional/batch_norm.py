@@ -47,7 +47,8 @@ def inception_bn(
     Args:
         x: [N, C_in, H, W] in fp16, bf16, fp32 or fp64; layout as in `inception`.
         filters: as the filters of `inception`, in the dtype of `x`.
-        running_means, running_vars: each [C], in the dtype of `x` or fp32; all None: not tracked.
+        running_means, running_vars: each [C], in the dtype of `x` or fp32, contiguous in training,
+            which writes to them; all None: not tracked.
         gammas, betas: each [C], likewise; all None: 1 and 0.
         training: take the batch's statistics; without it the running ones are needed.
         momentum: weight of the new batch; None averages over all batches in `batches_tracked`.
@@ -117,7 +118,8 @@ def conv2d_bn_relu(
     Args:
         x: [N, C_in, H, W], as in `conv2d_relu`.
         weight: [C_out, C_in, K, K] in the dtype of `x`.
-        running_mean, running_var, gamma, beta: [C_out] in the dtype of `x` or fp32, or None.
+        running_mean, running_var, gamma, beta: [C_out] in the dtype of `x` or fp32, or None; the
+            first two contiguous in training.
         stride, padding: of the convolution, the same in both directions.
         training, momentum, eps, batches_tracked, skip_nonfinite: as in `inception_bn`.
 
@@ -201,6 +203,9 @@ def _norm_layers(
         for name, vectors in named.items()
     )
     checks.norm_pair("running_means", means, "running_vars", variances)
+    if training:
+        checks.written_to("running_means", means)
+        checks.written_to("running_vars", variances)
     checks.norm_pair("gammas", scales, "betas", shifts)
     if not training and not means:
         raise ValueError("training=False needs running_means and running_vars, which are None")

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_inception.nn.tensors import tensor_of
+
 OPTIONS = ("training", "eps", "momentum", "track_running_stats")
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -81,6 +83,4 @@ def _present(norm: Any) -> tuple[bool, ...]:
 
 def _tensors(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
     """In the order of TENSORS."""
-    # not getattr: attributes that are parameters or buffers take ten times as long to find
-    found = norm._buffers | norm._parameters
-    return tuple(map(found.get, TENSORS))
+    return tuple([tensor_of(norm, name) for name in TENSORS])

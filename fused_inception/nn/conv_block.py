@@ -16,6 +16,7 @@ from fused_inception.nn.batch_norm import (
     mixture_of,
     running_of,
 )
+from fused_inception.nn.tensors import tensor_of
 
 FUSED = "one fused operator"
 INSIDE = "parameters of the fused module"
@@ -62,8 +63,7 @@ def change_of_conv(conv: Any, norm: str | None, sides: tuple[int, ...] = ()) -> 
     change = change_of(conv, nn.Conv2d)
     if change is not None:
         return change
-    # not conv.bias: attributes that are parameters take ten times as long to find
-    if (conv._parameters.get("bias") is None) != (norm is not None):
+    if (tensor_of(conv, "bias") is None) != (norm is not None):
         return "has no bias" if norm is None else "has a bias besides BatchNorm"
     kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
     if conv.groups != 1:

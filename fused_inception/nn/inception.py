@@ -22,6 +22,7 @@ from fused_inception.nn.conv_block import (
     change_of_conv,
     global_hook,
 )
+from fused_inception.nn.tensors import tensor_of
 
 # depth first: name, type, filters that it may have
 Layers = tuple[tuple[str, type[nn.Module], tuple[int, ...]], ...]
@@ -134,10 +135,10 @@ class Inception(nn.Module):
         if self.norm is None:
             return functional.inception(x, *parameters_of(self))
         blocks = _blocks_of(self)
-        convs = [block._modules["conv"]._parameters for block in blocks]
+        filters: Any = [tensor_of(block._modules["conv"], "weight") for block in blocks]
         vectors, options = arguments_of([block._modules["bn"] for block in blocks])
         return functional.inception_bn(
-            x, [conv["weight"] for conv in convs], *vectors,
+            x, filters, *vectors,
             skip_nonfinite=self.skip_nonfinite, **options,
         )  # fmt: skip
 
@@ -215,8 +216,9 @@ def _change_of_pool(pool: Any) -> str | None:
 
 def parameters_of(module: Any) -> list[Tensor]:
     """Filters and biases in turn, in the order of `functional.inception`'s arguments."""
-    convs = [block._modules["conv"]._parameters for block in _blocks_of(module)]
-    return [conv[name] for conv in convs for name in ("weight", "bias")]
+    convs = [block._modules["conv"] for block in _blocks_of(module)]
+    found: Any = [tensor_of(conv, name) for conv in convs for name in ("weight", "bias")]
+    return found
 
 
 def _blocks_of(module: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from fused_inception.kernels.avg_pool_project_grad import launch_avg_pool_projec
 from fused_inception.kernels.conv2d import conv2d_unfinished, pack_filter
 from fused_inception.kernels.finish import launch_finish
 from fused_inception.ops import filter_cache
-from fused_inception.ops.layout import empty_channels_last, for_kernels
+from fused_inception.ops.layout import empty_channels_last, empty_filter_grad, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.tuning.chosen import avg_pool_project_config
 from fused_inception.tuning.configs import AvgPoolProjectConfig
@@ -60,7 +60,7 @@ def backward(
         dy.contiguous(), y, pooled, w, dx, shape, window, config,
         need_x=need_x, need_w=need_w, need_b=need_b, precision=ops.precision,
     )  # fmt: skip
-    dw = torch.empty_like(weight) if need_w else weight.new_empty(0)
+    dw = empty_filter_grad(weight) if need_w else weight.new_empty(0)
     db = torch.empty_like(bias) if need_b else bias.new_empty(0)
     if need_w or need_b:
         part = conv2d_unfinished(partial_w, partial_b, dw, db, taps=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_inception.geometry import conv_out
 from fused_inception.ops import conv2d, filter_cache, inception
 from fused_inception.ops.layout import (
+    as_saved,
     dims_of,
     empty_channels_last,
     gradients_like,
@@ -109,7 +110,7 @@ class _Family:
         if not x.numel():
             found = gradients_like(x, (*filters, *gammas, *betas), needs)
             return [torch.zeros_like(t) for t in found]
-        gradients = self.script.backward(dy, x, saved, filters, gammas, *geometry, needs)
+        gradients = self.script.backward(dy, x, as_saved(saved), filters, gammas, *geometry, needs)
         # without parameters there is nothing behind the filters
         return settle_all(gradients, x, (*filters, *gammas, *betas), needs)
 

@@ -27,7 +27,7 @@ from fused_inception.kernels.normalise import launch_normalise
 from fused_inception.ops import library_triton
 from fused_inception.ops.conv2d_triton import image_of, map_shape
 from fused_inception.ops.inception_bn_triton import norm_parameters
-from fused_inception.ops.layout import empty_channels_last, for_kernels
+from fused_inception.ops.layout import empty_channels_last, empty_filter_grad, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
 from fused_inception.tuning import dispatch
@@ -159,7 +159,7 @@ def backward(
             dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
             partial = launch_image_conv_wgrad(image, x, dz, image_config, precision=ops.precision)
         else:
-            dw = torch.empty_like(weight)
+            dw = empty_filter_grad(weight)
             partial = launch_conv2d_wgrad(
                 for_kernels(x), dz, config, kernel=k, precision=ops.precision
             )

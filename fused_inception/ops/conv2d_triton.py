@@ -21,7 +21,7 @@ from fused_inception.kernels.image_conv import (
 )
 from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.ops import filter_cache, library_triton
-from fused_inception.ops.layout import empty_channels_last, for_kernels
+from fused_inception.ops.layout import empty_channels_last, empty_filter_grad, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.tuning import dispatch
 from fused_inception.tuning.chosen import conv_config, image_conv_config, mask_config
@@ -43,7 +43,7 @@ def forward(
     ops, target, pixels = problem_of(y)
     shape = image_of(weight, stride, padding)
     c_out, c_in, k, _ = weight.shape
-    w, b = weight, bias
+    w, b = weight, bias.contiguous()
     if shape is None:
         w, b = filter_cache.packed(
             [weight], [bias], x.dtype, lambda: pack_filter(weight, bias, x.dtype), save=save
@@ -57,7 +57,7 @@ def forward(
         launch_epilogue(raw, b, y, mask if save else None, epilogue_config(c_out))
     elif shape is not None:
         launch_image_conv_fwd(
-            shape, x, weight.contiguous(), bias, y, mask,
+            shape, x, weight.contiguous(), b, y, mask,
             image_conv_config(shape.positions, shape.c_out, pixels, ops, target),
             save=save, precision=ops.precision,
         )  # fmt: skip
@@ -103,7 +103,7 @@ def backward(
     if need_x:
         dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
     if need_w:
-        dw = torch.empty_like(weight)
+        dw = empty_filter_grad(weight)
     if need_b:
         db = torch.empty_like(bias)
     shape = image_of(weight, stride, padding)

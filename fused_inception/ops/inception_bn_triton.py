@@ -95,8 +95,8 @@ def norm_parameters(
     return [
         NormParameters(
             f.shape[0],
-            gammas[i] if gammas else None,
-            betas[i] if betas else None,
+            gammas[i].contiguous() if gammas else None,
+            betas[i].contiguous() if betas else None,
             *running.of(i),
         )
         for i, f in enumerate(filters)

@@ -28,6 +28,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, strides)
 
 
+def as_saved(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that forward saved, maps again exactly channels last: hooks of saved tensors, such as
+    those of `save_on_cpu(pin_memory=True)`, may give them back in other strides."""
+    return [channels_last(t) if t.dim() == 4 else t for t in tensors]
+
+
 def why_not_in_place(x: Tensor) -> str | None:
     """Why the Triton kernels cannot read `x` where it lies; None where they can.
 

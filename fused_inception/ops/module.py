@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_inception.ops.layout import empty_channels_last, gradients_like, settle_all
+from fused_inception.ops.layout import as_saved, empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -52,7 +52,7 @@ class ModuleForm:
         needs: list[bool],
     ) -> list[Tensor]:
         dtypes = [b.dtype for b in biases]
-        gradients = self.script().backward(dy, x, saved, filters, dtypes, needs)
+        gradients = self.script().backward(dy, x, as_saved(saved), filters, dtypes, needs)
         return settle_all(gradients, x, (*filters, *biases), needs)
 
     def backward_fake(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_inception.geometry import Window
 from fused_inception.ops import pooling_aten
-from fused_inception.ops.layout import empty_channels_last
+from fused_inception.ops.layout import as_saved, empty_channels_last
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -71,7 +71,9 @@ class _Family:
     ) -> Tensor:
         *flat, impl = arguments
         of = [x] if self.keeps_x else [tuple(x_shape)]
-        return self.implementation(impl, "_backward")(dy, *of, *saved, *self.options(flat))
+        return self.implementation(impl, "_backward")(
+            dy, *of, *as_saved(saved), *self.options(flat)
+        )
 
     def backward_fake(
         self, dy: Tensor, x: Tensor, saved: list[Tensor], x_shape: Sequence[int], *arguments: Any

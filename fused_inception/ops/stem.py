@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_inception.geometry import ALIGN, IMAGE_CHANNELS, Window, conv_out, why_no_pool_kernel
 from fused_inception.ops import conv2d
-from fused_inception.ops.layout import empty_channels_last, gradients_like, settle_all
+from fused_inception.ops.layout import as_saved, empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
     refuse_double_backward,
     register,
@@ -146,7 +146,8 @@ def _backward(
     from fused_inception.ops import stem_triton
 
     stem = Stem.of(integers, constants)
-    gradients = stem_triton.backward(dy, x, saved, filters, biases, stem, needs)
+    maps, packed_image = as_saved(saved[:6]), saved[6:]
+    gradients = stem_triton.backward(dy, x, [*maps, *packed_image], filters, biases, stem, needs)
     return settle_all(gradients, dy if x is None else x, (*filters, *biases), needs)
 
 

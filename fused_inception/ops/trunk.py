@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_inception.geometry import ALIGN, Window, why_no_pool_kernel
 from fused_inception.ops.layout import (
+    as_saved,
     dims_of,
     empty_channels_last,
     gradients_like,
@@ -158,7 +159,7 @@ def _backward(
     from fused_inception.ops import trunk_triton
 
     memory = trunk_triton.Memory(
-        x, filters, tapped, saved, kept, scale, Trunk.of(integers), save_from
+        x, filters, tapped, as_saved(saved), kept, scale, Trunk.of(integers), save_from
     )
     gradients = trunk_triton.backward(dy, d_taps, memory, [b.dtype for b in biases], needs)
     return settle_all(gradients, x, (*filters, *biases), needs)

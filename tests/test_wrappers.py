@@ -1,0 +1,67 @@
+"""What wrappers of PyTorch do to modules, and ours inside."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fused_inception as fi
+
+WIDTHS = (16, 8, 8, 8, 8, 8, 8)
+BLOCKS = {
+    "module": (lambda: fi.Inception(*WIDTHS), (2, 16, 6, 6)),
+    "module with BatchNorm": (lambda: fi.Inception(*WIDTHS, norm="batch"), (2, 16, 6, 6)),
+    "convolution": (lambda: fi.ConvBlock(16, 8, kernel_size=1), (2, 16, 6, 6)),
+    "convolution with BatchNorm": (
+        lambda: fi.ConvBlock(16, 8, kernel_size=1, norm="batch"),
+        (2, 16, 6, 6),
+    ),
+    "naive": (lambda: fi.InceptionNaive(16, 8, 8, 8), (2, 16, 6, 6)),
+    "network": (
+        lambda: fi.googlenet("paper", num_classes=4, aux_logits=False, dropout=0.0),
+        (2, 3, 32, 32),
+    ),
+    "network with BatchNorm": (
+        lambda: fi.googlenet("torchvision", num_classes=4, aux_logits=False, dropout=0.0),
+        (2, 3, 32, 32),
+    ),
+}
+
+
+def replica_of(model: nn.Module) -> Any:
+    """What `nn.DataParallel` runs on a GPU: `torch.nn.parallel.replicate`, with clones in the place
+    of broadcasts. Parameters become attributes, as autograd has to pass through the copies."""
+    modules = list(model.modules())
+    replicas: list[Any] = [module._replicate_for_data_parallel() for module in modules]
+    of = dict(zip(modules, replicas, strict=True))
+    for module, replica in of.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else of[child]
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.clone())
+        for name, buffer in module._buffers.items():
+            replica._buffers[name] = None if buffer is None else buffer.clone()
+    return of[model]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_replicas_of_data_parallel_are_fused(name: str) -> None:
+    make, shape = BLOCKS[name]
+    model = make().double()
+    for p in model.parameters():
+        if p.dim() == 1:
+            nn.init.uniform_(p, 0.5, 1.5)
+    alone, x = copy.deepcopy(model), torch.randn(shape, dtype=torch.float64)
+    replica = replica_of(model)
+    assert getattr(replica, "is_fused", True)
+    assert str(replica) == str(model)
+    y, expected = replica(x), alone(x)
+    torch.testing.assert_close(y, expected)
+    (y.square().sum() + expected.square().sum()).backward()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
