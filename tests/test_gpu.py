@@ -88,7 +88,7 @@ class Stem(torch.nn.Module):
 
     def __init__(self, network: fi.GoogLeNet) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(network._layers(stem.LAYERS))
+        self.layers = torch.nn.ModuleList(network._stem())
 
     def forward(self, x: Tensor) -> Tensor:
         return stem.stem(x, [*self.layers])
@@ -99,10 +99,23 @@ def stem_and_input() -> tuple[Stem, Tensor]:
     return Stem(network), x
 
 
+def transformed_and_input() -> tuple[fi.GoogLeNet, Tensor]:
+    options = {"num_classes": 10, "aux_logits": False, "transform_input": True}
+    network = fi.googlenet("torchvision", **options).cuda()
+    return network, torch.randn(2, 3, 64, 64, device="cuda")
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("parts", [(), dispatch.PARTS], ids=["ours", "library"])
 @pytest.mark.parametrize(
-    "made", [module_and_input, batch_norm_and_input, stem_and_input, network_and_input]
+    "made",
+    [
+        module_and_input,
+        batch_norm_and_input,
+        stem_and_input,
+        network_and_input,
+        transformed_and_input,
+    ],
 )
 def test_nothing_waits_for_the_gpu(
     made: Callable[[], tuple[torch.nn.Module, Tensor]], parts: tuple[str, ...], train: bool

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.geometry import STEM_NORM, STEM_POOL, Window
+from fused_inception.nn import stem
 from fused_inception.ops import stem as ops
+from tests.test_gpu import Stem
 
 
 def tensors(c_in: int = 3, widths: tuple[int, int, int] = (8, 16, 24)) -> list[Tensor]:
@@ -39,7 +41,7 @@ def test_layer_by_layer(dtype: torch.dtype) -> None:
     [
         (5, (8, 8, 8), STEM_POOL, "5 channels are not an image"),
         (3, (8, 12, 16), STEM_POOL, r"multiples of 8, got \[8, 12, 16\]"),
-        (3, (8, 8, 8), Window(5, 2), r"at most 3, got \[5, 3\]"),
+        (3, (8, 8, 8), Window(5, 2), "kernel_size 5: kernels exist up to 3"),
         (3, (64, 64, 192), STEM_POOL, None),
     ],
     ids=["channels", "widths", "window", "the-paper's"],
@@ -150,3 +152,9 @@ class TestChangesInTheStem:
         assert not self.calls[1]["pool2"].ceil_mode
         self.network.conv1.register_forward_hook(lambda *a: None)
         torch.testing.assert_close(self.network(self.x), y)
+
+
+def test_the_first_layers_alone() -> None:
+    """What the tests that need a GPU run."""
+    network, x = fi.googlenet("paper", num_classes=2, aux_logits=False), torch.randn(1, 3, 40, 40)
+    torch.testing.assert_close(Stem(network)(x), stem.stem(x, network._stem()))

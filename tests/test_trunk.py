@@ -36,7 +36,7 @@ def test_part_by_part(dtype: torch.dtype) -> None:
     ("dims", "pools", "taps", "reason"),
     [
         (InceptionDims(16, 8, 8, 12, 8, 12, 8), {}, (), r"multiples of 8, got \[8, 12, 12, 8\]"),
-        (None, {0: Window(5, 2)}, (), r"at most 3, got \[5\]"),
+        (None, {0: Window(5, 2)}, (), "kernel_size 5: kernels exist up to 3"),
         (None, {0: POOL}, (0,), "the last module is tapped, or one that has a pool behind it"),
         (None, {}, (1,), "the last module is tapped"),
         (None, {1: POOL}, (), "the global pool is behind another pool"),

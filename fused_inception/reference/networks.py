@@ -209,6 +209,6 @@ def _init_torchvision(network: GoogLeNet) -> None:
 
 def _imagenet_to_half(x: Tensor) -> Tensor:
     """From ImageNet's mean and deviation per channel to mean 0.5 and deviation 0.5."""
-    mean = x.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = x.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    return x * (std / 0.5) + (mean - 0.5) / 0.5
+    # numbers, not tensors: to copy these to a GPU waits for it
+    each = zip(x.split(1, dim=1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+    return torch.cat([c * (std / 0.5) + (mean - 0.5) / 0.5 for c, mean, std in each], dim=1)

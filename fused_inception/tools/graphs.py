@@ -1,5 +1,6 @@
 """A model in CUDA graphs: small batches are bound by launches, and a replay is one."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from fused_inception.ops import filter_cache
 
 # as many as PyTorch's own capture of a training step runs ahead
 WARM_UPS = 3
@@ -17,8 +20,9 @@ def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
 
     In training mode it is `torch.cuda.make_graphed_callables(model, (x,))`: one graph for forward
     and one for backward inside one autograd node. `model` itself changes its forward, and is
-    returned; loss and optimiser stay outside, gradients arrive as ever. In eval mode it is a
-    function of its own that runs one graph without gradients, and `model` stays as it is.
+    returned; loss and optimiser stay outside, gradients of parameters arrive, and accumulate, as
+    ever. In eval mode it is a function of its own that runs one graph without gradients, and
+    `model` stays as it is.
 
     A replay reads the parameters and buffers of its own time, so optimiser steps and
     `load_state_dict` are seen: filters are packed, and BatchNorm is folded, in every replay.
@@ -34,7 +38,8 @@ def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
 
     Returns:
         The callable. Its results are overwritten by no later call in eval mode; in training mode by
-        the next call, as PyTorch has it. An input that does not fit raises ValueError in eval mode.
+        the next call, as PyTorch has it, and so is the gradient of the input, and what
+        `torch.autograd.grad` returns. An input that does not fit raises ValueError in eval mode.
 
     Raises:
         ValueError: no CUDA tensors, or a hook on `model` in training mode.
@@ -48,8 +53,10 @@ def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
             f"a training graph needs a {type(model).__name__} without hooks of its own (those on "
             "its children are captured with it); got a model with hooks"
         )
-    with _as_before(model, x.device), _without_cached_casts():
-        return torch.cuda.make_graphed_callables(model, (x,))
+    with _capturing_on(x.device), _as_before(model, x.device), _without_cached_casts():
+        torch.cuda.make_graphed_callables(model, (x,))
+    _between_replays(model)
+    return model
 
 
 class _GraphedInference:
@@ -61,7 +68,7 @@ class _GraphedInference:
         self._x = torch.empty_like(x).copy_(x.detach())
         self._graph = torch.cuda.CUDAGraph()
         with (
-            torch.cuda.device(x.device),
+            _capturing_on(x.device),
             torch.no_grad(),
             _as_before(model, x.device),
             _without_cached_casts(),
@@ -88,6 +95,24 @@ class _GraphedInference:
             return pytree.tree_map_only(Tensor, Tensor.clone, self._y)
 
 
+def _between_replays(model: nn.Module) -> None:
+    """Have `model` do before each training replay what a replay cannot see."""
+    replay, parameters = model.forward, list(model.parameters())
+    own: list[Callable[[], Tensor | None]] = [lambda: None for _ in parameters]
+
+    def forward(*inputs: Tensor) -> Any:
+        # a gradient that autograd has taken over is the graph's own, which the replay overwrites
+        for i, parameter in enumerate(parameters):
+            if parameter.grad is not None and parameter.grad is not own[i]():
+                parameter.grad = parameter.grad.clone()
+                own[i] = weakref.ref(parameter.grad)
+        # running statistics advance without a version
+        filter_cache.clear()
+        return replay(*inputs)
+
+    model.forward = forward
+
+
 def _check(model: nn.Module, x: Tensor) -> None:
     """A graph is of one GPU."""
     if not isinstance(x, Tensor) or not x.is_cuda:
@@ -99,6 +124,19 @@ def _check(model: nn.Module, x: Tensor) -> None:
                 f"a CUDA graph needs all of the model on {x.device}, where the input is; "
                 f"{name} is on {tensor.device}"
             )
+
+
+@contextmanager
+def _capturing_on(device: torch.device) -> Iterator[None]:
+    """Inside, `device` is the current one, and captures run on a stream of its own: PyTorch makes
+    one stream for all, on the device that was captured first."""
+    with torch.cuda.device(device):
+        before = torch.cuda.graph.default_capture_stream
+        torch.cuda.graph.default_capture_stream = torch.cuda.Stream()
+        try:
+            yield
+        finally:
+            torch.cuda.graph.default_capture_stream = before
 
 
 @contextmanager
