@@ -1,7 +1,10 @@
 """Packed filters are never older than the parameters, whoever writes those."""
 
+import enum
 import inspect
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,3 +89,73 @@ def test_what_is_kept_dies_with_its_tensors() -> None:
         assert keep(t) == 2
         del t
         assert keep(torch.zeros(3)) == 3
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_inference_mode_keeps_what_no_grad_keeps(norm: str | None) -> None:
+    module, x = block(norm), torch.randn(1, 8, 3, 3)
+    with torch.inference_mode(), fi.backend("triton"):
+        module(x)
+        with fi.record_launches() as launches:
+            module(x)
+    assert [launch.kernel for launch in launches] == ["_pointwise_kernel", "_branches_kernel"]
+
+
+def test_each_stream_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream may not read what another is still packing, nor keep what another frees."""
+    made: list[int] = []
+    t = torch.zeros(3)
+    with torch.no_grad():
+        for stream in (1, 2, 1, 2):
+            monkeypatch.setattr(filter_cache, "_stream_of", lambda _, stream=stream: stream)
+            filter_cache.kept([t], (), lambda stream=stream: made.append(stream), save=False)
+    assert made == [1, 2]
+
+
+class Trees:
+    """As much of `torch._inductor.cudagraph_trees` as is asked for."""
+
+    ExecutionState = enum.Enum("ExecutionState", ["NONE", "WARMUP", "RECORDING", "EXECUTION"])
+
+    def __init__(self, state: str | None) -> None:
+        self.state = state
+
+    def get_manager(self, index: int, create_if_none_exists: bool) -> SimpleNamespace | None:
+        assert not create_if_none_exists
+        return self.state and SimpleNamespace(path_state=self.ExecutionState[self.state])
+
+
+class NoThread(Trees):
+    def get_manager(self, index: int, create_if_none_exists: bool) -> SimpleNamespace | None:
+        raise AssertionError("no trees on this thread")
+
+
+@pytest.mark.parametrize(
+    ("trees", "theirs"),
+    [
+        (Trees(None), False),
+        (Trees("NONE"), False),
+        (Trees("WARMUP"), True),
+        (Trees("RECORDING"), True),
+        (Trees("EXECUTION"), False),
+        (NoThread("WARMUP"), False),
+        (SimpleNamespace(), True),
+    ],
+)
+def test_nothing_is_kept_of_what_runs_ahead_of_inductors_graphs(
+    trees: object, theirs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torch.compile(mode="reduce-overhead")`: memory that is allocated there is the graph's."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    assert filter_cache._is_for_graphs(torch.device("cuda", 0)) is theirs
+    assert not filter_cache._is_for_graphs(torch.device("cpu"))
+
+
+def test_inductors_trees_are_those_that_are_asked() -> None:
+    """The names above are those of the installed torch."""
+    trees = pytest.importorskip("torch._inductor.cudagraph_trees")
+    assert {"WARMUP", "RECORDING"} <= set(trees.ExecutionState.__members__)
+    assert "create_if_none_exists" in inspect.signature(trees.get_manager).parameters
+    assert not filter_cache._runs_ahead(trees, torch.device("cuda", 0))

@@ -1,6 +1,7 @@
 """What wrappers of PyTorch do to modules, and ours inside."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -65,3 +66,61 @@ def test_replicas_of_data_parallel_are_fused(name: str) -> None:
     (y.square().sum() + expected.square().sum()).backward()
     for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_sharded_parameters_are_never_stale(norm: str | None) -> None:
+    """FSDP gathers parameters into the same tensors, of the same version, whatever the shards
+    hold by then: averaged weights, a checkpoint."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain = nn.Sequential(
+        fi.Inception(*WIDTHS, norm=norm), fi.Inception(32, *WIDTHS[1:], norm=norm)
+    )
+    sharded = copy.deepcopy(plain)
+    mesh = init_device_mesh("cpu", (1,))
+    for module in (*sharded, sharded):
+        fully_shard(module, mesh=mesh)
+    x = torch.randn(2, 16, 5, 5)
+    for model in (plain, sharded):
+        model.eval()
+    backend = "torch" if norm else "triton"
+    with torch.no_grad(), fi.backend(backend):
+        for _ in range(2):
+            torch.testing.assert_close(sharded(x), plain(x))
+            for model in (plain, sharded):
+                for p in model.parameters():
+                    p.mul_(1.5)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_modules_train_as_others() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain = fi.Inception(*WIDTHS, norm="batch")
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    for _ in range(2):
+        x = torch.randn(2, 16, 5, 5)
+        for model in (plain, sharded):
+            optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(x).square().mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    torch.testing.assert_close(sharded(x), plain(x))

@@ -1,5 +1,6 @@
 """Packed filters of modules that are not being trained, kept until a parameter changes."""
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,8 +21,8 @@ class _Entry(NamedTuple):
     result: Any
 
 
-# by the first tensor and how many there are
-_entries: dict[tuple[int, int], _Entry] = {}
+# by the first tensor, how many there are, and the stream
+_entries: dict[tuple[int, int, int], _Entry] = {}
 _lock = threading.Lock()
 _listening = False
 
@@ -48,27 +49,74 @@ def kept(
     """What `make()` makes of `tensors` and `options`, from the cache where that is safe.
 
     Not safe, so made anew: in grad mode and when a backward will follow (an optimiser step may
-    come at any time), under CUDA-graph capture (a replay must see the parameters of its own time),
-    for inference tensors (they carry no version). A step of an optimiser empties the cache, as
-    fused ones raise no version. Nor do writes through `.data`: call `clear()` after them.
+    come at any time), under CUDA-graph capture and where Inductor runs ahead of one (a replay must
+    see the parameters of its own time, and what is allocated there is the graph's), for inference
+    tensors (they carry no version), with FSDP (which gathers parameters anew under the same
+    version). A step of an optimiser empties the cache, as fused ones raise no version. Nor do
+    writes through `.data`, by collectives or by replays: call `clear()` after them. Each CUDA
+    stream has entries of its own, made, read and freed in its order.
     """
-    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if save or torch.is_grad_enabled() or capturing or any(t.is_inference() for t in tensors):
+    if (
+        save
+        or torch.is_grad_enabled()
+        or _is_for_graphs(tensors[0].device)
+        or _may_be_sharded()
+        or any(t.is_inference() for t in tensors)
+    ):
         return make()
     key = (*options, *map(_identity, tensors))
-    owner = id(tensors[0]), len(tensors)
+    owner = id(tensors[0]), len(tensors), _stream_of(tensors[0].device)
     with _lock:
         entry = _entries.get(owner)
     if entry is not None and entry.key == key and _same(entry.tensors, tensors):
         return entry.result
     _listen()
-    result = make()
+    # what is made in inference mode carries no version, and could not be kept by the next
+    with torch.inference_mode(False), torch.no_grad():
+        result = make()
     # the entry dies with the first tensor, so that a reused address is never mistaken for it
     first = weakref.ref(tensors[0], lambda _: _entries.pop(owner, None))
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
     with _lock:
         _entries[owner] = _Entry(key, [first, *map(weakref.ref, tensors[1:])], storages, result)
     return result
+
+
+def _stream_of(device: torch.device) -> int:
+    """The current one; 0 without streams."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _is_for_graphs(device: torch.device) -> bool:
+    """Whether what is launched and allocated now belongs to a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    return trees is not None and _runs_ahead(trees, device)
+
+
+def _runs_ahead(trees: Any, device: torch.device) -> bool:
+    """Whether Inductor's trees of graphs, on this thread, run a function before they capture it."""
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+        states = trees.ExecutionState
+        return manager is not None and manager.path_state in (states.WARMUP, states.RECORDING)
+    except AssertionError:  # a thread without trees
+        return False
+    except (AttributeError, TypeError):  # another Inductor: nobody knows
+        return True
+
+
+def _may_be_sharded() -> bool:
+    """Whether FSDP is in use, as far as can be told."""
+    distributed = torch.distributed
+    return (
+        "torch.distributed.fsdp" in sys.modules
+        and distributed.is_available()
+        and distributed.is_initialized()
+    )
 
 
 def _identity(t: torch.Tensor) -> tuple[object, ...]:
@@ -95,8 +143,8 @@ def _same(refs: list["weakref.ref[torch.Tensor]"], tensors: list[torch.Tensor]) 
 
 
 def clear() -> None:
-    """Forget all packed filters: needed only after writes that bypass version counters
-    (`.data`)."""
+    """Forget all packed filters: needed only after writes that raise no version: through `.data`,
+    by collectives of `torch.distributed`, by replays of a captured optimiser step."""
     if _entries:
         with _lock:
             _entries.clear()
