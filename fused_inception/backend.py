@@ -1,5 +1,6 @@
 """Which implementation runs, and why."""
 
+import functools
 import importlib.util
 import os
 import threading
@@ -16,6 +17,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 NAMES = ("auto", "triton", "torch")
+OLDEST_CAPABILITY = (8, 0)
 _ASSUMED = "triton, assumed"
 ENVIRONMENT_VARIABLE = "FUSED_INCEPTION_BACKEND"
 
@@ -42,11 +44,11 @@ _warned: set[str] = set()
 class backend:  # noqa: N801, used as a function
     """Choose the implementation for the calls inside a `with` block.
 
-    "auto" takes Triton for CUDA tensors and ATen, PyTorch's own operators, for all others; "triton"
-    insists on Triton, on CPU tensors through its interpreter (TRITON_INTERPRET=1); "torch" takes
-    ATen everywhere. The block beats the environment variable FUSED_INCEPTION_BACKEND; both are read
-    at each call. It holds for the thread that entered it. What forward chose, its backward uses,
-    wherever that runs.
+    "auto" takes Triton for CUDA tensors, of GPUs of compute capability 8.0 or newer, and ATen,
+    PyTorch's own operators, for all others; "triton" insists on Triton, on CPU tensors through its
+    interpreter (TRITON_INTERPRET=1); "torch" takes ATen everywhere. The block beats the environment
+    variable FUSED_INCEPTION_BACKEND; both are read at each call. It holds for the thread that
+    entered it. What forward chose, its backward uses, wherever that runs.
 
     Raises:
         ValueError: unknown name.
@@ -101,20 +103,21 @@ def resolve(x: Tensor) -> Implementation:
         TypeError: the backend is "triton" and `x` is float64.
         BackendError: the backend is "triton" and Triton cannot run on the device of `x`.
     """
-    return choose(selected(), x.device.type, x.dtype)
+    return choose(selected(), x.device, x.dtype)
 
 
-def choose(name: str, device_type: str, dtype: torch.dtype) -> Implementation:
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Implementation:
     """The rules behind `resolve`."""
     if name == "torch":
         return "torch"
     if name == _ASSUMED and dtype != torch.float64:
         return "triton"
     if name == "auto":
-        if device_type != "cuda" or dtype == torch.float64:
+        if device.type != "cuda" or dtype == torch.float64:
             return "torch"
-        if not TRITON_INSTALLED:
-            _warn_once("Triton is not installed: CUDA tensors take PyTorch's own operators")
+        reason = why_no_triton(device)
+        if reason is not None:
+            _warn_once(f"{reason}: CUDA tensors take PyTorch's own operators")
             return "torch"
         return "triton"
     if dtype == torch.float64:
@@ -124,14 +127,28 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> Implementation:
         )
     if not TRITON_INSTALLED:
         raise BackendError('backend "triton" needs Triton, which is not installed: install triton')
-    if device_type == "cpu" and not _interpreter_is_on():
+    if device.type == "cpu" and not _interpreter_is_on():
         raise BackendError(
             'backend "triton" runs on CPU tensors only through Triton\'s interpreter: set '
             "TRITON_INTERPRET=1 before the process starts, or move the tensors to a CUDA device"
         )
-    if device_type not in ("cpu", "cuda"):
-        raise BackendError(f'backend "triton" needs CUDA or CPU tensors, got {device_type}')
+    if device.type not in ("cpu", "cuda"):
+        raise BackendError(f'backend "triton" needs CUDA or CPU tensors, got {device.type}')
+    if device.type == "cuda" and (reason := why_no_triton(device)) is not None:
+        raise BackendError(f'backend "triton" cannot run on {device}: {reason}')
     return "triton"
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a CUDA device, or should not; None where they can."""
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    capability = _capability(device.index)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    # older ones have no bf16 and TF32 units; Triton compiles for them, but without tensor cores
+    oldest, got = (".".join(map(str, of)) for of in (OLDEST_CAPABILITY, capability))
+    return f"kernels need a GPU of compute capability {oldest} or newer, got {got}"
 
 
 def _environment() -> str:
@@ -156,6 +173,19 @@ def _interpreter_is_on() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+@constant_when_compiled
+def _capability(index: int | None) -> tuple[int, int]:
+    return _capability_once(index)
+
+
+@functools.cache
+def _capability_once(index: int | None) -> tuple[int, int]:
+    """Of a CUDA device; the oldest that will do where there is none, for tensors without data."""
+    return (
+        torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
+    )
 
 
 @constant_when_compiled

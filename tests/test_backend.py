@@ -46,54 +46,69 @@ def test_auto(
     device_type: str, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BACKEND, "TRITON_INSTALLED", True)
-    assert choose("auto", device_type, dtype) == expected
+    assert choose("auto", torch.device(device_type), dtype) == expected
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_torch(device_type: str, dtype: torch.dtype) -> None:
-    assert choose("torch", device_type, dtype) == "torch"
+    assert choose("torch", torch.device(device_type), dtype) == "torch"
 
 
 def test_cuda_without_triton_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BACKEND, "TRITON_INSTALLED", False)
     with pytest.warns(RuntimeWarning, match="Triton is not installed"):
-        assert choose("auto", "cuda", torch.float32) == "torch"
+        assert choose("auto", torch.device("cuda"), torch.float32) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose("auto", "cuda", torch.float32) == "torch"
+        assert choose("auto", torch.device("cuda"), torch.float32) == "torch"
+
+
+@needs_triton
+def test_old_gpus_take_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for them, without tensor cores, and bf16 in software."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(BACKEND, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(BACKEND, "_warned", set())
+    with pytest.warns(RuntimeWarning, match=r"compute capability 8\.0 or newer, got 7\.5"):
+        assert choose("auto", device, torch.float16) == "torch"
+    with pytest.raises(fi.BackendError, match=r"cannot run on cuda:0: .* got 7\.5"):
+        choose("triton", device, torch.float16)
+    assert choose("torch", device, torch.float16) == "torch"
+    monkeypatch.setattr(BACKEND, "_capability", lambda index: (8, 0))
+    assert choose("auto", device, torch.float16) == "triton"
 
 
 @needs_triton
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_triton_with_interpreter(device_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose("triton", device_type, torch.float16) == "triton"
+    assert choose("triton", torch.device(device_type), torch.float16) == "triton"
 
 
 @needs_triton
 def test_triton_on_cpu_without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert choose("triton", "cuda", torch.float32) == "triton"
+    assert choose("triton", torch.device("cuda"), torch.float32) == "triton"
     with pytest.raises(fi.BackendError, match="TRITON_INTERPRET=1"):
-        choose("triton", "cpu", torch.float32)
+        choose("triton", torch.device("cpu"), torch.float32)
 
 
 @needs_triton
 def test_triton_on_another_device() -> None:
     with pytest.raises(fi.BackendError, match="got mps"):
-        choose("triton", "mps", torch.float32)
+        choose("triton", torch.device("mps"), torch.float32)
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BACKEND, "TRITON_INSTALLED", False)
     with pytest.raises(fi.BackendError, match="install triton"):
-        choose("triton", "cuda", torch.float32)
+        choose("triton", torch.device("cuda"), torch.float32)
 
 
 def test_triton_in_float64() -> None:
     with pytest.raises(TypeError, match="got float64"):
-        choose("triton", "cuda", torch.float64)
+        choose("triton", torch.device("cuda"), torch.float64)
 
 
 def test_backend_error_is_a_runtime_error() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fused_inception.adapters.ours import FUSED
 from fused_inception.adapters.report import ALREADY_FUSED, FusionReport
-from fused_inception.backend import choose, selected
+from fused_inception.backend import choose, selected, why_no_triton
 
 TRITON, ATEN, LAYERS = "Triton", "ATen", "layers"
 
@@ -57,12 +57,15 @@ def path_of(block: nn.Module, x: Tensor) -> Path:
         return Path(LAYERS, obstacle)
     name, device = selected(), x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if choose(name, device, dtype) == "triton":
+    if choose(name, x.device, dtype) == "triton":
         reason = why_no_kernel(block)
         return Path(TRITON, f"backend {name}, {device}") if reason is None else Path(ATEN, reason)
     if name == "torch":
         return Path(ATEN, "backend torch")
-    return Path(ATEN, "float64" if dtype == torch.float64 else f"{device} tensors")
+    if dtype == torch.float64:
+        return Path(ATEN, "float64")
+    reason = why_no_triton(x.device) if device == "cuda" else None
+    return Path(ATEN, reason or f"{device} tensors")
 
 
 def why_no_kernel(block: nn.Module) -> str | None:

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         properties = torch.cuda.get_device_properties(index)
         print(
             f"  cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
-            f"sm_{properties.major}{properties.minor}): {_implementation(name, 'cuda')}"
+            f"sm_{properties.major}{properties.minor}): {_implementation(name, f'cuda:{index}')}"
         )
     print("googlenet:")
     for variant in VARIANTS:
@@ -69,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _implementation(name: str, device_type: str) -> str:
+def _implementation(name: str, device: str) -> str:
     """What `choose` takes for float32 tensors on such a device, or why nothing can run."""
     try:
-        chosen = choose(name, device_type, torch.float32)
+        chosen = choose(name, torch.device(device), torch.float32)
     except BackendError as error:
         return f"not usable, {error}"
     return {"torch": "PyTorch's own operators (ATen)", "triton": "fused Triton kernels"}[chosen]
