@@ -9,6 +9,10 @@ IMAGE_CHANNELS = 4
 IMAGE_POSITIONS = 256
 # of max pools: kernels unroll its taps, registers and compilers are good for so many
 LARGEST_WINDOW = 3
+# windows of an average pool over one pixel, and channels of a local response norm: kernels unroll
+# these too, and would take minutes to compile
+MOST_OVERLAPS = 16
+LARGEST_NORM = 32
 AUX_CHANNELS = 128  # filters of the 1x1 convolution in an auxiliary head
 
 
@@ -256,6 +260,13 @@ def why_no_pool_kernel(kernel: int) -> str | None:
     return f"kernel_size {kernel}: kernels exist up to {LARGEST_WINDOW}"
 
 
+def why_no_norm_kernel(size: int) -> str | None:
+    """Why no kernel of ours normalises over so many channels; None where one does."""
+    if size <= LARGEST_NORM:
+        return None
+    return f"size {size}: kernels exist up to {LARGEST_NORM}"
+
+
 @dataclass(frozen=True)
 class Window:
     """Square pooling windows."""
@@ -309,6 +320,13 @@ class AvgWindow:
         if not self.grid:
             return min(-(-self.kernel // self.stride), self.out(size))
         return max(-(-(p + 1) * self.grid // size) - p * self.grid // size for p in range(size))
+
+    def why_no_kernel(self, height: int, width: int) -> str | None:
+        """Why no kernel of ours pools such a map; None where one does."""
+        overlaps = self.overlap(height) * self.overlap(width)
+        if overlaps <= MOST_OVERLAPS:
+            return None
+        return f"{overlaps} windows over one pixel: kernels exist up to {MOST_OVERLAPS}"
 
 
 def googlenet_dims(kernel_5x5: int = 5) -> dict[str, InceptionDims]:

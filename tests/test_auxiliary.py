@@ -241,3 +241,18 @@ class TestModule:
         assert fi.fuse_(head).skipped == {"": f"already fused, but {why}"}
         assert head.extra_repr() == f"adaptive pool, {why}"
         assert f"layers: {why}" in str(fi.explain(head, self.x))
+
+
+@pytest.mark.usefixtures("on_device")
+def test_windows_that_overlap_too_much_run_through_aten() -> None:
+    """A kernel of 49 windows over a pixel compiles for most of a minute."""
+    x, w, b = torch.randn(1, 8, 14, 14), torch.randn(8, 8, 1, 1), torch.randn(8)
+    call = functional.avg_pool2d_conv1x1_relu
+    with fi.backend("triton"), pytest.raises(fi.BackendError, match="49 windows over one pixel"):
+        call(x, w, b, 7, 1)
+    got, want = (of.avg_pool2d_conv1x1_relu(x, w, b, 7, 1) for of in (functional, reference))
+    torch.testing.assert_close(got, want)
+    assert AvgWindow(4, 1, True).why_no_kernel(9, 9) is None
+    # one pixel, in all windows of an adaptive pool
+    assert AvgWindow(0, 0, False, 4).why_no_kernel(1, 1) is None
+    assert AvgWindow(0, 0, False, 5).why_no_kernel(1, 1) is not None

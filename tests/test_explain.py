@@ -163,6 +163,8 @@ class TestTritonPath:
         reasons = {
             fi.MaxPool2d(5): "kernel_size 5: kernels exist up to 3",
             fi.MaxPoolLRN2d(3, 4, 2): "kernel_size 4: kernels exist up to 3",
+            fi.LocalResponseNorm(33): "size 33: kernels exist up to 32",
+            fi.LRNMaxPool2d(40, 3, 2): "size 40: kernels exist up to 32",
             fi.ConvBlock(16, 8, kernel_size=7, padding=3): "kernel 7, stride 1, padding 3",
         }
         for block, reason in reasons.items():

@@ -172,3 +172,27 @@ def test_strided_statistics_are_refused_where_they_are_written_to(which: int) ->
     with fi.backend("triton"):
         got, expected = (functional.conv2d_bn_relu(x, w, *of, padding=1) for of in (running, usual))
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("run", [functional.conv2d_relu, functional.googlenet_stem])
+def test_channels_of_images_beyond_two_to_the_31_elements(
+    run: Callable[..., Tensor],
+) -> None:
+    """As frames of a long clip [C, T, H, W] that stands for a batch."""
+    apart = 2**30
+    far = torch.empty(2 * apart + 2**12, dtype=torch.float16).as_strided(
+        (1, 3, 24, 24), (24 * 24, apart, 24, 1)
+    )
+    near = far.copy_(torch.randn(1, 3, 24, 24)).contiguous()
+    shapes = [(8, 3, 7, 7), (8,)]
+    if run is functional.googlenet_stem:
+        shapes += [(8, 8, 1, 1), (8,), (8, 8, 3, 3), (8,)]
+    weights = [torch.randn(shape).mul(0.1).half().requires_grad_() for shape in shapes]
+    for x in (far, near):
+        with torch.no_grad(), fi.backend("triton"):
+            y = run(x, *weights)
+        found = y, *gradients(lambda x=x: run(x, *weights), weights)
+        if x is far:
+            expected = found
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

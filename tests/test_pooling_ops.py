@@ -243,6 +243,10 @@ def test_windows_without_a_kernel() -> None:
     ):
         functional.max_pool2d(x, 4)
     torch.testing.assert_close(functional.max_pool2d(x, 4), reference.max_pool2d(x, 4))
+    with fi.backend("triton"), pytest.raises(fi.BackendError, match="size 33: kernels exist up to"):
+        functional.local_response_norm(x, 33)
+    with fi.backend("triton"), pytest.raises(fi.BackendError, match="size 33: kernels exist up to"):
+        functional.lrn_max_pool2d(x, 33, 3, 2)
 
 
 def test_pairs_of_equal_numbers_are_one() -> None:

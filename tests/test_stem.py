@@ -52,6 +52,8 @@ def test_stems_without_an_operator(
     stem = ops.Stem(2, 3, pool1, STEM_NORM, STEM_NORM, STEM_POOL)
     why = ops.why_not(tensors(c_in, widths)[1::2], stem)
     assert why is None if reason is None else re.search(reason, why)
+    wide = ops.Stem(2, 3, STEM_POOL, STEM_NORM, (33, 1e-4, 0.75, 1.0), STEM_POOL)
+    assert ops.why_not(tensors()[1::2], wide) == "size 33: kernels exist up to 32"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_inception import checks
-from fused_inception.backend import resolve
+from fused_inception.backend import BackendError, resolve, selected
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import AvgWindow
 from fused_inception.ops import avg_pool_project as _avg_pool_project
@@ -111,7 +111,8 @@ def avg_pool2d_conv1x1_relu(
     Raises:
         ValueError: a shape, an option or a device that does not fit.
         TypeError: a dtype that does not fit, or float64 under the backend "triton".
-        BackendError: the backend "triton" cannot run here.
+        BackendError: the backend "triton" cannot run here, or more than 16 windows lie over one
+            pixel, which runs through ATen.
 
     Autograd saves the pooled map and y, on the ATen path `x` too. A double backward raises
     RuntimeError.
@@ -139,6 +140,11 @@ def adaptive_avg_pool2d_conv1x1_relu(
 def _pool_project(x: Tensor, weight: Tensor, bias: Tensor, pool: AvgWindow) -> Tensor:
     checks.pointwise_parameters(x, weight, bias, casts=autocasts(x))
     impl = resolve(x)
+    reason = pool.why_no_kernel(*x.shape[2:])
+    if impl == "triton" and reason is not None:
+        if selected() == "triton":
+            raise BackendError(f'backend "triton" has no kernel for this pool: {reason}')
+        impl = "torch"
     x = settle(autocast(x), impl)
     if impl == "torch":
         return plain.avg_pool2d_conv1x1_relu(x, [weight], bias, pool)

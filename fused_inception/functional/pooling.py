@@ -6,7 +6,7 @@ from torch import Tensor
 from fused_inception import checks
 from fused_inception.backend import BackendError, resolve, selected
 from fused_inception.functional.layout import settle
-from fused_inception.geometry import Window, why_no_pool_kernel
+from fused_inception.geometry import Window, why_no_norm_kernel, why_no_pool_kernel
 from fused_inception.ops import plain
 from fused_inception.ops import pooling as _pooling
 from fused_inception.ops.measured import measured
@@ -80,7 +80,8 @@ def local_response_norm(
     Raises:
         ValueError: a shape or a size that does not fit.
         TypeError: a dtype that does not fit, or float64 under the backend "triton".
-        BackendError: the backend "triton" cannot run here.
+        BackendError: the backend "triton" cannot run here, or `size` is above 32: such norms run
+            through ATen.
 
     Autograd saves `input` alone; its denominator is computed again. A double backward raises
     RuntimeError.
@@ -147,6 +148,8 @@ def pool(op: torch._ops.OpOverload, x: Tensor, window: Window | None, *norm: flo
     """Run an operator of `ops.pooling`."""
     impl = resolve(x)
     reason = None if window is None else why_no_pool_kernel(window.kernel)
+    if norm and reason is None:
+        reason = why_no_norm_kernel(int(norm[0]))
     if impl == "triton" and reason is not None:
         if selected() == "triton":
             raise BackendError(f'backend "triton" has no kernel for this pool: {reason}')

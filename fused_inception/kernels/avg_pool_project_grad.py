@@ -156,7 +156,8 @@ def _input_tile(
     The gradients of BLOCK_W windows are one product, from which pixels then gather their own.
     """
     WINDOWS: tl.constexpr = OUT_HEIGHT * OUT_WIDTH
-    pixel = pid_pixel * BLOCK_PIXEL + tl.arange(0, BLOCK_PIXEL)
+    local_pixel = tl.arange(0, BLOCK_PIXEL)
+    pixel = pid_pixel * BLOCK_PIXEL + local_pixel
     offs_ci = pid_ci * BLOCK_CI + tl.arange(0, BLOCK_CI)
     offs_co = tl.arange(0, BLOCK_CO)
     mask_ci = offs_ci < C_IN
@@ -188,10 +189,12 @@ def _input_tile(
                 inside = inside & (at >= 0) & (at < BLOCK_W)
                 index = tl.broadcast_to(tl.where(inside, at, 0)[:, None], (BLOCK_PIXEL, BLOCK_CI))
                 dx_tile += tl.where(inside[:, None], tl.gather(share, index, 0), 0.0)
-    dx_image_ptr = dx_ptr + image.to(tl.int64) * (height * width) * C_IN
+    pixels_before = image.to(tl.int64) * (height * width) + pid_pixel * BLOCK_PIXEL
     mask = (pixel < height * width)[:, None] & mask_ci[None, :]
-    dx_offs = (pixel * C_IN)[:, None] + offs_ci[None, :]
-    tl.store(dx_image_ptr + dx_offs, dx_tile.to(dx_ptr.dtype.element_ty), mask=mask)
+    dx_offs = (local_pixel * C_IN)[:, None] + offs_ci[None, :]
+    tl.store(
+        dx_ptr + pixels_before * C_IN + dx_offs, dx_tile.to(dx_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit(

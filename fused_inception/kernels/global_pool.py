@@ -97,10 +97,10 @@ def _global_pool_bwd_kernel(
     if DROPOUT:
         dy_row *= _gain(kept_ptr, image * C + offs_c, mask_c, scale)
     dx_row = (dy_row / n_pixels.to(tl.float32)).to(dx_ptr.dtype.element_ty)
-    dx_image_ptr = dx_ptr + image * n_pixels * C
     sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for p0 in tl.range(0, n_pixels, BLOCK_P):
-        offs_p = p0 + tl.arange(0, BLOCK_P)
+        local_p = tl.arange(0, BLOCK_P)
+        offs_p = p0 + local_p
         mask = (offs_p < n_pixels)[:, None] & mask_c[None, :]
         dx_tile = tl.broadcast_to(dx_row[None, :], (BLOCK_P, BLOCK_C))
         if mask_ptr is not None:
@@ -109,7 +109,8 @@ def _global_pool_bwd_kernel(
             # select, never multiply: a closed gate stops NaN and infinity too
             dx_tile = tl.where(is_open, dx_tile, 0.0)
             sums += dx_tile.to(tl.float32)
-        tl.store(dx_image_ptr + (offs_p * C)[:, None] + offs_c[None, :], dx_tile, mask=mask)
+        dx_tile_ptr = dx_ptr + (image * n_pixels + p0) * C
+        tl.store(dx_tile_ptr + (local_p * C)[:, None] + offs_c[None, :], dx_tile, mask=mask)
     if mask_ptr is not None:
         tl.store(partial_ptr + image * C + offs_c, tl.sum(sums, axis=0), mask=mask_c)
 

@@ -16,6 +16,17 @@ from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.tiles import finish_tile
 from fused_inception.tuning.configs import ImageConvConfig
 
+# elements from the first of an image to its last: offsets inside an image have 32 bits
+REACH = 2**31
+
+
+def within_reach(x: torch.Tensor) -> torch.Tensor:
+    """Images [N, C, H, W] of any strides; copied where one reaches too far, as frames of a long
+    clip [C, T, H, W] that stands for a batch."""
+    steps = zip(x.shape[1:], x.stride()[1:], strict=True)
+    reach = sum((size - 1) * stride for size, stride in steps)
+    return x if reach < REACH else x.contiguous()
+
 
 @dataclass(frozen=True)
 class ImageConv:
@@ -344,7 +355,7 @@ def launch_image_conv_fwd(
 
     x: [N, C_IN, H, W] of any strides and floating dtype; weight contiguous in any floating dtype.
     """
-    tile = config.forward
+    tile, x = config.forward, within_reach(x)
     n_pixels = _sizes(shape, x, y.shape)[0]
     run(
         _image_conv_fwd_kernel,
@@ -373,7 +384,7 @@ def launch_image_conv_wgrad(
 ) -> torch.Tensor:
     """Partial gradients [splits, positions + 1, C_OUT] in fp32, the bias behind the last
     position."""
-    job = config.wgrad
+    job, x = config.wgrad, within_reach(x)
     sizes = _sizes(shape, x, dz.shape)
     chunk, splits = job.chunks(sizes[0])
     rows = shape.positions + 1

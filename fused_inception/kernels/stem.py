@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fused_inception.geometry import align_up
-from fused_inception.kernels.image_conv import ImageConv
+from fused_inception.kernels.image_conv import ImageConv, within_reach
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.pack import (
     ELEMENTS,
@@ -135,7 +135,7 @@ def launch_stem_pack(
     block: int = ELEMENTS,
 ) -> PackedStem:
     """Pack an image, of which `stem_conv` tells, all filters and, in fp32, all biases."""
-    x, w1 = image.x, image.weight.contiguous()
+    x, w1 = within_reach(image.x), image.weight.contiguous()
     n, c_in, height, width = x.shape
     c1 = w1.shape[0]
     shape = packed_image_shape(n, image.out_height, image.out_width)

@@ -5,19 +5,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_inception import functional
-from fused_inception.geometry import Window, why_no_pool_kernel
+from fused_inception.geometry import Window, why_no_norm_kernel, why_no_pool_kernel
 from fused_inception.nn.conv_block import FUSED, aten_path, change_of, global_hook
 
 
-class _Pool(nn.Module):
-    """What pools with windows say of themselves."""
+class _Layer(nn.Module):
+    """What pools and norms say of themselves."""
 
-    kernel_size: Any
+    # of one that does not pool, or normalise
+    kernel_size: Any = 1
+    size = 1
 
     def _no_kernel(self) -> str | None:
         """Why the operator runs through ATen everywhere; None where there is a kernel."""
-        size: int | tuple[int, int] = self.kernel_size
-        return why_no_pool_kernel(size if isinstance(size, int) else max(size))
+        window: int | tuple[int, int] = self.kernel_size
+        side = window if isinstance(window, int) else max(window)
+        return why_no_pool_kernel(side) or why_no_norm_kernel(self.size)
 
     @property
     def path(self) -> str:
@@ -25,7 +28,7 @@ class _Pool(nn.Module):
         return aten_path(self._no_kernel()) or FUSED
 
 
-class MaxPool2d(_Pool):
+class MaxPool2d(_Layer):
     """Maximum over square windows, `functional.max_pool2d`.
 
     Args:
@@ -61,7 +64,7 @@ class MaxPool2d(_Pool):
         )
 
 
-class LocalResponseNorm(nn.Module):
+class LocalResponseNorm(_Layer):
     """Local response normalisation across channels, `functional.local_response_norm`.
 
     Args:
@@ -82,10 +85,10 @@ class LocalResponseNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Constants and path, for `print`."""
-        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, {FUSED}"
+        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, {self.path}"
 
 
-class _NormAndPool(_Pool):
+class _NormAndPool(_Layer):
     """The options of both."""
 
     def __init__(

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import ALIGN, IMAGE_CHANNELS, Window, conv_out, why_no_pool_kernel
+from fused_inception.geometry import (
+    ALIGN,
+    IMAGE_CHANNELS,
+    Window,
+    conv_out,
+    why_no_norm_kernel,
+    why_no_pool_kernel,
+)
 from fused_inception.ops import conv2d
 from fused_inception.ops.layout import as_saved, empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
@@ -88,7 +95,8 @@ def why_not(filters: Sequence[Tensor], stem: Stem) -> str | None:
     widths = [w.shape[0] for w in (w1, w2, w3)]
     if any(width % ALIGN != 0 for width in widths):
         return f"widths must be multiples of {ALIGN}, got {widths}"
-    return why_no_pool_kernel(max(stem.pool1.kernel, stem.pool2.kernel))
+    pool, norm = max(stem.pool1.kernel, stem.pool2.kernel), max(stem.norm1[0], stem.norm2[0])
+    return why_no_pool_kernel(pool) or why_no_norm_kernel(norm)
 
 
 def _forward(
