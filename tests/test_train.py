@@ -411,27 +411,6 @@ def test_learning_rate_rises_then_falls():
     assert all(a >= b for a, b in pairwise(rates[5:]))
 
 
-def test_parity_fails_on_a_wrong_module():
-    network = {"variant": "paper", "num_classes": 3, "aux_logits": False, "image_size": 32}
-    torch.manual_seed(0)
-    model = fi.googlenet(**network)
-    x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
-    assert parity.compare(model, network, x, labels, "fp32").verdict == "ok"
-    model.inception4c.register_forward_hook(lambda module, inputs, output: 1.05 * output)
-    assert str(parity.compare(model, network, x, labels, "fp32")).endswith("FAILED")
-
-
-def test_parity_gives_no_verdict_where_rounding_decides():
-    def verdict(gradients, own_gradients):
-        return parity.Parity(16, "bf16", 0.01, gradients, 0.01, own_gradients).verdict
-
-    nan = float("nan")
-    assert verdict(0.02, 0.01) == verdict(0.02, 0.5) == "ok"
-    assert verdict(0.3, 0.01) == verdict(nan, 0.01) == "FAILED"
-    assert verdict(0.6, 0.5).startswith("inconclusive")
-    assert verdict(nan, nan).startswith("inconclusive")
-
-
 def test_info_names_versions_and_what_is_fused(monkeypatch, capsys):
     monkeypatch.setenv("FUSED_INCEPTION_BACKEND", "torch")
     assert main(["info"]) == 0
