@@ -140,7 +140,7 @@ def test_what_is_timed_is_verified(gpu: bool, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(bench.sample, "prepared", prepared)
     monkeypatch.setattr(bench, "verify", verify)
-    monkeypatch.setattr(bench, "measure", lambda models, x, mode, seconds: [result(x, mode)])
+    monkeypatch.setattr(bench, "measure", lambda models, x, mode, *_: [result(x, mode)])
     assert run("--model", HERE + "fused_net", "--batch-size", "1,4") == 0
     sizes = (1, 4) if gpu else (1,)
     assert seen == [(n, training, training) for n in sizes for training in (False, True)]
@@ -186,6 +186,40 @@ def test_plots_need_matplotlib_before_anything_is_timed(
     assert run("--model", HERE + "fused_net", "--out", str(tmp_path)) == 2
     assert "matplotlib missing here" in capsys.readouterr().err
     assert run("--model", HERE + "fused_net", "--batch-size", "1") == 0
+
+
+def test_results_before_an_interruption_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, modes = bench.measure, iter(["step", "inference"])
+
+    def measure(models: Any, x: Any, mode: str, *rest: Any) -> Any:
+        if next(modes, None) is None:
+            raise KeyboardInterrupt
+        return real(models, x, mode, *rest)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    what = ["--model", HERE + "fused_net", "--batch-size", "1,2", "--seconds", "0"]
+    assert run(*what, "--out", str(tmp_path / "new")) == 130
+    assert "written: bench.json" in capsys.readouterr().out
+    found = json.loads((tmp_path / "new" / "bench.json").read_text())["results"]
+    assert {row["batch"] for row in found} == {1}
+
+
+def test_a_folder_that_cannot_be_written_to_fails_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("measured first"))
+    assert run("--model", HERE + "fused_net", "--out", str(tmp_path / "file")) == 2
+    assert "nothing can be written there" in capsys.readouterr().err
+
+
+def test_peaks_of_replayed_graphs_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "peak_bytes", lambda piece, _: 1 if piece.allocates else None)
+    models = {"eager": fused_net(), "compile": fused_net()}
+    rows = bench.measure(models, torch.randn(1, 3, 8, 8), "step", 0.0, {"compile"})
+    assert {row.provider: row.peak_bytes for row in rows} == {"eager": 1, "compile": None}
 
 
 def test_spread_stays_between_its_samples() -> None:

@@ -235,6 +235,28 @@ def test_whole_search_writes_a_table_that_launches_follow(
 
 
 @needs_triton
+def test_the_library_may_search_and_what_fails_is_told(
+    device: torch.device, own_tables: Path
+) -> None:
+    model = fi.Inception(8, 8, 8, 8, 8, 8, 8).to(device).eval()
+    x = torch.randn(1, 8, 4, 4, device=device)
+    searches: set[bool] = set()
+
+    def timer(work: Any) -> float:
+        searches.add(torch.backends.cudnn.benchmark)
+        raise OSError("no clock")
+
+    tuning = Tuning(TARGETS["sm_90"], table.user_path("sm_90"), {}, timer, 1)
+    with fi.backend("triton"), torch.no_grad(), pytest.raises(OSError, match="no clock"):
+        tuning.go(model, x, time.monotonic() + 600, again=False)
+    assert searches == {True}
+    assert not torch.backends.cudnn.benchmark
+    assert "2 problems fail as the heuristic has them, the first one is pointwise: OSError" in str(
+        tuning
+    )
+
+
+@needs_triton
 def test_table_is_written_as_far_as_the_time_went(device: torch.device, own_tables: Path) -> None:
     model = fi.Inception(8, 8, 8, 8, 8, 8, 8).to(device).eval()
     x = torch.randn(1, 8, 4, 4, device=device)

@@ -6,8 +6,7 @@ import csv
 import json
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,10 +23,19 @@ from fused_inception.tools.bench_pictures import draw_models, draw_rates, draw_s
 from fused_inception.tools.bench_rows import BlockResult, Result
 from fused_inception.tools.blocks import tensors_of
 from fused_inception.tools.checkpoint import write_atomically
-from fused_inception.tools.errors import UserError, require
+from fused_inception.tools.errors import UserError, require, writable_folder
+from fused_inception.tools.options import positive
 from fused_inception.tools.precompile import precompile
 from fused_inception.tools.text import aligned
-from fused_inception.tools.timing import Spread, Work, calls_per_round, in_turn, now, peak_bytes
+from fused_inception.tools.timing import (
+    Spread,
+    Work,
+    calls_per_round,
+    cudnn_search,
+    in_turn,
+    now,
+    peak_bytes,
+)
 from fused_inception.tools.verify import verify
 
 MODES = ("inference", "step")
@@ -59,23 +67,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table; write results where `--out` says.
+    """Print the table; write results where `--out` says, also those before Ctrl-C or an error.
 
     Raises:
-        UserError: no such model, one that `verify` finds wrong, or a missing package.
+        UserError: no such model, one that `verify` finds wrong, a missing package, or `--out` is
+            no folder that can be written to.
     """
     require("tqdm", *(["matplotlib"] if arguments.out else []))
+    if arguments.out:
+        writable_folder("--out", arguments.out)
+    results: list[Result] = []
+    blocks: list[BlockResult] = []
+    where: dict[str, Any] = {}
+    try:
+        _measure(arguments, results, blocks, where)
+    finally:
+        if results:
+            _report(arguments, results, blocks, where)
+    return 0
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    results: list[Result],
+    blocks: list[BlockResult],
+    where: dict[str, Any],
+) -> None:
+    """Fill the last three."""
     from tqdm import tqdm
 
     modes = MODES if arguments.mode == "both" else (arguments.mode,)
-    results: list[Result] = []
-    blocks: list[BlockResult] = []
     steps = len(arguments.batch_size) * (len(modes) + 1)
-    where: dict[str, Any] = {}
-    with tqdm(total=steps, leave=False) as bar, _cudnn_search():
+    replays = {"compile"} if arguments.compile == "max-autotune" else set()
+    with tqdm(total=steps, leave=False) as bar, cudnn_search():
         for batch in arguments.batch_size:
             with sample.prepared(arguments, batch) as (model, x):
-                where = where or _where(x.device)
+                where.update(_where(x.device))
                 bar.set_description(f"batch {batch}, compile and verify")
                 models = _models(model, x, arguments.compile)
                 if x.is_cuda or not results:
@@ -84,17 +111,24 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.update()
                 for mode in modes:
                     bar.set_description(f"batch {batch}, {mode}")
-                    results += measure(models, x, mode, arguments.seconds)
+                    results += measure(models, x, mode, arguments.seconds, replays)
                     bar.update()
                 if arguments.blocks:
                     blocks += _blocks(models, x, arguments.seconds, bar)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    results: list[Result],
+    blocks: list[BlockResult],
+    where: dict[str, Any],
+) -> None:
     title = f"{arguments.model}, {arguments.dtype}, autocast {arguments.amp}, {where['device']}"
     print(f"{title}, torch {where['torch']}")
     print("\n".join(table(results)))
     if blocks:
         print("\n".join(["", *block_table(blocks)]))
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         options = {k: v for k, v in vars(arguments).items() if k not in ("command", "out")}
         head = {"options": options, "environment": where}
         write_json(arguments.out / RESULTS, head, results, blocks)
@@ -107,7 +141,6 @@ def run(arguments: argparse.Namespace) -> int:
             draw_rates(arguments.out / RATES, title, blocks)
             files += [BLOCK_TABLE, SPEED_UPS, RATES]
         print(f"written: {', '.join(files)} in {arguments.out}")
-    return 0
 
 
 def _blocks(models: dict[str, nn.Module], x: Tensor, seconds: float, bar: Any) -> list[BlockResult]:
@@ -123,13 +156,20 @@ def _blocks(models: dict[str, nn.Module], x: Tensor, seconds: float, bar: Any) -
     return measure_blocks(models["fused"], models["eager"], x, seconds / 4, done)
 
 
-def measure(models: dict[str, nn.Module], x: Tensor, mode: str, seconds: float) -> list[Result]:
+def measure(
+    models: dict[str, nn.Module],
+    x: Tensor,
+    mode: str,
+    seconds: float,
+    replays: Collection[str] = (),
+) -> list[Result]:
     """All of `models` in turn, "eager" among them; in `MODES` a step is forward, the mean square of
-    the outputs, and backward, without an optimiser."""
+    the outputs, and backward, without an optimiser. Those of `replays` run CUDA graphs, whose
+    memory is not allocated in a call, so that its peak cannot be read."""
     device = x.device
     pieces, first = {}, {}
     for name, model in models.items():
-        pieces[name] = _work(model.train(mode == "step"), x, mode)
+        pieces[name] = _work(model.train(mode == "step"), x, mode, allocates=name not in replays)
         start = now(device)
         pieces[name].run(None)
         first[name] = now(device) - start
@@ -153,7 +193,7 @@ def measure(models: dict[str, nn.Module], x: Tensor, mode: str, seconds: float) 
     ]
 
 
-def _work(model: nn.Module, x: Tensor, mode: str) -> Work:
+def _work(model: nn.Module, x: Tensor, mode: str, *, allocates: bool) -> Work:
     def inference(_: None) -> None:
         with torch.no_grad():
             model(x)
@@ -166,7 +206,7 @@ def _work(model: nn.Module, x: Tensor, mode: str) -> Work:
         leaves = [p for p in model.parameters() if p.requires_grad]
         torch.autograd.grad(loss, leaves, allow_unused=True)
 
-    return Work(None, inference if mode == "inference" else step)
+    return Work(None, inference if mode == "inference" else step, allocates)
 
 
 def _verified(model: nn.Module, x: Tensor, mode: str) -> None:
@@ -197,17 +237,6 @@ def _models(model: nn.Module, x: Tensor, mode: str | None) -> dict[str, nn.Modul
         with torch.no_grad():
             precompile(fused.eval(), x)
     return models
-
-
-@contextmanager
-def _cudnn_search() -> Iterator[None]:
-    """cuDNN tries its algorithms, for everybody."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def table(results: Sequence[Result]) -> list[str]:
@@ -266,7 +295,4 @@ def _version(package: str) -> str | None:
 
 
 def _sizes(text: str) -> list[int]:
-    sizes = [int(part) for part in text.split(",")]
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text} are not numbers of 1 or more")
-    return sizes
+    return [positive(part) for part in text.split(",")]

@@ -1,6 +1,8 @@
 """Errors that a command prints in one line, without a traceback."""
 
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -13,6 +15,20 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{__name__}.UserError: "))
+
+
+def writable_folder(flag: str, folder: Path) -> None:
+    """Make `folder`, and see that files can be written there: better now than after the work.
+
+    Raises:
+        UserError: it is a file, or may not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: nothing can be written there: {error}") from error
 
 
 def require(*modules: str) -> None:

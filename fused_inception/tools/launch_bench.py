@@ -68,6 +68,7 @@ class LaunchBench:
         self.timer = timer
         self.workers = workers
         self._expected: list[Tensor] | None = None
+        self.error: str | None = None  # of the first configuration that failed
 
     def usable(self, configs: list[Any]) -> list[Any]:
         """Those whose kernels compile and do not spill."""
@@ -94,7 +95,8 @@ class LaunchBench:
                 if not self._agrees():
                     return math.inf
                 return sum(self.timer(work(call, args)) for call, args in self.calls)
-            except Exception:
+            except Exception as error:
+                self.error = self.error or f"{type(error).__name__}: {error}"
                 # whatever a candidate fails of, it is out of the search, unless the device is too
                 torch.zeros(1, device=self._device()).item()
                 return math.inf

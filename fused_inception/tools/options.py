@@ -3,7 +3,8 @@
 import argparse
 import os
 from dataclasses import dataclass
-from typing import Any
+from math import inf
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +19,9 @@ DECAYS = {"sgd": 2e-4, "adamw": 1e-2}
 # a checkpoint holds the options of its run; these may be given anew, all others decide the result
 CHANGEABLE = ("device", "backend", "epochs", "workers")
 CHANGEABLE_IN_TESTS = (*CHANGEABLE, "data", "limit", "batch_size", "amp")
+
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,18 @@ def loading(options: Options, device: torch.device) -> dict[str, Any]:
 
 def positive(text: str) -> int:
     """An integer of 1 or more, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+    return _number(int, text, 1, "a whole number of 1 or more")
+
+
+def _number(kind: type[_Number], text: str, least: int, words: str, below: float = inf) -> _Number:
+    """`text` as a number from `least` on; argparse's own message would name a function of ours."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = kind(least - 1)
+    if not least <= value < below:
+        raise argparse.ArgumentTypeError(f"{text} is not {words}")
+    return value
 
 
 def _defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -177,12 +190,8 @@ def _checked(options: Options) -> Options:
 
 
 def _count(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
-    return int(text)
+    return _number(int, text, 0, f"a whole number between 0 and {2**32 - 1}", 2**32)
 
 
 def _rate(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return float(text)
+    return _number(float, text, 0, "a number of 0 or more")

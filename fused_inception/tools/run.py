@@ -14,7 +14,7 @@ from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.checkpoint import CHECKPOINT, KIND, network_of, write_atomically
 from fused_inception.tools.curves import draw_curves
 from fused_inception.tools.data import Data, held_out_batches, to_input, train_batches
-from fused_inception.tools.errors import UserError
+from fused_inception.tools.errors import UserError, writable_folder
 from fused_inception.tools.loop import (
     autocast,
     evaluate,
@@ -83,7 +83,7 @@ class Run:
         print(headline(self.model, self.options, self.device))
         print(f"{len(self.data.train)} training and {len(self.data.test)} test images", flush=True)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch
+            writable_folder("--out", self.folder)
             if self.device.type == "cuda" and len(self.history) < epochs:
                 self._precompile()
             while len(self.history) < epochs:

@@ -1,6 +1,7 @@
 """`train`: a GoogLeNet of fused Inception modules on real images, or its speed on random ones."""
 
 import argparse
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,9 @@ def _new_folder(out: Path | None, options: Options) -> Path:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file, not a folder")
         if (out / CHECKPOINT).exists():
-            raise UserError(f"--out {out} holds a run: go on with it by --resume {out}")
+            raise UserError(
+                f"--out {out} holds a run: go on with it by --resume {shlex.quote(str(out))}"
+            )
         return out
     name = Path(options.data.partition(":")[2]).resolve().name if ":" in options.data else "digits"
     first = Path("runs") / f"{name}-{options.variant}-{options.image_size}px"

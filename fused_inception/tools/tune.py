@@ -35,6 +35,7 @@ from fused_inception.tools.options import pick_device, positive
 from fused_inception.tools.precompile import precompile, processors
 from fused_inception.tools.sources import launches_digest
 from fused_inception.tools.text import aligned
+from fused_inception.tools.timing import cudnn_search
 from fused_inception.tuning import chosen, dispatch, table
 from fused_inception.tuning.search import Winner, candidates, search
 from fused_inception.tuning.targets import Target, target_of
@@ -153,7 +154,9 @@ class Tuning:
         self.plans: dict[table.Key, dict[str, float]] = {}
         self.plain: dict[table.Key, float] = {}
         self.left = 0
+        self.failed: list[str] = []
 
+    @cudnn_search()
     def go(self, model: nn.Module, x: torch.Tensor, end: float, *, again: bool) -> None:
         """Measure what a step of a copy of `model` over `x` launches, until `end` on the monotonic
         clock."""
@@ -214,6 +217,11 @@ class Tuning:
             f"{len(self.plain)} whole functions, and runs there"
             + (f": {', '.join(slower)}" if slower else "")
         )
+        if self.failed:
+            lines.append(
+                f"{len(self.failed)} problems fail as the heuristic has them, the first one is "
+                f"{self.failed[0]}"
+            )
         if self.left:
             lines.append(f"the time was not enough for {self.left} problems: run it again to go on")
         if self.winners or self.plans or self.plain:
@@ -228,6 +236,9 @@ class Tuning:
     ) -> None:
         bench = LaunchBench(problem, pairs, self.timer, self.workers)
         winner = search(problem, bench, in_time)
+        if winner is None and bench.error is not None:
+            self.failed.append(f"{problem.family}: {bench.error}")
+            return
         if winner is None or not winner.complete:
             # what was begun is begun anew
             self.left += 1
