@@ -303,6 +303,8 @@ class LineUp:
         return work
 
     def _graph(self, subject: Subject, direction: str, name: str) -> Work:
+        # training steps have moved the running statistics that the yardstick's inference began with
+        subject.module.load_state_dict(self.yardstick.state)
         with settings(self.problem.dtype), compiler_limits():
             work, results = captured(subject.work(direction))
         self.yardstick.check(name, subject.named(direction, results))

@@ -147,6 +147,21 @@ def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         line_up.yardstick.check("broken", got)
 
 
+def test_graphs_of_batch_norm_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind training steps, which move the running statistics; on a GPU replays differ."""
+
+    def captured(piece: Work) -> tuple[Work, Any]:
+        outputs = piece.run(None)
+        return Work(None, lambda _: outputs, allocates=False), outputs
+
+    monkeypatch.setattr("benchmarks.harness.captured", captured)
+    line_up = LineUp(NORM)
+    for name in ("eager", "fused"):
+        line_up.work("forward", name)
+        line_up.work("step", f"{name}-graph")
+        line_up.work("forward", f"{name}-graph")
+
+
 def test_graphs_hold_whole_calls_of_networks_and_of_small_batches() -> None:
     gpu = torch.device("cuda")
     for batch, direction in ((1, "forward"), (8, "step"), (256, "step"), (256, "forward")):
