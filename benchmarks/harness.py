@@ -1,10 +1,11 @@
 """The gate in front of every timing, and the providers of a problem measured in turn."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from benchmarks.results import Row
 from fused_inception import reference
 from fused_inception.tools.timing import Spread, Work, calls_per_round, in_turn, now, peak_bytes
 from tests.tolerances import assert_within, assert_within_l2
+
+_Key = TypeVar("_Key")
+_Made = TypeVar("_Made")
 
 
 def best_device() -> torch.device:
@@ -118,15 +122,14 @@ class Subject:
         if self._own_graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
-    def precompile(self) -> None:
+    def precompile(self, direction: str) -> None:
         """Our kernels, in parallel, as training does; without it they are compiled one by one."""
         if not self.provider.fused or self.x.device.type != "cuda":
             return
+        module = self.in_mode(direction).module
         try:
-            with self.provider.in_force():
-                print(fi.precompile(self.in_mode("step").module, self.x), flush=True)
-                with torch.no_grad():
-                    print(fi.precompile(self.in_mode("forward").module, self.x), flush=True)
+            with self.provider.in_force(), torch.set_grad_enabled(direction != "forward"):
+                print(fi.precompile(module, self.x), flush=True)
         except Exception as error:
             print(f"precompile failed, kernels are compiled one by one: {error}", flush=True)
 
@@ -151,12 +154,13 @@ class Subject:
             return Work(None, lambda _: self.step(), allocates=not self._own_graphs)
         return Work(None, lambda _: self.forward(), allocates=not self._own_graphs)
 
-    def everything(self) -> dict[str, Tensor]:
-        """Outputs of inference, then outputs and gradients of training, and what that leaves in
-        the running statistics."""
-        results = self.in_mode("forward").named("forward", _copies(self.forward()))
-        results |= self.in_mode("step").named("step", _copies(self.step()))
-        return results | self.statistics()
+    def results(self, direction: str) -> dict[str, Tensor]:
+        """Outputs of inference; of "step" outputs and gradients of training, and what that leaves
+        in the running statistics."""
+        self.in_mode(direction)
+        if direction == "forward":
+            return self.named(direction, _copies(self.forward()))
+        return self.named(direction, _copies(self.step())) | self.statistics()
 
 
 def _copies(results: Sequence[Tensor]) -> list[Tensor]:
@@ -170,7 +174,8 @@ def _plain(problem: Problem) -> Subject:
 
 
 class Yardstick:
-    """A problem's exact results, in fp64, and PyTorch's own in the problem's dtype."""
+    """A problem's exact results, in fp64, and PyTorch's own in the problem's dtype, both from the
+    running statistics of `state`."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -179,10 +184,10 @@ class Yardstick:
         exact = copy.deepcopy(plain)
         exact.module.double()
         exact.x = plain.x.detach().double().requires_grad_(plain.x.requires_grad)
-        self.baseline = plain.everything()
+        self.baseline = plain.results("forward") | plain.results("step")
         exact.dys = [dy.double() for dy in plain.dys]
         with without_search():
-            self.want = exact.everything()
+            self.want = exact.results("forward") | exact.results("step")
 
     def check(self, name: str, got: Mapping[str, Tensor]) -> None:
         """The gate: twice PyTorch's own error for outputs and statistics, three times for
@@ -209,7 +214,8 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Startup:
-    """What the first calls take beyond later ones.
+    """What the first calls of inference, or of training, take beyond later ones; without what the
+    other of the two has compiled or tried before.
 
     Attributes:
         compile_s: compilation; of eager PyTorch, which compiles nothing, 0.
@@ -223,14 +229,29 @@ class Startup:
 
 @dataclass(frozen=True)
 class Admitted:
-    """A provider that has passed the gate."""
+    """A provider that has passed the gate in inference, or in training."""
 
     subject: Subject
     startup: Startup
 
 
+def _once(kept: dict[_Key, _Made | Exception], key: _Key, make: Callable[[], _Made]) -> _Made:
+    """What `make` has returned or raised at its only call."""
+    if key not in kept:
+        try:
+            kept[key] = make()
+        except Exception as error:
+            kept[key] = error
+    made = kept[key]
+    if isinstance(made, Exception):
+        raise made
+    return made
+
+
 class LineUp:
-    """The providers of one problem; they share their data, and each passes the gate once.
+    """The providers of one problem; they share their data, and each passes the gates of inference
+    and of training once, when a direction needs them: a search that is cut in the second leaves the
+    first timed.
 
     One line-up at a time: torch.compile forgets what it compiled for another.
     """
@@ -239,43 +260,46 @@ class LineUp:
         self.problem = problem
         with settings(problem.dtype):
             self.yardstick = Yardstick(problem)
-        self._admitted: dict[str, Admitted | Exception] = {}
+        self._subjects: dict[str, Subject | Exception] = {}
+        self._admitted: dict[tuple[str, str], Admitted | Exception] = {}
         self._works: dict[tuple[str, str], Work | Exception] = {}
         self._timings: dict[tuple[str, tuple[str, ...]], dict[str, Row]] = {}
         torch.compiler.reset()
 
-    def admit(self, name: str) -> Admitted:
-        """The provider behind the gate; a graph's provider stands for what it holds.
+    def admit(self, name: str, direction: str) -> Admitted:
+        """The provider behind the gate of a direction, that of a backward in a step; a graph's
+        provider stands for what it holds.
 
         Raises:
             Exception: what building it, running it or the gate raised, at every call.
         """
         provider = PROVIDERS[PROVIDERS[name].plain]
-        if provider.name not in self._admitted:
-            try:
-                self._admitted[provider.name] = self._gate(provider)
-            except Exception as error:
-                self._admitted[provider.name] = error
-        admitted = self._admitted[provider.name]
-        if isinstance(admitted, Exception):
-            raise admitted
-        return admitted
+        whole = "forward" if direction == "forward" else "step"
+        key = provider.name, whole
+        return _once(self._admitted, key, lambda: self._gate(provider, whole))
 
-    def _gate(self, provider: Provider) -> Admitted:
-        device = self.problem.device
+    def _subject(self, provider: Provider) -> Subject:
         library: ModuleType = fi if provider.fused else reference
-        module = self.problem.module(library)
-        module.load_state_dict(self.yardstick.state)
-        subject = Subject(self.problem, provider, prepared(provider, module))
+        module = prepared(provider, self.problem.module(library))
+        return Subject(self.problem, provider, module)
+
+    def _restart(self, subject: Subject) -> None:
+        # training steps have moved the running statistics that the yardstick began with
+        subject.module.load_state_dict(self.yardstick.state)
+
+    def _gate(self, provider: Provider, direction: str) -> Admitted:
+        device = self.problem.device
+        subject = _once(self._subjects, provider.name, lambda: self._subject(provider))
+        self._restart(subject)
         with settings(self.problem.dtype), compiler_limits():
             tuned, start = autotuning_seconds(), now(device)
-            subject.precompile()
-            got = subject.everything()
+            subject.precompile(direction)
+            got = subject.results(direction)
             middle = now(device)
             tuned = autotuning_seconds() - tuned
             self.yardstick.check(provider.name, got)
             again = now(device)
-            subject.everything()
+            subject.results(direction)
             beyond = max(0.0, (middle - start) - (now(device) - again))
         if not provider.fused and not provider.compiled:
             return Admitted(subject, Startup(0.0, beyond))
@@ -288,23 +312,14 @@ class LineUp:
         Raises:
             Exception: what admitting it or capturing its graph raised, at every call.
         """
-        subject = self.admit(name).subject.in_mode(direction)
+        subject = self.admit(name, direction).subject.in_mode(direction)
         if not PROVIDERS[name].graph:
             return subject.work(direction)
         key = direction, name
-        if key not in self._works:
-            try:
-                self._works[key] = self._graph(subject, direction, name)
-            except Exception as error:
-                self._works[key] = error
-        work = self._works[key]
-        if isinstance(work, Exception):
-            raise work
-        return work
+        return _once(self._works, key, lambda: self._graph(subject, direction, name))
 
     def _graph(self, subject: Subject, direction: str, name: str) -> Work:
-        # training steps have moved the running statistics that the yardstick's inference began with
-        subject.module.load_state_dict(self.yardstick.state)
+        self._restart(subject)
         with settings(self.problem.dtype), compiler_limits():
             work, results = captured(subject.work(direction))
         self.yardstick.check(name, subject.named(direction, results))
@@ -336,7 +351,7 @@ class LineUp:
         rows = {}
         for name, samples in in_turn(pieces, calls, p.device, seconds, min_rounds).items():
             spread = Spread.of(samples)
-            startup = self.admit(name).startup
+            startup = self.admit(name, direction).startup
             rows[name] = Row(
                 group=p.group,
                 case=p.case,

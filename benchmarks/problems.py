@@ -175,8 +175,9 @@ class Problem:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """A backward alone is of no use to anybody who trains a network."""
-        return ("forward", "step") if self.whole else DIRECTIONS
+        """A backward alone is of no use to anybody who trains a network, of which the step matters
+        most, and comes first."""
+        return ("step", "forward") if self.whole else DIRECTIONS
 
     def module(self, library: ModuleType) -> nn.Module:
         """On the device and in the dtype, with random parameters that are the same for both

@@ -27,7 +27,7 @@ class Row:
     flops: int
     bytes: int
     peak_bytes: int | None  # beyond what the call began with; on a CPU nothing counts it
-    compile_s: float  # of the first calls
+    compile_s: float  # of the direction's first calls
     tuning_s: float
     samples_s: list[float] = field(default_factory=list)  # a round each
     beside: list[str] = field(default_factory=list)  # who took turns with it

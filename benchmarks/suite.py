@@ -64,7 +64,6 @@ def measure(
 ) -> None:
     """Time one provider, behind the gate, in turn with all others that were selected."""
     contest = line_up(problem)
-    contest.admit(provider)
     group = f"{problem.group}: {problem.case} {direction}, batch {problem.batch}, {problem.dtype}"
     benchmark.group = group
     work = contest.work(direction, provider)

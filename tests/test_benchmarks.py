@@ -76,9 +76,11 @@ def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["fused", "eager", "eager-nchw"])
 @pytest.mark.parametrize("problem", [PROBLEM, NORM], ids=lambda p: p.case)
 def test_gate_admits_what_is_right(name: str, problem: Problem) -> None:
-    admitted = LineUp(problem).admit(name)
-    assert admitted.startup.compile_s >= 0
-    assert admitted.subject.provider.name == name
+    line_up = LineUp(problem)
+    for direction in ("step", "forward"):
+        admitted = line_up.admit(name, direction)
+        assert admitted.startup.compile_s >= 0
+        assert admitted.subject.provider.name == name
 
 
 @pytest.mark.parametrize(
@@ -94,11 +96,14 @@ def test_gate_admits_what_is_right(name: str, problem: Problem) -> None:
 @pytest.mark.usefixtures("broken")
 def test_gate_rejects_what_is_wrong(problem: Problem, message: str) -> None:
     line_up = LineUp(problem)
-    for _ in range(2):
-        with pytest.raises(AssertionError, match=message):
-            line_up.admit("fused")
-    rows = line_up.timings("forward", ["fused", "eager"], 0.0, 2)
-    assert list(rows) == ["eager"]
+    right = "step" if "inference" in message else "forward"
+    for direction in {"forward", "backward", "step"} - {right, right.replace("step", "backward")}:
+        for _ in range(2):
+            with pytest.raises(AssertionError, match=message):
+                line_up.admit("fused", direction)
+        rows = line_up.timings(direction, ["fused", "eager"], 0.0, 2)
+        assert list(rows) == ["eager"]
+    line_up.admit("fused", right)
 
 
 @pytest.mark.parametrize("case", CASES["kernels"])
@@ -110,7 +115,8 @@ def test_every_kernel_case_passes_the_gate(case: str, monkeypatch: pytest.Monkey
     monkeypatch.setitem(CASES["kernels"], case, small)
     problem = Problem("kernels", case, 1, "bf16", CPU)
     for provider in ("fused", "eager"):
-        LineUp(problem).admit(provider)
+        for direction in ("forward", "step"):
+            LineUp(problem).admit(provider, direction)
     assert problem.bytes("step") > problem.bytes("forward") > 0
     assert (problem.flops("forward") > 0) == ("conv" in case or "naive" in case)
 
@@ -119,15 +125,15 @@ def test_the_yardstick_does_not_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trying cuDNN's algorithms in fp64 takes longer than all timings; PyTorch's own in the dtype
     that is timed do what is timed."""
     searches: dict[torch.dtype, set[bool]] = {}
-    right = Subject.everything
+    right = Subject.results
 
-    def everything(self: Subject) -> dict[str, Tensor]:
+    def results(self: Subject, direction: str) -> dict[str, Tensor]:
         dtype = self.x.dtype
         searches.setdefault(dtype, set()).add(torch.backends.cudnn.benchmark)
-        return right(self)
+        return right(self, direction)
 
-    monkeypatch.setattr(Subject, "everything", everything)
-    LineUp(PROBLEM).admit("fused")
+    monkeypatch.setattr(Subject, "results", results)
+    LineUp(PROBLEM).admit("fused", "step")
     assert searches == {torch.float32: {True}, torch.float64: {False}}
 
 
@@ -136,9 +142,10 @@ def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problems, "IMAGE_SIZE", 48)
     monkeypatch.setitem(CASES["network"], "paper", problems._network("paper"))
     problem = Problem("network", "paper", 2, "fp32", CPU)
-    assert problem.directions == ("forward", "step")
+    assert problem.directions == ("step", "forward")
     line_up = LineUp(problem)
-    line_up.admit("fused")
+    for direction in problem.directions:
+        line_up.admit("fused", direction)
     got = dict(line_up.yardstick.baseline)
     line_up.yardstick.check("itself", got)
     name = "gradient of inception3a.branch1.conv.weight"
@@ -148,7 +155,7 @@ def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_graphs_of_batch_norm_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also behind training steps, which move the running statistics; on a GPU replays differ."""
+    """Also behind training steps, which move the running statistics. A call stands for a graph."""
 
     def captured(piece: Work) -> tuple[Work, Any]:
         outputs = piece.run(None)
@@ -223,12 +230,12 @@ def test_compiled_provider_tells_compilation_from_running(monkeypatch: pytest.Mo
     from torch._dynamo.utils import compilation_time_metrics
 
     asked: list[dict[str, Any]] = []
-    work = [0.1, 0.1]
+    work = {True: 0.1, False: 0.2}
     clock = [0.0]
 
     def compiling(module: nn.Module, args: Any) -> None:
-        if work:
-            clock[0] += work.pop()
+        if module.training in work:
+            clock[0] += work.pop(module.training)
             compilation_time_metrics.setdefault("stub_template_autotuning", []).append(0.04)
 
     def compile(self: nn.Module, **options: Any) -> None:
@@ -238,9 +245,11 @@ def test_compiled_provider_tells_compilation_from_running(monkeypatch: pytest.Mo
     monkeypatch.setattr(nn.Module, "compile", compile)
     monkeypatch.setattr("benchmarks.harness.now", lambda device: clock[0])
     problem = Problem("kernels", "global_avg_pool2d", 1, "fp32", CPU)
-    startup = LineUp(problem).admit("max-autotune-layout").startup
-    assert startup.tuning_s == pytest.approx(0.08)
-    assert startup.compile_s == pytest.approx(0.12)
+    line_up = LineUp(problem)
+    for direction, compile_s in (("step", 0.06), ("forward", 0.16), ("backward", 0.06)):
+        startup = line_up.admit("max-autotune-layout", direction).startup
+        assert startup.tuning_s == pytest.approx(0.04)
+        assert startup.compile_s == pytest.approx(compile_s)
     assert asked[0]["fullgraph"] is True
     assert asked[0]["options"]["force_layout_optimization"] is True
     assert asked[0]["options"]["max_autotune"] is True
@@ -279,7 +288,7 @@ RUN = """
 import sys
 import pytest
 from tests.test_benchmarks import break_fused
-break_fused("training", "5a")
+break_fused("inference", "5a")
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
@@ -292,7 +301,7 @@ def test_pytest_run_leaves_numbers_of_what_is_right(tmp_path: Path) -> None:
     done = python("-c", RUN, "benchmarks/bench_modules.py", *options)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
     assert "1 failed, 3 passed, 1 skipped" in done.stdout
-    assert "AssertionError: fused, training output: max error" in done.stdout
+    assert "AssertionError: fused, inference output: max error" in done.stdout
     assert "needs a CUDA GPU" in done.stdout
     assert "(--compile-cases=3a,5b, or all)" in done.stdout
     everything = json.loads(out.read_text())["benchmarks"]

@@ -25,6 +25,7 @@ from benchmarks.gpu import (
 from benchmarks.gpu.parts import Part, Turn
 from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.table import PARTS
+from benchmarks.harness import Subject
 from benchmarks.problems import CASES, Problem
 from benchmarks.providers import PROVIDERS
 from fused_inception import backend, record_launches
@@ -245,15 +246,24 @@ def turn(seconds: float, **previous: Any) -> Turn:
 
 
 def test_timed_rows_of_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A provider that fails is told, and has no row."""
+    """A provider that fails is told, and has no row. Training is not run, nor compiled, before the
+    rows of inference are kept."""
     options = {"families": ["plain"], "dtypes": ["fp32"], "batches": [1], "cases": ["5b"]}
     (item,) = timings.items_of("modules")(options | {"seconds": 0.01}, CPU)
     assert item.key == "5b fp32 batch 1 plain"
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: 1 / 0)
-    kept: list[Any] = []
-    facts = item.run(Turn(time.time() + 60, lambda facts: kept.append(len(facts["rows"]))))
+    log: list[Any] = []
+    right = Subject.results
+
+    def results_of(self: Subject, direction: str) -> Any:
+        if self.provider.fused:
+            log.append(direction)
+        return right(self, direction)
+
+    monkeypatch.setattr(Subject, "results", results_of)
+    facts = item.run(Turn(time.time() + 60, lambda facts: log.append(len(facts["rows"]))))
     rows = [results.row_of(row) for row in facts["rows"]]
-    assert kept == [2, 4, 6]
+    assert log == ["forward", "forward", 2, "step", "step", 4, 6]
     assert [(r.direction, r.provider) for r in rows] == [
         (direction, provider)
         for direction in ("forward", "backward", "step")

@@ -111,7 +111,7 @@ def launch(device: torch.device, seconds: float) -> dict[str, Any]:
 def our_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
     """Our 3x3 convolution with bias and ReLU of 200704 pixels, 128 channels to 192."""
     problem = _conv_problem(device, sizes)
-    subject = LineUp(problem).admit("fused").subject.in_mode("forward")
+    subject = LineUp(problem).admit("fused", "forward").subject.in_mode("forward")
     flops = problem.flops("forward")
     return _measured(subject.work("forward"), device, seconds, flops, "FLOP/s")
 
@@ -120,7 +120,7 @@ def library_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -
     """The library's convolution of the same size, without bias and ReLU."""
     problem = _conv_problem(device, sizes)
     with settings(problem.dtype):
-        subject = LineUp(problem).admit("eager").subject
+        subject = LineUp(problem).admit("eager", "forward").subject
         x, weight = subject.x.detach(), subject.module.get_parameter("p0").detach()
         piece = Work(None, lambda _: F.conv2d(x, weight, padding=1))
         return _measured(piece, device, seconds, problem.flops("forward"), "FLOP/s")
