@@ -18,6 +18,8 @@ GRACE_SECONDS = 20.0
 REPORT_SECONDS = 15.0
 # a test that has run for so long when the time ends is not tried again
 HANG_SECONDS = 120.0
+# exit status of a process in which the device no longer answers; pytest's own end with 5
+FAULTED = 6
 
 
 def device_tests() -> list[str]:
@@ -66,7 +68,7 @@ def run(
                 process.kill()
                 process.wait()
         # 2: the time was spent; 5: no test in this share
-        ended = [p in late or p.returncode in (0, 1, 2, 5) for p in processes]
+        ended = [p in late or p.returncode in (0, 1, 2, 5, FAULTED) for p in processes]
         shares = [_events(log) for log in logs]
         # what a process that died was at would kill the next one, too
         died = [

@@ -1,6 +1,7 @@
 """A pytest plugin: a share of the tests that run on the device, each outcome written at once."""
 
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from benchmarks.gpu.worker import usable
+from benchmarks.parity import FAULTED
 
 # what every model uses: the module's kernels, stem, trunk, pools, BatchNorm
 CORE = (
@@ -99,6 +103,9 @@ class _Log:
                 seconds=round(report.duration, 3),
                 message=message,
             )
+        # an illegal access would fail every later test of this process, too
+        if report.failed and torch.cuda.is_initialized() and not usable(torch.device("cuda")):
+            os._exit(FAULTED)
 
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         if time.time() > self._end:

@@ -57,6 +57,48 @@ def test_parity_goes_on_behind_what_kills_it(tmp_path: Path) -> None:
     assert (again["outcomes"], again["complete"]) == (outcomes, True)
 
 
+FAULTY_TESTS = """
+import pytest
+import torch
+from benchmarks import parity_plugin
+
+faulted = False
+torch.cuda.is_initialized = lambda: True
+parity_plugin.usable = lambda device: not faulted
+
+@pytest.fixture
+def device():
+    assert not faulted
+
+def test_right(device): ...
+
+def test_wrong(device):
+    assert 1 == 2
+
+def test_faults(device):
+    global faulted
+    faulted = True
+    assert 1 == 3
+
+def test_behind_it(device): ...
+
+def test_last(device): ...
+"""
+
+
+def test_parity_goes_on_in_a_new_process_behind_a_fault(tmp_path: Path) -> None:
+    """A kernel's illegal access fails its own test alone; a test that is wrong ends nothing."""
+    path = tmp_path / "test_some.py"
+    path.write_text(FAULTY_TESTS)
+    facts = correctness.run([str(path)], 1, turn(90))
+    assert facts["counts"] == {"passed": 3, "failed": 2, "not run": 0}
+    assert facts["complete"]
+    wrong, faults = facts["failures"]
+    assert "test_wrong" in wrong
+    assert "test_faults" in faults
+    assert "assert 1 == 3" in faults
+
+
 def test_parity_ends_with_its_time(tmp_path: Path) -> None:
     """After the test that runs when the time is spent."""
     facts = correctness.run(some_tests(tmp_path), 1, turn(parity.GRACE_SECONDS))

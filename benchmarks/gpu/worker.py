@@ -65,7 +65,7 @@ def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
         _say(f"{record.part}: {item.key} {state}, {facts['seconds']} s")
         for failure in facts.get("failures", []):
             _say(f"  {failure}")
-        if state == FAILED and not _usable(device):
+        if state == FAILED and not usable(device):
             status = UNUSABLE
             break
     session["seconds"] = round(session.get("seconds", 0.0) + time.time() - began, 1)
@@ -77,7 +77,7 @@ def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
     return status
 
 
-def _usable(device: torch.device) -> bool:
+def usable(device: torch.device) -> bool:
     """Whether the device still answers; a kernel's illegal access ends its context."""
     try:
         torch.zeros(1, device=device).item()
