@@ -20,7 +20,11 @@ from benchmarks.gpu.parts import Item, Turn
 # by tests, which fill it with NaN
 TOOLS = ("memcheck", "racecheck", "synccheck")
 GROUPS = ("kernels", "modules", "stem")
+# memcheck would count what a driver answers to whoever asks for a symbol that it need not have
+OPTIONS = {"memcheck": ["--report-api-errors=no"]}
 FOUND_SOMETHING = 99
+# characters of the beginning and of the end of what a command printed
+KEPT = 3000
 PLACES = ("/usr/local/cuda*/bin/compute-sanitizer", "/opt/cuda*/bin/compute-sanitizer")
 
 
@@ -64,7 +68,7 @@ def _missing() -> str:
 
 def _run(program: str, tool: str, group: str, turn: Turn) -> dict[str, Any]:
     command = [
-        program, f"--tool={tool}", f"--error-exitcode={FOUND_SOMETHING}",
+        program, f"--tool={tool}", f"--error-exitcode={FOUND_SOMETHING}", *OPTIONS.get(tool, ()),
         sys.executable, "-m", "benchmarks.gpu.small_shapes", group,
     ]  # fmt: skip
     # each tensor is an allocation of its own: a read behind one is then out of bounds
@@ -73,7 +77,7 @@ def _run(program: str, tool: str, group: str, turn: Turn) -> dict[str, Any]:
 
 def watched(command: Sequence[str], variables: dict[str, str], end: float) -> dict[str, Any]:
     """Run a command until `end`, when all that it has started is ended too; a failure is told with
-    the last that it printed."""
+    the first and the last that it printed."""
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **variables}, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -89,8 +93,16 @@ def watched(command: Sequence[str], variables: dict[str, str], end: float) -> di
             os.killpg(process.pid, signal.SIGKILL)
     if not in_time:
         output, _ = process.communicate()
-        return {"complete": False, "tail": output[-3000:]}
-    facts: dict[str, Any] = {"exit_status": process.returncode, "tail": output[-3000:]}
+        return {"complete": False, "tail": output[-KEPT:]}
+    facts: dict[str, Any] = {"exit_status": process.returncode, "tail": output[-KEPT:]}
     if process.returncode:
-        facts["failures"] = [f"exit status {process.returncode}:\n{facts.pop('tail')}"]
+        del facts["tail"]
+        facts["failures"] = [f"exit status {process.returncode}:\n{_ends(output)}"]
     return facts
+
+
+def _ends(text: str) -> str:
+    left_out = len(text) - 2 * KEPT
+    if left_out <= 0:
+        return text
+    return f"{text[:KEPT]}\n... {left_out} characters ...\n{text[-KEPT:]}"
