@@ -45,6 +45,7 @@ WORKER = """
 import os, sys, time
 from benchmarks.gpu import worker
 from benchmarks.gpu.parts import Item, Part
+from benchmarks.gpu.sanitize import watched
 
 def run(name, turn):
     if name == "wrong":
@@ -55,6 +56,8 @@ def run(name, turn):
     if name == "hangs":
         turn.keep({"rows": [1]})
         time.sleep(60)
+    if name.startswith("watches"):
+        return watched(["sh", "-c", f"echo $$ > {name.split()[1]}; exec sleep 60"], {}, turn.end)
     if name == "long":
         time.sleep(2.5)
     if name == "stepwise":
@@ -106,6 +109,27 @@ def test_an_item_that_hangs_is_ended(tmp_path: Path) -> None:
     assert states(content) == {"hangs": "hung", "good": "passed"}
     assert content["items"]["hangs"]["rows"] == [1]
     assert content["items"]["hangs"]["failures"] == ["took too long"]
+
+
+def test_whoever_ends_an_item_ends_what_it_watches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sanitizer, or a search, is in a session of its own, and holds the GPU."""
+    file = tmp_path / "pid"
+    right, interrupts = time.sleep, [KeyboardInterrupt]
+
+    def sleep(seconds: float) -> None:
+        if interrupts and file.exists() and file.read_text():
+            raise interrupts.pop()
+        right(seconds)
+
+    monkeypatch.setattr(supervisor.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        check(tmp_path, f"watches {file}")
+    end = time.time() + 10
+    while alive(int(file.read_text())):
+        assert time.time() < end
+        time.sleep(0.05)
 
 
 def test_the_time_ends_a_part_and_the_next_run_goes_on(

@@ -1,6 +1,7 @@
 """Starts the process of a part, ends it with its time or when it hangs, and starts it again behind
 what killed it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
 POLL_SECONDS = 0.2
 # an item that ends with its time is given so long to say what it has found
 GRACE_SECONDS = 5.0
+# a process that is ended is given so long to end what has a session of its own
+CLOSING_SECONDS = 1.0
 
 
 def supervise(
@@ -92,6 +95,13 @@ def _wait(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """With all processes that it has started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process.poll() is not None:
+        return
+    try:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(CLOSING_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,6 +1,7 @@
 """A process that runs the items of one part; `supervisor` starts it, and ends it if it hangs."""
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from benchmarks.gpu.parts import Part, Turn, brief
 from benchmarks.gpu.record import CUT, FAILED, PASSED, Record
 
 COMPLETE, TIME_SPENT, UNUSABLE = 0, 3, 4
+ENDED = 128 + signal.SIGTERM
 
 
 def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
@@ -28,6 +30,8 @@ def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
     parser.add_argument("--end", type=float, required=True)
     parser.add_argument("--device", required=True)
     options = parser.parse_args(arguments)
+    # an item that is ended ends what it watches, which has a session of its own
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ENDED))
     record, device = Record.read(options.path), torch.device(options.device)
     session = record.sessions[-1]
     began = time.time()
