@@ -154,7 +154,7 @@ def autotuning_seconds() -> float:
             sum(times)
             for name, times in compilation_time_metrics.items()
             if name.endswith(("_template_precompiling", "_template_autotuning"))
-            or "benchmark" in name.lower()
+            or any(word in name.lower() for word in ("benchmark", "coordinate_descent"))
         ),
         start=0.0,
     )
