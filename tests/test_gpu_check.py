@@ -293,6 +293,16 @@ def test_timed_rows_of_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ZeroDivisionError" in facts["failures"][0]
 
 
+def test_profiles_of_every_step_come_before_searches() -> None:
+    """Those of ours, eager and plain torch.compile, then of their graphs."""
+    items = profiles.items({"providers": None}, torch.device("cuda"))
+    names = [item.key.split()[-1] for item in items]
+    plain = ["fused", "eager", "compile"]
+    assert names[:9] == 3 * plain
+    assert names[9:18] == [f"{name}-graph" for _ in range(3) for name in plain]
+    assert len({item.key for item in items}) == len(items) == 3 * len(PROVIDERS)
+
+
 def test_profile_lists_what_runs() -> None:
     facts = profiles.run(Problem("kernels", "global_avg_pool2d", 1, "fp32", CPU), "step", "eager")
     kernels = {row["kernel"]: row for row in facts["kernels"]}
