@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 import fused_inception as fi
 from benchmarks import problems, results
-from benchmarks.harness import LineUp, Subject
+from benchmarks.harness import LineUp, Subject, Yardstick, plain
 from benchmarks.problems import CASES, Problem
 from benchmarks.providers import PROVIDERS, contenders
 from fused_inception.tools.timing import Work, in_turn, peak_bytes, timed
 from fused_inception.tuning import dispatch
 from fused_inception.tuning.heuristic import Operands
 from fused_inception.tuning.targets import TARGETS
+from tests import tf32
 from tests.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,6 +139,45 @@ def test_the_yardstick_does_not_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert searches == {torch.float32: {True}, torch.float64: {False}}
 
 
+def rounded(x: Tensor) -> Tensor:
+    """To TF32, to the nearest; `tf32.cut` cuts."""
+    bits = x.contiguous().view(torch.int32) + (1 << tf32.DROPPED - 1)
+    return (bits & -(1 << tf32.DROPPED)).view(torch.float32).view_as(x)
+
+
+def summed_otherwise(x: Tensor, cut: Callable[[Tensor], Tensor] = tf32.cut) -> Tensor:
+    """Cut to TF32, and channels last: a convolution adds in another order."""
+    return cut(x).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("group", "case", "operands"),
+    [
+        ("modules", "5b", rounded),
+        # behind BatchNorm over few pixels whoever rounds flips a ReLU more, which a maximum shows
+        ("modules", "5b-bn", summed_otherwise),
+        ("network", "paper", rounded),
+    ],
+)
+def test_gate_admits_tf32_where_the_library_computes_in_ieee(
+    group: str, case: str, operands: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does on a CPU, and on a GPU for a convolution of which that is faster."""
+    monkeypatch.setattr(problems, "IMAGE_SIZE", 48)
+    monkeypatch.setitem(CASES["network"], "paper", problems._network("paper"))
+    yardsticks = [Yardstick(Problem(group, case, 2, dtype, CPU)) for dtype in ("tf32", "fp32")]
+    monkeypatch.setattr(tf32, "cut", operands)
+    with tf32.Products():
+        found = [plain(yardsticks[0].problem).results(d) for d in ("forward", "step")]
+    for got in found:
+        yardsticks[0].check("TF32", got)
+        with pytest.raises(AssertionError, match=r"TF32, .* error .*, allowed"):
+            yardsticks[1].check("TF32", got)
+        wrong = {name: 1.05 * result for name, result in got.items()}
+        with pytest.raises(AssertionError, match=r"wrong, .* error .*, allowed"):
+            yardsticks[0].check("wrong", wrong)
+
+
 def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are held together: one filter's alone may differ where a maximum flips."""
     monkeypatch.setattr(problems, "IMAGE_SIZE", 48)
@@ -146,7 +187,7 @@ def test_gate_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     line_up = LineUp(problem)
     for direction in problem.directions:
         line_up.admit("fused", direction)
-    got = dict(line_up.yardstick.baseline)
+    got = dict(line_up.yardstick.baselines[0])
     line_up.yardstick.check("itself", got)
     name = "gradient of inception3a.branch1.conv.weight"
     got[name] = got[name] * 1.1

@@ -24,9 +24,12 @@ class _Convolution(torch.autograd.Function):
     """A convolution whose three products, of forward and backward, are of cut operands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: dict[str, Any]) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]
+    ) -> Any:
         ctx.save_for_backward(x, weight)
         ctx.options = options
+        ctx.has_bias = bias is not None
         return F.conv2d(cut(x), cut(weight), bias, **options)
 
     @staticmethod
@@ -34,12 +37,12 @@ class _Convolution(torch.autograd.Function):
         x, weight = map(cut, ctx.saved_tensors)
         dx = torch.nn.grad.conv2d_input(x.shape, weight, cut(dy), **ctx.options)
         dw = torch.nn.grad.conv2d_weight(x, weight.shape, cut(dy), **ctx.options)
-        return dx, dw, dy.sum((0, 2, 3)), None
+        return dx, dw, dy.sum((0, 2, 3)) if ctx.has_bias else None, None
 
 
 class Products(TorchFunctionMode):
-    """Inside, `F.conv2d` with a bias multiplies as TF32 does; products of PyTorch itself have to be
-    IEEE."""
+    """Inside, `F.conv2d` multiplies as TF32 does, whichever of IEEE and TF32 PyTorch takes for the
+    products of cut operands."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
