@@ -32,6 +32,8 @@ from benchmarks.problems import CASES, DTYPES
 from benchmarks.providers import PROVIDERS
 
 PASSED, FAILED, CANNOT, CUT = 0, 1, 2, 3
+# packages beyond Triton, by part
+NEEDS = {"parity": "pytest", "tune": "tqdm"}
 # from the end of the last measurement to the end of the process
 CLOSING_SECONDS = 10.0
 
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu_check needs a CUDA GPU; torch {torch.__version__} finds none here, so nothing "
               "was run or measured", file=sys.stderr)  # fmt: skip
         return CANNOT
-    wanted = ["triton", *(["pytest"] if "parity" in options.parts else [])]
+    wanted = ["triton", *(name for part, name in NEEDS.items() if part in options.parts)]
     if missing := [name for name in wanted if find_spec(name) is None]:
         print(f"gpu_check needs {', '.join(missing)}, which this Python lacks", file=sys.stderr)
         return CANNOT
@@ -101,7 +103,8 @@ def what(part: str, options: argparse.Namespace) -> dict[str, Any]:
         return {"tests": options.tests, "workers": options.workers}
     if part == "tune":
         arguments = shlex.split(options.tune_arguments)
-        return {"tune_arguments": arguments, "batches": options.batches}
+        searched = {"batches": options.batches, "dtypes": options.dtype}
+        return {"tune_arguments": arguments, **searched}
     if part == "profile":
         return {"providers": options.providers}
     if part == "sanitize":
@@ -130,7 +133,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the JSON files")
     add("--tests", nargs="+", help="parity: test files; default: those with tests of the device")
     add("--workers", type=int, default=max(1, min(8, cores // 2)), help="parity: processes")
-    timing = parser.add_argument_group("kernels, modules, network, tune").add_argument
+    title = "kernels, modules, network; --dtype and --batches also tune"
+    timing = parser.add_argument_group(title).add_argument
     timing("--dtype", type=_some(DTYPES), default=["bf16"], help="default: bf16")
     timing("--batches", type=_numbers, default=[256, 32, 1, 8, 128], help="default: 256,32,1,8,128")
     timing("--cases", type=_some(cases), help="names with commas; default: all")
@@ -142,9 +146,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--tune-arguments",
         default="--model paper",
-        help="tune: further ones (%(default)s); its tables are in OUT/tune.json: "
-        "`python -m benchmarks.gpu.search OUT/tune.json FOLDER` writes them, and "
-        "FUSED_INCEPTION_CACHE=FOLDER uses them",
+        help="tune: further ones (%(default)s), of which a --dtype counts more than that above; "
+        "its tables are in OUT/tune.json: `python -m benchmarks.gpu.search OUT/tune.json FOLDER` "
+        "writes them, and FUSED_INCEPTION_CACHE=FOLDER uses them",
     )
     options = parser.parse_args(arguments)
     options.parts = [options.only] if options.only else list(PARTS)

@@ -215,6 +215,18 @@ def test_gpu_check_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_part_needs_is_asked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An item that fails for the want of it would not be tried again."""
+    monkeypatch.setattr(gpu_check, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    for part, needs in (("parity", "pytest"), ("tune", "tqdm")):
+        assert gpu_check.main(["--only", part, "--out", str(tmp_path / "out")]) == gpu_check.CANNOT
+        assert f"needs triton, {needs}, which" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_part_has_its_options() -> None:
     """Results hold what decides them, as JSON; eight files at the most, one for each part."""
     names = ["parity", "sanitize", "ceilings", "kernels", "modules", "network", "tune", "profile"]

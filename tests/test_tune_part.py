@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_check
 from benchmarks.gpu import search
 from benchmarks.gpu.parts import Turn
 from benchmarks.gpu.record import Record
@@ -26,7 +27,7 @@ def test_tune_runs_its_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each search goes on with the tables of the one before, which come home in its results."""
-    options = {"tune_arguments": ["--model", "paper"], "batches": [8]}
+    options = {"tune_arguments": ["--model", "paper"], "batches": [8], "dtypes": ["tf32"]}
     monkeypatch.setattr(search, "COMMANDS", {})
     (item,) = search.items(options, CPU)
     assert item.run(turn(30))["failures"] == ["this checkout has no tune command"]
@@ -38,7 +39,7 @@ def test_tune_runs_its_command(
     monkeypatch.setenv("SLEEP", "0")
     training, inference = search.items(options, CPU)
     first = training.run(turn(search.CLOSING_SECONDS + 30.5))
-    command = "-m fused_inception tune --model paper --batch-size=8"
+    command = "-m fused_inception tune --dtype=float32 --model paper --batch-size=8"
     assert first["tail"].endswith(f"{command} --budget-s=30\n")
     assert first["tables"] == {"sm_90.json": ["-m"]}
     assert "complete" not in first
@@ -59,3 +60,18 @@ def test_tune_runs_its_command(
     (written,) = capsys.readouterr().out.split()
     assert written == str(tmp_path / "cache/tables/sm_90.json")
     assert json.loads(Path(written).read_text()) == ["[-m]-m"]
+
+
+def test_tune_searches_in_every_dtype_that_its_command_has() -> None:
+    """In fp32 PyTorch's convolutions, and so what `tune` searches for, are in TF32."""
+    arguments = ["--out", "x", "--dtype", "bf16,fp32", "--batches", "1,8"]
+    options = gpu_check.what("tune", gpu_check._parse(arguments))
+    items = search.items(options, CPU)
+    assert [item.key for item in items] == [
+        f"{dtype} batch {batch}{mode}"
+        for mode in ("", " --eval")
+        for dtype in ("bf16", "fp32")
+        for batch in (1, 8)
+    ]
+    (failure,) = items[2].run(turn(1))["failures"]
+    assert "take tf32" in failure

@@ -14,27 +14,35 @@ import torch
 from benchmarks.gpu.parts import Item, Turn
 from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.sanitize import watched
+from benchmarks.problems import DTYPES
 from fused_inception.__main__ import COMMANDS
 
 # imports, and the end of what is being measured
 CLOSING_SECONDS = 20.0
 # of its budget: a search that took less has nothing left to measure
 FINISHED = 0.9
+NO_IEEE = "tune searches fp32 as PyTorch's convolutions multiply by default: take tf32"
 
 
 def items(options: dict[str, Any], device: torch.device) -> list[Item]:
-    """`python -m fused_inception tune`, a batch size and a mode each: training, then inference."""
+    """`python -m fused_inception tune`, a dtype, a batch size and a mode each: training, then
+    inference."""
     if "tune" not in COMMANDS:
         return [Item("tune", lambda turn: {"failures": ["this checkout has no tune command"]})]
     return [
-        _item(f"batch {batch}{mode}", [f"--batch-size={batch}", *mode.split()], options)
+        _item(dtype, batch, mode, options["tune_arguments"])
         for mode in ("", " --eval")
+        for dtype in options["dtypes"]
         for batch in options["batches"]
     ]
 
 
-def _item(key: str, flags: list[str], options: dict[str, Any]) -> Item:
-    arguments = [*options["tune_arguments"], *flags]
+def _item(dtype: str, batch: int, mode: str, further: list[str]) -> Item:
+    key = f"{dtype} batch {batch}{mode}"
+    if dtype == "fp32":
+        return Item(key, lambda turn: {"failures": [NO_IEEE]})
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    arguments = [f"--dtype={name}", *further, f"--batch-size={batch}", *mode.split()]
     return Item(key, lambda turn: run(arguments, turn))
 
 
