@@ -39,7 +39,8 @@ def report(measured: Measured, pictures: Sequence[str]) -> str:
         f"# {measured.device}",
         "Made by `python -m benchmarks.report` from the JSON files in this folder. Times are "
         "medians; the providers of a problem took turns in one process, behind the comparison with "
-        "fp64.",
+        "fp64. L2 is warm, not cold: calls follow each other over the same input and parameters, "
+        "and nothing empties it between them, so that a small problem finds them there.",
         *_environments(measured),
         "## Targets",
         "They are set for one H200 in bf16.",

@@ -146,6 +146,7 @@ def test_report_holds_what_was_measured(folder: Path) -> None:
     assert "| modules | no | 19 | 1 | 12 |" in text
     assert "- modules, broken: compile, step: RuntimeError: no\n" in text
     assert "| copy | 4e+12 /s |" in text
+    assert "L2 is warm, not cold" in text
     assert "Tests of the kernels, compiled: 41 passed, 1 failed." in text
     assert "no sanitizer here." in text
     assert "| paper forward batch 1 fused | 26 | 1.234 |" in text
