@@ -16,6 +16,8 @@ def image_batch(x: Tensor) -> None:
     Raises:
         ValueError, TypeError: of the shape, of the dtype.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions [N, C, H, W], got {x.dim()}")
     if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
@@ -125,7 +127,8 @@ def _filters(
             or shape[3] != shape[2]
         ):
             expected = " or ".join(f"[C_out, {c_in}, {side}, {side}]" for side in sides)
-            raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}")
+            reads_x = f"; x has {c_in} channels" if c_in == x.shape[1] else ""
+            raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}{reads_x}")
         _filter_placed(x, f"w{name}", weight, casts)
 
 
@@ -167,7 +170,10 @@ def conv_filter(x: Tensor, weight: Tensor, stride: int, padding: int, *, casts: 
     """
     shape, c_in = weight.shape, x.shape[1]
     if len(shape) != 4 or shape[0] < 1 or shape[1] != c_in or shape[2] < 1 or shape[3] != shape[2]:
-        raise ValueError(f"weight must be of shape [C_out, {c_in}, K, K], got {list(shape)}")
+        raise ValueError(
+            f"weight must be of shape [C_out, {c_in}, K, K], got {list(shape)}; "
+            f"x has {c_in} channels"
+        )
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     if padding < 0:
@@ -287,7 +293,8 @@ def stem_parameters(
         if not fits:
             side_name = kernel or "K"
             expected = f"[C_out, {c_in}, {side_name}, {side_name}]"
-            raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}")
+            reads_x = f"; x has {c_in} channels" if name == "1" else ""
+            raise ValueError(f"w{name} must be of shape {expected}, got {list(shape)}{reads_x}")
         if bias.dim() != 1 or bias.shape[0] != shape[0]:
             raise ValueError(f"b{name} must be of shape [{shape[0]}], got {list(bias.shape)}")
         _filter_placed(x, f"w{name}", weight, casts)
@@ -308,7 +315,10 @@ def pointwise_parameters(x: Tensor, weight: Tensor, bias: Tensor, *, casts: bool
     """
     shape = weight.shape
     if len(shape) != 4 or shape[0] < 1 or shape[1:] != (x.shape[1], 1, 1):
-        raise ValueError(f"weight must be of shape [C_out, {x.shape[1]}, 1, 1], got {list(shape)}")
+        raise ValueError(
+            f"weight must be of shape [C_out, {x.shape[1]}, 1, 1], got {list(shape)}; "
+            f"x has {x.shape[1]} channels"
+        )
     conv_parameters(x, weight, bias, 1, 0, casts=casts)
 
 
@@ -411,7 +421,9 @@ def _placed(x: Tensor, name: str, t: Tensor, allowed: Sequence[torch.dtype]) -> 
     if t.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
     if t.dtype not in allowed:
-        raise TypeError(f"{name} must be {_names(allowed)}, got {_names([t.dtype])}")
+        raise TypeError(
+            f"{name} must be {_names(allowed)}, got {_names([t.dtype])}; x is {_names([x.dtype])}"
+        )
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -322,6 +322,11 @@ def test_predict_refuses_what_it_cannot_read(finished, tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "other.pt")
     torch.save({"kind": checkpoint.KIND}, tmp_path / "empty.pt")
     (tmp_path / "text.pt").write_text("hello")
+    contents = torch.load(weights)
+    torch.save(contents | {"model": {}}, tmp_path / "bare.pt")
+    assert "do not fit its network" in fails_with(
+        capsys, ["predict", str(tmp_path / "bare.pt"), weights]
+    )
     for name in ("other.pt", "empty.pt", "text.pt"):
         complaint = fails_with(capsys, ["predict", str(tmp_path / name), weights])
         assert "is not a checkpoint" in complaint

@@ -68,7 +68,9 @@ def unfuse_(model: nn.Module) -> None:
             of `googlenet` or `torchvision_blocks`, have nothing to go back to. Or a block was given
             another class since, by FSDP's `fully_shard` or a parametrisation of the block itself,
             which is to be undone first. Nothing is changed.
+        TypeError: `model` is no module.
     """
+    _check(model)
     adopted = {name: m for name, m in model.named_modules() if origin_of(m) is not None}
     if not adopted:
         raise ValueError(
@@ -97,8 +99,7 @@ def _fuse(
     model: nn.Module, filter_fn: Filter | None, strict: bool
 ) -> tuple[FusionReport, list[nn.Module]]:
     """The report, and the modules that changed."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check(model)
     survey = _Survey(filter_fn)
     survey.visit(model, "", None)
     report = survey.report
@@ -186,3 +187,8 @@ def _how_fused(module: nn.Module) -> str:
     if obstacle is None:
         return ALREADY_FUSED
     return f"{ALREADY_FUSED}{': ' if obstacle == IN_PART else ', but '}{obstacle}"
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -85,8 +85,16 @@ class InceptionAux(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, num_classes]."""
-        x = F.relu(self.fc1(self._features(x)), inplace=True)
-        return self.fc2(self.dropout(x))
+        features = self._features(x)
+        fc1: Any = self.fc1
+        taken = getattr(fc1, "in_features", features.shape[1])
+        if features.shape[1] != taken:
+            raise ValueError(
+                f"a map of {x.shape[2]}x{x.shape[3]} gives {features.shape[1]} features, and fc1 "
+                f"takes {taken}: it was made for maps of another size (map_size; image_size of the "
+                "network)"
+            )
+        return self.fc2(self.dropout(F.relu(fc1(features), inplace=True)))
 
     def _features(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, features]: pool and convolution, flattened."""

@@ -50,9 +50,17 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def network_of(contents: dict[str, Any]) -> GoogLeNet:
-    """The network that `contents` of a checkpoint describe, with its weights."""
-    model = googlenet(**contents["network"], init_weights=False)
-    model.load_state_dict(contents["model"], strict=True)
+    """The network that `contents` of a checkpoint describe, with its weights.
+
+    Raises:
+        ValueError: they do not fit each other, or this version of the package.
+    """
+    try:
+        model = googlenet(**contents["network"], init_weights=False)
+        model.load_state_dict(contents["model"], strict=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"the checkpoint's weights do not fit its network: {first}") from error
     return model
 
 

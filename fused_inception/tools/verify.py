@@ -141,7 +141,7 @@ def verify(model: nn.Module, x: Tensor, *, gradients: bool = True) -> VerifyRepo
     Raises:
         ValueError: `model` has no block that can be fused, returns nothing of floating point, or
             cannot be deep-copied.
-        TypeError: `x` is no tensor.
+        TypeError: `model` is no module, or `x` no tensor.
     """
     check_batch(x)
     model = unwrapped(model)

@@ -1,0 +1,37 @@
+"""What is said of a wrong call, where users see it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import fused_inception as fi
+
+WIDTHS = (16, 8, 8, 8, 8, 8, 8)
+
+
+def test_what_is_wrong_with_an_input_is_said_of_it() -> None:
+    module = fi.Inception(*WIDTHS)
+    with pytest.raises(ValueError, match=r"got \[8, 16, 1, 1\]; x has 15 channels"):
+        module(torch.rand(2, 15, 4, 4))
+    with pytest.raises(TypeError, match="w1 must be float64, got float32; x is float64"):
+        module(torch.rand(2, 16, 4, 4).double())
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got NoneType"):
+        module(None)
+    network = fi.googlenet("paper", num_classes=3, image_size=96)
+    with pytest.raises(ValueError, match=r"; x has 1 channels"):
+        network(torch.rand(1, 1, 96, 96))
+    with pytest.raises(ValueError, match=r"a map of 4x4 gives 128 features, and fc1 takes 512"):
+        network(torch.rand(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("call", [fi.fuse_, fi.unfuse_], ids=lambda call: call.__name__)
+def test_no_module_to_change(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+        call(3)
+
+
+@pytest.mark.parametrize("call", [fi.verify, fi.explain], ids=lambda call: call.__name__)
+def test_no_module_to_look_at(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+        call(3, torch.zeros(1, 3, 8, 8))
