@@ -29,6 +29,7 @@ from benchmarks.environment import environment
 from benchmarks.results import write
 from fused_inception import kernels, ops, tuning
 from fused_inception.geometry import GOOGLENET
+from fused_inception.tools.options import positive
 
 SIDE = 4  # of the maps: small allocations, which cost what they cost whatever their size
 TARGET = "sm_90"
@@ -265,7 +266,7 @@ def table(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; with --out write it with the environment, too."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_path", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25, help=f"of {CALLS} calls each")
+    parser.add_argument("--rounds", type=positive, default=25, help=f"of {CALLS} calls each")
     parser.add_argument("--only", nargs="+", metavar="OPERATOR", help="names of the first column")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args(arguments)

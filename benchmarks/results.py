@@ -86,7 +86,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     Raises:
         ValueError: the file is none of these.
     """
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no results")
     if "benchmarks" in content:

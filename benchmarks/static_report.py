@@ -25,7 +25,7 @@ from benchmarks import padding, products
 from fused_inception.geometry import AUX_CHANNELS, IMAGE_CHANNELS, InceptionDims, NaiveDims
 from fused_inception.tuning.heuristic import Operands
 from tests.compiled import matrix
-from tests.compiled.__main__ import compiler, groups_of
+from tests.compiled.__main__ import check, compiler, groups_of
 from tests.compiled.build import Build
 from tests.compiled.collect import Specialisation
 from tests.compiled.counts import Counts, counts_of
@@ -221,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
+    check(parser, options.groups)
     compile_all = compiler(options.workers)
     rows: list[Row] = []
     for given in options.groups:

@@ -151,12 +151,13 @@ class GoogLeNet(nn.Module):
             else f"{part}: layer by layer, {reason}"
             for part, reason in parts.items()
         ]
-        return (
+        head = (
             f'"{self.variant}", fused: {sum(m.is_fused for m in modules)} of {len(modules)} '
             f"Inception modules, {sum(m.is_fused for m in convs)} of {len(convs)} other "
-            f"convolutions, {sum(type(layer) in own for layer in pools)} of {len(pools)} pools and "
-            "local response norms; all else is plain PyTorch; " + "; ".join(paths)
+            f"convolutions,\n{sum(type(layer) in own for layer in pools)} of {len(pools)} pools "
+            "and local response norms; all else is plain PyTorch"
         )
+        return "\n".join([head, *paths])
 
 
 def googlenet(

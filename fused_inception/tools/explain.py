@@ -183,8 +183,8 @@ def explain(model: nn.Module, x: Tensor) -> ExplainReport:
         x: its one argument, on its device.
 
     Raises:
-        BackendError, TypeError: the backend in force cannot compute it; `model` is no module, or `x`
-            no tensor.
+        BackendError, TypeError: the backend in force cannot compute it; `model` is no module, or
+            `x` no tensor.
         ValueError: `model` cannot be deep-copied.
     """
     check_batch(x)

@@ -3,6 +3,7 @@ with `--network`, what a network costs."""
 
 import argparse
 import platform
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("googlenet:")
     for variant in VARIANTS:
         model = googlenet(variant, init_weights=False, device="meta")
-        print(f"  {model.extra_repr()}")
+        print(textwrap.indent(model.extra_repr(), "    ").replace("    ", "  ", 1))
     return 0
 
 

@@ -31,6 +31,7 @@ def main() -> None:
         "--keep-counts", action="store_true", help="what is compiled is what later runs are held to"
     )
     options = parser.parse_args()
+    check(parser, options.groups, "list", "broken")
     status = 0
     compile_all = compiler(options.workers)
     for name in options.groups:
@@ -60,6 +61,13 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(f"{group_name}: {len(builds)} kernels, {seconds:.0f} s", flush=True)
     sys.exit(status)
+
+
+def check(parser: argparse.ArgumentParser, names: Sequence[str], *further: str) -> None:
+    """End with what there is where one of `names` is unknown."""
+    known = [*further, "full", *matrix.EVERY_RUN, *(f"full:{name}" for name in matrix.FULL)]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"{', '.join(unknown)} is none of {', '.join(known)}")
 
 
 def groups_of(name: str) -> Iterator[tuple[str, matrix.Group]]:
