@@ -62,6 +62,22 @@ def test_kernels_run_on_the_current_stream() -> None:
         assert torch.equal(ours, theirs)
 
 
+@torch.no_grad()
+def test_filters_that_one_stream_packs_are_not_read_by_another() -> None:
+    module, x = module_and_input()
+    want = module(x)
+    fi.clear_cache()
+    torch.cuda.synchronize()
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(50_000_000)
+        module(x)
+    with torch.cuda.stream(other):
+        got = module(x)
+    other.synchronize()
+    assert torch.equal(got, want)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_on_the_device_of_their_tensors() -> None:
     module, x = module_and_input("cuda:1")
