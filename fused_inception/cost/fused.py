@@ -1,8 +1,6 @@
 """This library: which launches run, on which tensors.
 
-A record says `planned` where the network does not launch such a kernel yet; a test runs the real
-network, records its launches and holds every record against them that does not say so. Planned
-records describe the launches that are to replace PyTorch's own operators there.
+A test runs the real network, records its launches and holds the records against them.
 
 Left out of the bytes, being under a hundredth: column partials of bias gradients, and biases.
 """
@@ -21,20 +19,6 @@ from fused_inception.geometry import align_up
 APART_PIXELS = 64 * 132
 # partial sums of a trunk's modules wait for each other up to so many bytes
 UNFINISHED_BYTES = 16 * 2**20
-
-
-# kinds of layers whose launches the network makes today
-BUILT = frozenset({"convolution", "pool", "module", "aux", "head"})
-
-
-def kind_of(layer: str) -> str:
-    """ "convolution", "pool", "module", "aux" or "head"."""
-    for kind, start in (("convolution", "conv"), ("pool", "maxpool"), ("pool", "norm")):
-        if layer.startswith(start):
-            return kind
-    if layer.startswith("aux") or layer == "head":
-        return layer[:4].rstrip("12")
-    return "module"
 
 
 class Fused(Plan):
@@ -58,12 +42,11 @@ class Fused(Plan):
         writes: Iterable[Tensor],
         gemms: Iterable[Gemm] = (),
         *,
-        kernel: str = "",
+        kernel: str,
         source: str = "triton",
     ) -> None:
-        """One launch of ours; planned where nothing is built."""
-        planned = not kernel or kind_of(layer) not in BUILT
-        self.op(name, layer, reads, writes, gemms, source=source, kernel=kernel, planned=planned)
+        """One launch of ours."""
+        self.op(name, layer, reads, writes, gemms, source=source, kernel=kernel)
 
     def _give(self, layer: str, x: Tensor) -> None:
         """A second gradient of `x` is added to the first by autograd, but in a trunk."""

@@ -66,7 +66,6 @@ class Op:
     launches: int = 1
     kernel: str = ""  # our Triton kernel
     scatters: bool = False  # reaches only `scatter_share` of the memory's rate
-    planned: bool = False  # ours, but there is no such kernel yet
 
     @property
     def multiply_adds(self) -> int:
@@ -155,16 +154,12 @@ class Cost:
         not."""
         return sum(kept.bytes for kept in self.saved)
 
-    def launches(self, *sources: str, planned: bool | None = None) -> int:
-        """Kernels launched, of the named sources or of all; with `planned`, of those (not) built.
+    def launches(self, *sources: str) -> int:
+        """Kernels launched, of the named sources or of all.
 
         Sources: "triton", "packing", "inductor", "library".
         """
-        return sum(
-            op.launches
-            for op in self.ops
-            if (not sources or op.source in sources) and planned in (None, op.planned)
-        )
+        return sum(op.launches for op in self.ops if not sources or op.source in sources)
 
     def timeline(self, device: Device) -> list[tuple[Op, float]]:
         """Every operator with its predicted seconds inside a CUDA graph, in order.
@@ -247,13 +242,12 @@ class Recorder:
         launches: int = 1,
         kernel: str = "",
         scatters: bool = False,
-        planned: bool = False,
     ) -> None:
         """Write one operator down."""
         self._ops.append(
             Op(
                 name, layer, self._phase, source, tuple(reads), tuple(writes), tuple(gemms),
-                launches, kernel, scatters, planned,
+                launches, kernel, scatters,
             )
         )  # fmt: skip
 

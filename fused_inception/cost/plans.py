@@ -34,7 +34,7 @@ def network(
         image_size: side of the square images.
         dtype: "float32", "float16" or "bfloat16".
         plan: "eager" (PyTorch's operators one by one), "compiled" (torch.compile) or "fused" (this
-            library; see `Op.planned`).
+            library).
         training: gradients of all parameters, with the auxiliary classifiers.
         aux_logits: the network has them.
         num_classes: outputs of each classifier.

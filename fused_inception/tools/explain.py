@@ -149,8 +149,6 @@ class ExplainReport:
             f"Bytes and times are predicted for one {self.device.name}, inside a CUDA graph; none "
             "is measured."
         )
-        if any(_is_plan(block.fused) for block in self.blocks):
-            lines.append("* a plan: the kernels are not built yet")
         return "\n".join(lines)
 
     def _reasons(self) -> list[str]:
@@ -294,12 +292,8 @@ def _row(block: BlockExplanation, device: Device) -> list[str]:
         _number(block.flops, 1e-9),
         _number(block.bytes, 1e-6),
         eager,
-        fused + ("*" if _is_plan(block.fused) else ""),
+        fused,
     ]
-
-
-def _is_plan(cost: Cost | None) -> bool:
-    return cost is not None and any(op.planned for op in cost.ops)
 
 
 def _number(value: float | None, scale: float) -> str:

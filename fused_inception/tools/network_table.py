@@ -70,7 +70,6 @@ def _paper_table(network: Network) -> list[str]:
 
 def _layer_table(network: Network, plans: dict[str, Cost], batch: int, device: Device) -> list[str]:
     seconds = {plan: _layer_seconds(plans[plan], device) for plan in plans}
-    planned = {op.layer for op in plans["fused"].ops if op.planned}
     head: tuple[Sequence[str], ...] = (
         ("layer", "parameters", "M mult-adds", "saved kB", "saved kB", "launches", "launches",
          "predicted us", "predicted us", "predicted us"),
@@ -101,17 +100,12 @@ def _layer_table(network: Network, plans: dict[str, Cost], batch: int, device: D
         )
 
     for layer in network.layers:
-        row(layer + (" *" if layer in planned else ""), (layer,))
+        row(layer, (layer,))
     row("all", tuple(network.layers))
-    lines = [
+    return [
         "A training step, layer by layer, saved kB an image, without loss and optimiser:",
         *aligned(rows),
     ]
-    if planned:
-        lines.append(
-            "* the fused columns are a plan: the network runs PyTorch's operators there for now."
-        )
-    return lines
 
 
 def _layer_seconds(cost: Cost, device: Device) -> dict[str, float]:
@@ -125,9 +119,9 @@ def _totals(
     training: dict[str, Cost], inference: dict[str, Cost], batch: int, device: Device
 ) -> list[str]:
     rows: list[Sequence[str]] = [
-        ("", "plan", "launches", "Triton", "of these", "packing", "saved", "moved", "GFLOP",
+        ("", "plan", "launches", "Triton", "packing", "saved", "moved", "GFLOP",
          "predicted ms", "predicted ms", "predicted"),
-        ("", "", "in all", "", "not built", "", "MB/image", "GB", "", "in a graph", "no graph",
+        ("", "", "in all", "", "", "MB/image", "GB", "", "in a graph", "no graph",
          "images/s"),
     ]  # fmt: skip
     for what, plans in (("training step", training), ("inference", inference)):
@@ -139,7 +133,6 @@ def _totals(
                     plan,
                     str(total.launches()),
                     str(total.launches("triton", "inductor")),
-                    str(total.launches("triton", planned=True)),
                     str(total.launches("packing")),
                     f"{total.saved_bytes / batch / MILLION:.2f}",
                     f"{(total.read_bytes + total.write_bytes) / 1e9:.2f}",
