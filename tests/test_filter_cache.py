@@ -66,12 +66,14 @@ def test_after_other_memory_was_put_under_a_parameter(norm: str | None) -> None:
     """`.data = ...`, as `.to()` does, raises no version either; addresses come back."""
     module, x = block(norm), torch.randn(1, 8, 3, 3)
     weight = module.get_parameter("branch1.conv.weight")
+    shape = weight.shape
     for _ in range(6):
         check(module, x, "torch" if norm else "triton")
         with torch.no_grad(), fi.backend("torch" if norm else "triton"):
             module(x)
-        # what was there before is freed, and its address may be the next one's
-        set_data(weight, torch.randn(weight.shape))
+        # what was there before is freed first, so that its address may be the next one's
+        set_data(weight, torch.empty(0))
+        set_data(weight, torch.randn(shape))
 
 
 def test_what_is_kept_dies_with_its_tensors() -> None:

@@ -202,8 +202,10 @@ def test_whole_search_writes_a_table_that_launches_follow(
     path = table.user_path(target.name)
     begun: list[Problem] = []
 
-    def tune(*, again: bool, sources: str = "1f") -> Tuning:
-        tuning = Tuning(target, path, {"gpu": "a test's", "sources": sources}, timer, 1)
+    origin = {"gpu": "a test's", "torch": "2.9", "triton": "3.6", "version": "1", "sources": "1f"}
+
+    def tune(*, again: bool, **changed: str) -> Tuning:
+        tuning = Tuning(target, path, origin | changed, timer, 1)
         tuning.go(model, x, time.monotonic() + 600, again=again)
         return tuning
 
@@ -215,16 +217,16 @@ def test_whole_search_writes_a_table_that_launches_follow(
         monkeypatch.setattr(Tuning, "_compare", lambda self, *_: None)
         tune(again=False)
         assert not begun
-        # other kernels are other measurements
-        for other in ({"again": True}, {"again": False, "sources": "2e"}):
+        # other kernels are other measurements, as are another GPU's and other versions'
+        for changed in ({}, *({name: "another"} for name in origin)):
             begun.clear()
-            tune(**other)
-            assert [problem.family for problem in begun] == ["pointwise", "branches"]
+            tune(again=not changed, **changed)
+            assert [problem.family for problem in begun] == ["pointwise", "branches"], changed
         with fi.record_launches() as launches:
             model(x)
     entries = {entry.family: entry for entry in table.read(path, target.name)}
     assert entries.keys() == {"pointwise", "branches", "dispatch"}
-    assert entries["branches"].run == {"gpu": "a test's", "sources": "1f"}
+    assert entries["branches"].run == origin
     assert entries["dispatch"].fields.keys() == {"conv3.forward", "conv5.forward"}
     problem, ours = found.winners[1].problem, found.winners[1].config
     assert entries["branches"].fields == asdict(ours)
