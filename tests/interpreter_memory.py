@@ -15,6 +15,7 @@ where programs do not happen to meet.
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,28 @@ def watched() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         _Watch(patch)
         yield
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Distinct bytes that a launch read, and wrote."""
+
+    kernel: str
+    read: int
+    written: int
+
+
+_open: list[list[Traffic]] = []
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[list[Traffic]]:
+    """Collect the traffic of every launch inside the block, which is itself inside `watched()`."""
+    _open.append([])
+    try:
+        yield _open[-1]
+    finally:
+        _open.pop()
 
 
 class _Region:
@@ -128,6 +151,7 @@ class _Watch:
                 return give_back(executor, *args)
             for region in self.regions.values():
                 region.give_back()
+            self._tell(executor.fn.__name__)
             self.regions = {}
             if self.found:
                 raise MemoryMisuseError(
@@ -159,6 +183,13 @@ class _Watch:
         patch.setattr(InterpreterBuilder, "create_masked_store", watched_store)
         for name in ("create_atomic_rmw", "create_atomic_cas"):
             patch.setattr(InterpreterBuilder, name, unwatched)
+
+    def _tell(self, kernel: str) -> None:
+        regions = self.regions.values()
+        read = sum(r.unit * np.count_nonzero(r.reader != NOBODY) for r in regions)
+        written = sum(r.unit * np.count_nonzero(r.writer != NOBODY) for r in regions)
+        for launches in _open:
+            launches.append(Traffic(kernel, int(read), int(written)))
 
     def _copied(self, arg: Any, name: str) -> Any:
         if isinstance(arg, tuple):
