@@ -14,6 +14,9 @@ LARGEST_WINDOW = 3
 MOST_OVERLAPS = 16
 LARGEST_NORM = 32
 AUX_CHANNELS = 128  # filters of the 1x1 convolution in an auxiliary head
+# GoogLeNets: the paper's, torchvision's, and torchvision's with filters of 5x5
+VARIANTS = ("paper", "torchvision", "torchvision5x5")
+SMALLEST_WITH_HEADS = 47  # side of an image, in the paper's network with auxiliary heads
 
 
 def align_up(n: int, multiple: int = ALIGN) -> int:
@@ -184,6 +187,21 @@ class GoogLeNetSizes:
     def module(self, name: str) -> int:
         """Side of the map that the Inception module `name` ("3a" to "5b") reads and writes."""
         return {"3": self.maxpool2, "4": self.maxpool3, "5": self.maxpool4}[name[0]]
+
+
+def check_googlenet(variant: str, image_size: int, aux_logits: bool) -> None:
+    """What every GoogLeNet asks of its first arguments.
+
+    Raises:
+        ValueError: unknown variant; heads of the paper's network and images too small for them.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if variant == "paper" and aux_logits and image_size < SMALLEST_WITH_HEADS:
+        raise ValueError(
+            f"image_size must be at least {SMALLEST_WITH_HEADS} with the paper's heads, "
+            f"got {image_size}; aux_logits=False does without them"
+        )
 
 
 def googlenet_sizes(image_size: int, pool4_kernel: int = 3) -> GoogLeNetSizes:

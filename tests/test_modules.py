@@ -11,10 +11,9 @@ from torch.nn.utils import parametrize, prune
 
 import fused_inception as fi
 from fused_inception import reference
-from fused_inception.geometry import GOOGLENET
+from fused_inception.geometry import GOOGLENET, VARIANTS
 from tests.tolerances import assert_within, assert_within_l2
 
-VARIANTS = ("paper", "torchvision", "torchvision5x5")
 WIDTHS = (16, 8, 16, 24, 8, 16, 8)
 variants = pytest.mark.parametrize("variant", VARIANTS)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_inception import reference
+from fused_inception.geometry import VARIANTS
 from tests.facts import FACTS, MODULES
 
-VARIANTS = ("paper", "torchvision", "torchvision5x5")
 CHILDREN = [
     *("conv1", "maxpool1", "conv2", "conv3", "maxpool2"),
     *("inception3a", "inception3b", "maxpool3"),
@@ -201,7 +201,7 @@ def test_dropout(variant: str, main: float) -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="variant must be one of paper, torchvision"):
         reference.googlenet("caffe")
-    with pytest.raises(ValueError, match="at least 47 pixels a side, got 46"):
+    with pytest.raises(ValueError, match="at least 47 with the paper's heads, got 46"):
         reference.googlenet(image_size=46)
 
 

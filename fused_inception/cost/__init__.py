@@ -12,7 +12,6 @@ from fused_inception.cost.device import DEVICES, H200, Device, Figure
 from fused_inception.cost.layers import (
     PAPER_BUDGET,
     PAPER_TABLE_1,
-    VARIANTS,
     Aux,
     Conv,
     Module,
@@ -21,6 +20,7 @@ from fused_inception.cost.layers import (
 )
 from fused_inception.cost.ops import BACKWARD, FORWARD, Cost, Gemm, Op, Saved, Tensor
 from fused_inception.cost.plans import ITEMSIZE, PLANS, block, inception, network
+from fused_inception.geometry import VARIANTS
 
 __all__ = [
     "BACKWARD",

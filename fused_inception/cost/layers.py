@@ -7,12 +7,12 @@ from typing import NamedTuple
 from fused_inception.geometry import (
     AUX_CHANNELS,
     InceptionDims,
+    check_googlenet,
     googlenet_dims,
     googlenet_sizes,
     pool_out,
 )
 
-VARIANTS = ("paper", "torchvision", "torchvision5x5")
 AUX_HIDDEN = 1024  # hidden units of an auxiliary classifier
 AUX_POOLED = 4  # side of the adaptive average pool of torchvision's auxiliary classifiers
 # modules whose output an auxiliary classifier reads
@@ -150,14 +150,8 @@ class Network:
         aux_logits: bool = True,
         num_classes: int = 1000,
     ) -> None:
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        check_googlenet(variant, image_size, aux_logits)
         paper = variant == "paper"
-        if paper and aux_logits and image_size < 47:
-            raise ValueError(
-                "the paper's auxiliary heads need images of at least 47 pixels a side, got "
-                f"{image_size}; aux_logits=False does without them"
-            )
         self.variant = variant
         self.image_size = image_size
         self.norm = not paper

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_inception.geometry import googlenet_dims, googlenet_sizes
+from fused_inception.geometry import check_googlenet, googlenet_dims, googlenet_sizes
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.head import GlobalAvgPool2d
@@ -14,10 +14,12 @@ from fused_inception.nn.pooling import LocalResponseNorm, MaxPool2d
 from fused_inception.nn.stem import LAYERS, obstacle, stem
 from fused_inception.nn.trunk import STAGES, stage
 from fused_inception.nn.trunk import obstacle as obstacle_in_stage
-from fused_inception.reference import GoogLeNetOutputs
-
-VARIANTS = ("paper", "torchvision", "torchvision5x5")
-SMALLEST_WITH_HEADS = 47
+from fused_inception.reference.networks import (
+    GoogLeNetOutputs,
+    from_imagenet_to_half,
+    init_paper,
+    init_torchvision,
+)
 
 
 class GoogLeNet(nn.Module):
@@ -42,14 +44,8 @@ class GoogLeNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        check_googlenet(variant, image_size, aux_logits)
         paper = variant == "paper"
-        if paper and aux_logits and image_size < SMALLEST_WITH_HEADS:
-            raise ValueError(
-                f"image_size must be at least {SMALLEST_WITH_HEADS} with the paper's heads, "
-                f"got {image_size}; aux_logits=False does without them"
-            )
         self.variant = variant
         self.aux_logits = aux_logits
         self.transform_input = transform_input
@@ -105,12 +101,12 @@ class GoogLeNet(nn.Module):
         self.dropout = nn.Dropout((0.4 if paper else 0.2) if dropout is None else dropout)
         self.fc = nn.Linear(1024, num_classes, **factory)  # [N, num_classes]
         if init_weights:
-            (_init_paper if paper else _init_torchvision)(self)
+            (init_paper if paper else init_torchvision)(self)
 
     def forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
         """[N, 3, H, W] -> [N, num_classes]; with heads and in training, `GoogLeNetOutputs`."""
         if self.transform_input:
-            x = _from_imagenet_to_half(x)
+            x = from_imagenet_to_half(x)
         heads = {"inception4a": self.aux1, "inception4d": self.aux2}
         readers = {name: head for name, head in heads.items() if head is not None and self.training}
         stage3, stage4, stage5 = self._stages()
@@ -208,28 +204,3 @@ def googlenet(
         device=device,
         dtype=dtype,
     )
-
-
-def _init_paper(network: GoogLeNet) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    # classifiers have no ReLU behind them: small weights start the loss at log(num_classes)
-    heads = [head.fc2 for head in (network.aux1, network.aux2) if head is not None]
-    for classifier in (*heads, network.fc):
-        nn.init.normal_(classifier.weight, std=0.01)
-
-
-def _init_torchvision(network: GoogLeNet) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.01, a=-2, b=2)
-
-
-def _from_imagenet_to_half(x: Tensor) -> Tensor:
-    """From ImageNet's mean and deviation per channel to mean 0.5 and deviation 0.5."""
-    # numbers, not tensors: to copy these to a GPU waits for it
-    each = zip(x.split(1, dim=1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
-    return torch.cat([c * (std / 0.5) + (mean - 0.5) / 0.5 for c, mean, std in each], dim=1)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_inception.geometry import googlenet_dims, googlenet_sizes
+from fused_inception.geometry import check_googlenet, googlenet_dims, googlenet_sizes
 from fused_inception.reference.modules import (
     ConvBlock,
     GlobalAvgPool2d,
@@ -13,8 +13,6 @@ from fused_inception.reference.modules import (
     InceptionAux,
     LocalResponseNorm,
 )
-
-VARIANTS = ("paper", "torchvision", "torchvision5x5")
 
 
 class GoogLeNetOutputs(NamedTuple):
@@ -43,14 +41,8 @@ class GoogLeNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        check_googlenet(variant, image_size, aux_logits)
         paper = variant == "paper"
-        if paper and aux_logits and image_size < 47:
-            raise ValueError(
-                "the paper's auxiliary heads need images of at least 47 pixels a side, got "
-                f"{image_size}; aux_logits=False does without them"
-            )
         if dropout is None:
             dropout = 0.4 if paper else 0.2
         if dropout_aux is None:
@@ -108,13 +100,12 @@ class GoogLeNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(1024, num_classes, **factory)  # [N, num_classes]
         if init_weights:
-            init = _init_paper if paper else _init_torchvision
-            init(self)
+            (init_paper if paper else init_torchvision)(self)
 
     def forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
         """[N, 3, H, W] -> [N, num_classes]; with heads and in training, `GoogLeNetOutputs`."""
         if self.transform_input:
-            x = _imagenet_to_half(x)
+            x = from_imagenet_to_half(x)
         x = self.maxpool1(self.conv1(x))
         if self.norm1 is not None:
             x = self.norm1(x)
@@ -188,26 +179,30 @@ def googlenet(
     )
 
 
-def _init_paper(network: GoogLeNet) -> None:
-    for module in network.modules():
+def init_paper(network: nn.Module) -> None:
+    """He-normal weights (classifiers: deviation 0.01) and zero biases, of a network with the names
+    of `GoogLeNet`."""
+    layers = dict(network.named_modules())
+    for module in layers.values():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     # no ReLU follows a classifier; small weights start the loss at the logarithm of the classes
-    heads = [head.fc2 for head in (network.aux1, network.aux2) if head is not None]
-    for classifier in [*heads, network.fc]:
-        nn.init.normal_(classifier.weight, std=0.01)
+    for name in ("aux1.fc2", "aux2.fc2", "fc"):
+        if name in layers:
+            nn.init.normal_(network.get_parameter(f"{name}.weight"), std=0.01)
 
 
-def _init_torchvision(network: GoogLeNet) -> None:
+def init_torchvision(network: nn.Module) -> None:
+    """Weights of deviation 0.01."""
     # BatchNorm starts at scale 1 and shift 0 by itself
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.01, a=-2, b=2)
 
 
-def _imagenet_to_half(x: Tensor) -> Tensor:
+def from_imagenet_to_half(x: Tensor) -> Tensor:
     """From ImageNet's mean and deviation per channel to mean 0.5 and deviation 0.5."""
     # numbers, not tensors: to copy these to a GPU waits for it
     each = zip(x.split(1, dim=1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)

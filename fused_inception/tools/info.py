@@ -11,7 +11,8 @@ import torch
 
 from fused_inception.backend import BackendError, choose
 from fused_inception.cost import H200, ITEMSIZE
-from fused_inception.nn.googlenet import VARIANTS, googlenet
+from fused_inception.geometry import VARIANTS
+from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.errors import UserError
 from fused_inception.tools.network_table import report
 from fused_inception.tools.options import pick_backend, positive

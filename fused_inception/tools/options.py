@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import torch
 
 from fused_inception.backend import NAMES, backend, selected
-from fused_inception.geometry import googlenet_sizes
+from fused_inception.geometry import SMALLEST_WITH_HEADS, VARIANTS, googlenet_sizes
 from fused_inception.tools.errors import UserError
 
-VARIANTS = ("paper", "torchvision", "torchvision5x5")
 RATES = {"sgd": 0.01, "adamw": 5e-4}
 DECAYS = {"sgd": 2e-4, "adamw": 1e-2}
 
@@ -175,10 +174,10 @@ def _checked(options: Options) -> Options:
             f"--image-size {side} is too small for the {options.variant} network: "
             f"it takes {31 if paper else 15} or more"
         ) from None
-    if paper and options.aux and side < 47:
+    if paper and options.aux and side < SMALLEST_WITH_HEADS:
         raise UserError(
             f"--image-size {side} is too small for the auxiliary classifiers: "
-            "take 47 or more, or --no-aux"
+            f"take {SMALLEST_WITH_HEADS} or more, or --no-aux"
         )
     if not paper and options.batch_size == 1 and side < 47:
         raise UserError("--batch-size 1 with BatchNorm needs an --image-size of 47 or more")

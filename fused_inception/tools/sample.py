@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_inception.backend import NAMES, BackendError
-from fused_inception.nn.googlenet import VARIANTS, googlenet
+from fused_inception.geometry import VARIANTS
+from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.errors import UserError
 from fused_inception.tools.loop import autocast, placed
 from fused_inception.tools.options import pick_backend, pick_device, positive
