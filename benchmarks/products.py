@@ -17,8 +17,8 @@ from fused_inception.geometry import (
     NaiveDims,
     align_up,
     conv_out,
+    power_of_two,
 )
-from fused_inception.ops.problem import power_of_two
 from fused_inception.tuning import conv_heuristic, heuristic, naive_heuristic, wgrad_heuristic
 from fused_inception.tuning.configs import Tile, WgradJob, split_width
 from fused_inception.tuning.heuristic import Operands

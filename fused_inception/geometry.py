@@ -24,6 +24,11 @@ def align_up(n: int, multiple: int = ALIGN) -> int:
     return -(-n // multiple) * multiple
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below `n`."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class InceptionDims:
     """Widths of one Inception module with dimension reduction (figure 2b of the paper).
@@ -103,11 +108,6 @@ class InceptionDims:
             (self.ch5x5, self.ch5x5red, k, k),
             (self.pool_proj, c, 1, 1),
         )
-
-    @property
-    def paddings(self) -> tuple[int, int, int, int, int, int]:
-        """Zero padding of each filter, in the order of `filter_shapes`; keeps the size."""
-        return 0, 0, 1, 0, self.kernel_5x5 // 2, 0
 
     @property
     def weights(self) -> int:

@@ -8,7 +8,7 @@ writes down its operators, with the tensors that they read and write, and the te
 for backward. Time is a roofline with the figures of a `Device`: a prediction, never a measurement.
 """
 
-from fused_inception.cost.device import DEVICES, H200, Device, Figure
+from fused_inception.cost.device import H200, Device, Figure
 from fused_inception.cost.layers import (
     PAPER_BUDGET,
     PAPER_TABLE_1,
@@ -24,7 +24,6 @@ from fused_inception.geometry import VARIANTS
 
 __all__ = [
     "BACKWARD",
-    "DEVICES",
     "FORWARD",
     "H200",
     "ITEMSIZE",

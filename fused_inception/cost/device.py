@@ -50,10 +50,6 @@ class Device:
         names = [field.name for field in fields(self) if field.name != "name"]
         return {name: getattr(self, name) for name in names}
 
-    def corrected(self, source: str, **values: float) -> "Device":
-        """A copy in which `values` replace figures, marked as measured; `source` says how."""
-        return replace(self, **{name: Figure(v, True, source) for name, v in values.items()})  # type: ignore[arg-type]
-
     def roofline(self) -> "Device":
         """A copy whose kernels reach the roofline: every share is 1."""
         ideal = Figure(1.0, False, "the roofline itself")
@@ -97,4 +93,3 @@ H200 = Device(
     window_share=_assumed(0.6, "implicit GEMM in Triton with pointer arithmetic"),
     filter_share=_assumed(0.6, "split reductions with masked loads"),
 )
-DEVICES = {"H200": H200}

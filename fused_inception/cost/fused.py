@@ -12,7 +12,7 @@ from fused_inception.cost.layers import Aux, Conv, Module, Network, Pool
 from fused_inception.cost.module_tensors import COEFFICIENTS, FP32, ModuleTensors
 from fused_inception.cost.ops import Gemm, Tensor, gradient
 from fused_inception.cost.plan import IMAGE, Plan
-from fused_inception.geometry import align_up
+from fused_inception.geometry import align_up, power_of_two
 
 # above so many pixels, a power of two, the pool branch is a launch of its own in training, and the
 # gradients of input and filters are two
@@ -121,7 +121,7 @@ class Fused(Plan):
         pool_gemm = self.gemm(module.pixels, dims.pool_proj, dims.in_channels, "pointwise")
         kernel = "_pointwise_kernel"
         reads = [x, parts.packed_cat]
-        if self.training and _power_of_two(self.batch * module.pixels) > APART_PIXELS:
+        if self.training and power_of_two(self.batch * module.pixels) > APART_PIXELS:
             self._launch("A", layer, reads, one, [gemm], kernel=kernel)
             reads = [x, parts.packed_projection]
             self._launch("A pool", layer, reads, pool, [pool_gemm], kernel=kernel)
@@ -161,14 +161,14 @@ class Fused(Plan):
                 "M", layer, [gradient(parts.y), parts.mask], [parts.dz], kernel="_relu_mask_kernel"
             )
             self._pack(layer, [parts])
-        self._reduction_gradients(module, parts, "_dgrad_kernel")
+        self._reduction_gradients(module, parts)
         self._input_and_filter_gradients(module, parts)
         self._unfinished.append(parts)
         waiting = sum(of.partials.bytes for of in self._unfinished)
         if not self._is_trunk or waiting > UNFINISHED_BYTES:
             self._finish(layer)
 
-    def _reduction_gradients(self, module: Module, parts: "ModuleTensors", kernel: str) -> None:
+    def _reduction_gradients(self, module: Module, parts: "ModuleTensors") -> None:
         dims, pixels = module.dims, module.pixels
         gemms = [
             self.gemm(pixels, dims.ch3x3red, 9 * dims.ch3x3, "window"),
@@ -177,7 +177,8 @@ class Fused(Plan):
         ]
         dz = parts.dz_slice(dims.ch3x3 + dims.ch5x5 + dims.pool_proj)
         reads = [dz, parts.r, parts.packed_windows, parts.packed_projection]
-        self._launch("L1", module.name, reads, [parts.dr, parts.dp], gemms, kernel=kernel)
+        writes = [parts.dr, parts.dp]
+        self._launch("L1", module.name, reads, writes, gemms, kernel="_dgrad_kernel")
 
     def _input_and_filter_gradients(self, module: Module, parts: "ModuleTensors") -> None:
         """L2 and L3, of small maps one launch."""
@@ -190,7 +191,7 @@ class Fused(Plan):
         reads += self._mask_of(parts.x)
         filter_reads = [parts.x, parts.index, parts.r, parts.dz, parts.dr]
         writes = [gradient(parts.x), parts.partials]
-        if _power_of_two(self.batch * module.pixels) > APART_PIXELS:
+        if power_of_two(self.batch * module.pixels) > APART_PIXELS:
             self._launch("L2", module.name, reads, writes[:1], gemms, kernel=kernel)
             filters = parts.filter_gemms
             self._launch("L3", module.name, filter_reads, writes[1:], filters, kernel=kernel)
@@ -239,7 +240,7 @@ class Fused(Plan):
             reads = [gradient(parts.y), raw, moments]
             launch("normalise backward", reads, [dz], "norm_grad")
             self._pack(layer, [parts])
-            self._reduction_gradients(module, parts, "_dgrad_kernel")
+            self._reduction_gradients(module, parts)
             reads, writes = [parts.dr, parts.r, moments], [parts.dr, activated]
             launch("reductions backward", reads, writes, "reduce_norm_grad")
             self._input_and_filter_gradients(module, parts)
@@ -415,7 +416,3 @@ class Fused(Plan):
 
         self.later(backward)
         self.linear(classifier, mean)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

@@ -7,7 +7,7 @@ from math import ceil
 from typing import NamedTuple
 
 from fused_inception.cost.device import COLUMN_SHARE, TILE_ELEMENTS, TILE_ROWS, Device
-from fused_inception.geometry import align_up
+from fused_inception.geometry import align_up, power_of_two
 
 FORWARD, BACKWARD = "forward", "backward"
 OURS = ("triton", "packing")  # sources of our own launches
@@ -278,13 +278,10 @@ def gradient(tensor: Tensor, itemsize_ratio: int = 1) -> Tensor:
 def filter_splits(rows: int, columns: int, pixels: int, partials: int) -> int:
     """Splits of a filter gradient in a launch with so many elements of them."""
     widest = max(TILE_ROWS)
-    tile = min(TILE_ELEMENTS, _power_of_two(rows, widest) * _power_of_two(columns, widest))
+    tile_rows, tile_columns = (min(widest, max(16, power_of_two(n))) for n in (rows, columns))
+    tile = min(TILE_ELEMENTS, tile_rows * tile_columns)
     most = max(SPLIT_PIXELS, SPLIT_SHARE * (pixels * partials) ** 0.5)
     return max(1, ceil(pixels * tile / (most * TILE_ELEMENTS)))
-
-
-def _power_of_two(n: int, largest: int) -> int:
-    return min(largest, 1 << max(4, (n - 1).bit_length()))
 
 
 def _products_seconds(gemms: tuple[Gemm, ...], ours: bool, device: Device) -> float:

@@ -132,7 +132,6 @@ def launch_stem_pack(
     w3: torch.Tensor,
     biases: list[torch.Tensor],
     dtype: torch.dtype,
-    block: int = ELEMENTS,
 ) -> PackedStem:
     """Pack an image, of which `stem_conv` tells, all filters and, in fp32, all biases."""
     x, w1 = within_reach(image.x), image.weight.contiguous()
@@ -142,14 +141,14 @@ def launch_stem_pack(
     packing = _packing(c1, w2.shape[0], w3.shape[0], image=True)
     source = w3 if is_channels_last_filter(w3) else w3.contiguous()
     programs, constants = pack_constants(
-        (packing,), (False, is_channels_last_filter(source)), True, False, block
+        (packing,), (False, is_channels_last_filter(source)), True, False, ELEMENTS
     )
     packed = torch.empty(shape, dtype=dtype, device=x.device)
     packed_w1 = packed.new_empty((c1, DEPTH))
     w = packed.new_empty(packing.filter_elements)
     b = torch.empty(packing.bias_elements, dtype=torch.float32, device=x.device)
-    image_end = cdiv(packed.numel(), block)
-    filter_end = image_end + cdiv(packed_w1.numel(), block)
+    image_end = cdiv(packed.numel(), ELEMENTS)
+    filter_end = image_end + cdiv(packed_w1.numel(), ELEMENTS)
     run(
         _stem_pack_kernel,
         (filter_end + programs,),

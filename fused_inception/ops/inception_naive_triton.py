@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import NaiveDims, Window, align_up
+from fused_inception.geometry import NaiveDims, Window, align_up, power_of_two
 from fused_inception.kernels.finish import launch_finish
 from fused_inception.kernels.max_pool import launch_max_pool_fwd
 from fused_inception.kernels.naive import launch_naive_conv, naive_packing
@@ -22,7 +22,7 @@ from fused_inception.ops.layout import (
     for_kernels,
     naive_dims_of,
 )
-from fused_inception.ops.problem import power_of_two, problem_of
+from fused_inception.ops.problem import problem_of
 from fused_inception.tuning.chosen import (
     mask_config,
     naive_config,

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fused_inception.backend import backend, resolve, selected
+from fused_inception.geometry import power_of_two
 from fused_inception.ops.nested import tensors_in
-from fused_inception.ops.problem import power_of_two, problem_of
+from fused_inception.ops.problem import problem_of
 from fused_inception.tuning import table
 from fused_inception.tuning.fields import numbers
 from fused_inception.tuning.targets import Target, target_of

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_inception.geometry import Window, align_up
+from fused_inception.geometry import Window, align_up, power_of_two
 from fused_inception.kernels.lrn import Norm, launch_lrn_bwd, launch_lrn_fwd
 from fused_inception.kernels.lrn_pool import launch_lrn_max_pool_bwd, launch_lrn_max_pool_fwd
 from fused_inception.kernels.max_pool import (
@@ -13,7 +13,7 @@ from fused_inception.kernels.max_pool import (
 from fused_inception.kernels.pool_lrn import launch_max_pool_lrn_bwd, launch_max_pool_lrn_fwd
 from fused_inception.kernels.vectors import lanes_of
 from fused_inception.ops.layout import empty_channels_last, for_kernels
-from fused_inception.ops.problem import power_of_two, problem_of
+from fused_inception.ops.problem import problem_of
 from fused_inception.tuning.chosen import march_config, vector_config
 from fused_inception.tuning.configs import MarchConfig, VectorConfig
 from fused_inception.tuning.pool_heuristic import masked_pool_config

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fused_inception.geometry import InceptionDims
+from fused_inception.geometry import InceptionDims, power_of_two
 from fused_inception.ops import layout
 from fused_inception.tuning.heuristic import Operands
 from fused_inception.tuning.targets import Target, target_of
@@ -45,8 +45,3 @@ _operands = functools.cache(Operands)
 @functools.lru_cache(maxsize=1024)
 def _same_dims(dims: InceptionDims) -> InceptionDims:
     return dims
-
-
-def power_of_two(n: int) -> int:
-    """The bucket of a number that grows with the batch: the next power of two, 1 for none."""
-    return 1 << max(0, n - 1).bit_length()

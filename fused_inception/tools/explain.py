@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_inception.adapters.fuse import fuse_, survey
-from fused_inception.cost import BACKWARD, FORWARD, H200, Cost, Device
+from fused_inception.cost import BACKWARD, FORWARD, H200, Cost
 from fused_inception.geometry import IMAGE_CHANNELS
 from fused_inception.launches import Launch, record_launches
 from fused_inception.nn.conv_block import ConvBlock
@@ -107,7 +107,7 @@ class BlockExplanation:
 
     @property
     def predicted_seconds(self) -> float | None:
-        """On the device of the report; never measured."""
+        """On one H200; never measured."""
         return None if self.cost is None else self.cost.seconds(H200)
 
 
@@ -121,20 +121,18 @@ class ExplainReport:
         launches: of the whole model, where neighbours may run as one operator; None on paths
             without Triton.
         setting: model, mode, dtype, shape and device.
-        device: what predictions are for.
     """
 
     blocks: list[BlockExplanation]
     not_reached: list[str] = field(default_factory=list)
     launches: Launches | None = None
     setting: str = ""
-    device: Device = H200
 
     def __str__(self) -> str:
         rows = [
             ["block", "class", "runs as", "input", "launches", "GFLOP", "MB", "us", "us"],
             ["", "", "", "", "of Triton", "", "moved", "eager", "fused"],
-            *(_row(block, self.device) for block in self.blocks),
+            *map(_row, self.blocks),
         ]
         lines = [f"explain: {self.setting}", *aligned(rows, names=4), *self._reasons()]
         if self.not_reached:
@@ -146,7 +144,7 @@ class ExplainReport:
             )
         lines.append(
             "Launches forward+backward (packing of filters): with ~ predicted, else recorded. "
-            f"Bytes and times are predicted for one {self.device.name}, inside a CUDA graph; none "
+            f"Bytes and times are predicted for one {H200.name}, inside a CUDA graph; none "
             "is measured."
         )
         return "\n".join(lines)
@@ -274,9 +272,9 @@ def _packs(launch: Launch) -> bool:
     return "pack" in launch.kernel
 
 
-def _row(block: BlockExplanation, device: Device) -> list[str]:
+def _row(block: BlockExplanation) -> list[str]:
     eager, fused = (
-        _number(None if c is None else c.seconds(device), 1e6) for c in (block.eager, block.fused)
+        _number(None if c is None else c.seconds(H200), 1e6) for c in (block.eager, block.fused)
     )
     launches = "-"
     if block.launches is not None:

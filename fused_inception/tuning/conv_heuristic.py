@@ -5,7 +5,7 @@ import functools
 import math
 from dataclasses import replace
 
-from fused_inception.geometry import align_up
+from fused_inception.geometry import align_up, power_of_two
 from fused_inception.tuning.configs import (
     AvgPoolProjectConfig,
     ConvConfig,
@@ -60,7 +60,7 @@ def image_conv_config(
 ) -> ImageConvConfig:
     """A convolution of images: bound by its gathers, so tiles are tall and no wider than the
     filters."""
-    width = min(64, max(16, 1 << (c_out - 1).bit_length()))
+    width = min(64, max(16, power_of_two(c_out)))
     step = 32 if ops.itemsize == 2 else 16
     rows = 128 if n_pixels >= 128 * target.processors else 64
     # 64 positions a tile: the gathered window is read once, dz once per 64 positions
@@ -144,7 +144,7 @@ def avg_pool_project_config(
 ) -> AvgPoolProjectConfig:
     """An auxiliary classifier's pool and convolution: bound by reading the map and writing its
     gradient, so tiles are small and programs many."""
-    rows = min(128, max(64, 1 << (c_out - 1).bit_length()))
+    rows = min(128, max(64, power_of_two(c_out)))
     step = 64 if ops.itemsize == 2 else 32
     return AvgPoolProjectConfig(
         # 16 windows, one image of the paper's: 16 bytes a thread and pixel
@@ -153,7 +153,7 @@ def avg_pool_project_config(
         wgrad=wgrad_job(
             align_up(c_in), align_up(c_out), n_windows, ops, target, max_elements=64 * 128
         ),
-        dgrad=Tile(64, min(64, max(16, 1 << (image_windows - 1).bit_length())), step),
+        dgrad=Tile(64, min(64, max(16, power_of_two(image_windows))), step),
         block_pixel=128,
         forward_warps=4,
         num_warps=8,
@@ -163,5 +163,5 @@ def avg_pool_project_config(
 def epilogue_config(channels: int, block_p: int = 64) -> EpilogueConfig:
     """A pass behind a library's convolution, bound by memory: 128 bytes of a pixel in 16 bits where
     there are as many, half of that beside 256 pixels, whose moments need registers."""
-    block_c = min(64 if block_p <= 128 else 32, max(16, 1 << (channels - 1).bit_length()))
+    block_c = min(64 if block_p <= 128 else 32, max(16, power_of_two(channels)))
     return EpilogueConfig(block_p, block_c, 8 if block_p * block_c > 64 * 64 else 4)

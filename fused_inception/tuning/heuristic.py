@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fused_inception.geometry import InceptionDims, align_up
+from fused_inception.geometry import InceptionDims, align_up, power_of_two
 from fused_inception.tuning.configs import (
     BranchesConfig,
     DgradConfig,
@@ -187,7 +187,7 @@ def pointwise_config(
     pool_rows = 128 if ops.itemsize == 2 and n_pixels >= 128 * target.processors else 64
     # four warps would spill beside the moments of 64 x 128 sums (sm_89)
     widest = 64 if norm and warps([gemm]) == 4 else 128
-    pool = Tile(pool_rows, min(widest, max(32, _power_of_two(dims.pool_proj))), 32)
+    pool = Tile(pool_rows, min(widest, max(32, power_of_two(dims.pool_proj))), 32)
     if not ops.tensor_cores:
         pool = Tile(64, 64, 16)
     num_warps = warps([gemm])
@@ -302,7 +302,7 @@ def _gated(tile: Tile) -> Tile:
 @functools.lru_cache(maxsize=4096)
 def mask_config(slots: int, n_pixels: int, target: Target) -> MaskConfig:
     """Launch M: about four programs a processor, each walking whole tiles of pixels."""
-    block_c = min(128, max(16, _power_of_two(slots)))
+    block_c = min(128, max(16, power_of_two(slots)))
     columns = math.ceil(slots / block_c)
     pixels = math.ceil(n_pixels * columns / (4 * target.processors))
     return MaskConfig(32, block_c, max(32, align_up(pixels, 32)), 4)
@@ -366,11 +366,7 @@ def finish_config() -> FinishConfig:
     return FinishConfig(32, 32, 4)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def global_pool_config(channels: int, n_pixels: int) -> GlobalPoolConfig:
     """Global average pooling: 128 bytes or more of a pixel, and few enough pixels for registers."""
-    block_c = min(128, max(16, _power_of_two(channels)))
-    return GlobalPoolConfig(min(32, _power_of_two(n_pixels)), block_c, 4)
+    block_c = min(128, max(16, power_of_two(channels)))
+    return GlobalPoolConfig(min(32, power_of_two(n_pixels)), block_c, 4)

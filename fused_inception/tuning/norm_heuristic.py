@@ -3,7 +3,7 @@
 import functools
 import math
 
-from fused_inception.geometry import align_up
+from fused_inception.geometry import align_up, power_of_two
 from fused_inception.tuning.configs import NormConfig, StatisticsConfig
 from fused_inception.tuning.targets import Target
 
@@ -20,7 +20,7 @@ def norm_config(slots: int, n_pixels: int, target: Target) -> NormConfig:
     Every program of a gradient adds up the partial sums of its channels again, which saves a launch
     and stays small: 64 channels of `n_pixels / pixels` rows.
     """
-    block_c = min(64, max(16, 1 << (slots - 1).bit_length()))
+    block_c = min(64, max(16, power_of_two(slots)))
     columns = math.ceil(slots / block_c)
     pixels = math.ceil(n_pixels * columns / (4 * target.processors))
     return NormConfig(32, block_c, max(32, align_up(pixels, 32)), 4)

@@ -7,7 +7,7 @@ to choose. Results do not depend on the choice.
 import functools
 import math
 
-from fused_inception.geometry import Window, align_up
+from fused_inception.geometry import Window, align_up, power_of_two
 from fused_inception.tuning.configs import MarchConfig, MaskConfig, VectorConfig
 from fused_inception.tuning.targets import Target
 
@@ -29,7 +29,7 @@ def vector_config(n_vectors: int, target: Target) -> VectorConfig:
 def masked_pool_config(channels: int, lanes: int, n_cells: int, target: Target) -> MaskConfig:
     """The gradient of a max pool behind a ReLU: 128 channels of some cells, a vector a thread, and
     about eight programs a processor, so that column sums have a few hundred rows at the most."""
-    block_c = min(128, max(16, 1 << (channels - 1).bit_length()))
+    block_c = min(128, max(16, power_of_two(channels)))
     num_warps = 4
     cells = num_warps * 32 * lanes // block_c
     chunk = math.ceil(n_cells * math.ceil(channels / block_c) / (8 * target.processors))
