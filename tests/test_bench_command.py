@@ -15,7 +15,7 @@ from torch import nn
 import fused_inception as fi
 from fused_inception.__main__ import main
 from fused_inception.tools import bench, bench_rows, errors
-from fused_inception.tools.timing import Spread
+from fused_inception.tools.timing import Spread, now
 
 HERE = f"{__name__}:"
 FAST = ["--image-size", "16", "--seconds", "0.0", "--device", "cpu"]
@@ -234,3 +234,11 @@ def test_a_step_passes_over_frozen_parameters() -> None:
     rows = bench.measure({"eager": model}, torch.randn(1, 3, 8, 8), "step", 0.0)
     assert [row.provider for row in rows] == ["eager"]
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_clock_waits_for_any_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for name in ("cpu", "mps", "cuda"):
+        now(torch.device(name))
+    assert [device.type for device in waited] == ["mps", "cuda"]

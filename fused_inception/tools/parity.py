@@ -14,6 +14,7 @@ from fused_inception import reference
 from fused_inception.ops.problem import allows_tf32
 from fused_inception.tools.loop import AMP_DTYPES, autocast, objective, placed
 from fused_inception.tools.precompile import precompile
+from fused_inception.tools.timing import now
 from fused_inception.tools.verify import verify
 
 # the fused network may differ from the plain one by this many times the plain one's own rounding
@@ -140,13 +141,13 @@ def training_speed(
     end = 0.0
     while not end or time.perf_counter() < end or len(times["fused"]) < 2:
         for name, model in models.items():
-            start = _now(x.device)
+            start = now(x.device)
             with autocast(x.device, amp):
                 loss, _, _ = objective(model(x), labels)
             optimizers[name].zero_grad(set_to_none=True)
             loss.backward()
             optimizers[name].step()
-            times[name].append(_now(x.device) - start)
+            times[name].append(now(x.device) - start)
         if not end:  # the first round warms up
             times = {name: [] for name in models}
             end = time.perf_counter() + SPEED_SECONDS
@@ -184,9 +185,3 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 def _distance(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

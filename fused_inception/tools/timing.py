@@ -31,8 +31,8 @@ class Work:
 
 def now(device: torch.device) -> float:
     """Seconds, once all work on the device has ended."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
