@@ -161,19 +161,13 @@ def stem(
     positions, side1 = 7 * 7 * c_in, conv_out(side, 7, 2, 3)
     pixels1, pixels = batch * side1**2, batch * STEM_POOL.out(side1) ** 2
     rounded1, rounded = power_of_two(pixels1), power_of_two(pixels)
-    packed = c_in <= 3  # `Stem.packs_image`
-    depth = DEPTH if packed else positions
-    config = conv_heuristic.stem_wgrad_config(
-        depth, widths, rounded1, rounded, ops, TARGETS[target], packed
-    )
+    config = conv_heuristic.stem_wgrad_config(widths, rounded1, rounded, ops, TARGETS[target])
     second = _split(c1, c2, pixels, config.conv2)
     third = _split(9 * c2, c3, pixels, config.conv3)
-    if not packed:
-        return {"stem_wgrad": [_image_split(positions, c1, pixels1, config.conv1), second, third]}
-    first = _split(depth, c1, windows_until_last(pixels1, side1, side1), config.conv1)
+    first = _split(DEPTH, c1, windows_until_last(pixels1, side1, side1), config.conv1)
     forward = conv_heuristic.stem_conv_config(c1, rounded1, ops, TARGETS[target]).forward
     return {
-        "stem_conv_fwd": [replace(_tiled(pixels1, c1, depth, forward), k=positions)],
+        "stem_conv_fwd": [replace(_tiled(pixels1, c1, DEPTH, forward), k=positions)],
         "stem_wgrad": [replace(first, m=positions, k=pixels1), second, third],
     }
 

@@ -306,6 +306,10 @@ class Window:
 # the pools and local response norms (size, alpha, beta, k) of the paper's stem
 STEM_POOL = Window(kernel=3, stride=2, ceil_mode=True)
 STEM_NORM = (5, 1e-4, 0.75, 1.0)
+# its first convolution: kernel, stride, padding; as many channels at the most fit a packed pixel
+STEM_CONV = (7, 2, 3)
+STEM_CHANNELS = 3
+NO_STEM_CONV = "is no 7x7 convolution of stride 2 and padding 3 of images of up to 3 channels"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "conv": (64, 192, 3, 2**15, OPS, False),
     "image_conv": (147, 64, 2**15, OPS),
     "stem_conv": (64, 2**17, OPS),
-    "stem_wgrad": (256, (64, 64, 192), 2**17, 2**15, OPS, True),
+    "stem_wgrad": ((64, 64, 192), 2**17, 2**15, OPS),
     "avg_pool_project": (512, 128, 16, 25, 2**10, OPS),
     "naive": (NaiveDims(192, 64, 128, 32), 2**15, OPS),
     "naive_input_grad": (NaiveDims(192, 64, 128, 32), 2**15, OPS),

@@ -43,8 +43,7 @@ def configurations(
     yield conv_heuristic.image_conv_config(147, 64, pixels, ops, target)
     widths = (dims.ch1x1, dims.ch3x3red, dims.ch3x3)
     yield conv_heuristic.stem_conv_config(64, pixels, ops, target)
-    yield conv_heuristic.stem_wgrad_config(147, widths, 4 * pixels, pixels, ops, target)
-    yield conv_heuristic.stem_wgrad_config(256, widths, 4 * pixels, pixels, ops, target, True)
+    yield conv_heuristic.stem_wgrad_config(widths, 4 * pixels, pixels, ops, target)
 
 
 def tiles_of(config: object) -> list[Tile]:

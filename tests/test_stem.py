@@ -39,7 +39,7 @@ def test_layer_by_layer(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("c_in", "widths", "pool1", "reason"),
     [
-        (5, (8, 8, 8), STEM_POOL, "5 channels are not an image"),
+        (5, (8, 8, 8), STEM_POOL, "conv1 is no 7x7 convolution of stride 2"),
         (3, (8, 12, 16), STEM_POOL, r"multiples of 8, got \[8, 12, 16\]"),
         (3, (8, 8, 8), Window(5, 2), "kernel_size 5: kernels exist up to 3"),
         (3, (64, 64, 192), STEM_POOL, None),
@@ -142,6 +142,14 @@ class TestChangesInTheStem:
             conv.bias.copy_(self.network.conv2.conv.bias)
         self.network.conv2.conv = conv
         self.check("conv2 is no 1x1 convolution that keeps the size")
+
+    def test_another_first_convolution(self) -> None:
+        conv = nn.Conv2d(3, 64, 9, 2, 4)
+        with torch.no_grad():
+            conv.weight.zero_()[:, :, 1:-1, 1:-1].copy_(self.network.conv1.conv.weight)
+            conv.bias.copy_(self.network.conv1.conv.bias)
+        self.network.conv1.conv = conv
+        self.check("conv1 is no 7x7 convolution of stride 2 and padding 3")
 
     def test_a_size_for_each_direction(self) -> None:
         self.network.maxpool1 = fi.MaxPool2d((3, 3), (2, 2), ceil_mode=True)

@@ -37,8 +37,9 @@ def googlenet_stem(
 
     Source: Szegedy et al., arXiv 1409.4842, table 1, with the order of pool and normalisation of
     Caffe's model. On the Triton path one operator: five launches forward; six backward, and one
-    more for the gradient of the image. Elsewhere, and for images of more than 4 channels, widths
-    that are no multiples of 8 or pools of more than 3 x 3, it is `conv2d_relu`, `max_pool2d_lrn`,
+    more for the gradient of the image. Elsewhere, and for images of more than 3 channels, another
+    conv1 than 7 x 7 of stride 2 and padding 3, widths that are no multiples of 8 or pools of more
+    than 3 x 3, it is `conv2d_relu`, `max_pool2d_lrn`,
     `conv2d_relu` twice and `lrn_max_pool2d`.
 
     Args:
@@ -62,9 +63,8 @@ def googlenet_stem(
 
     Autograd saves, besides `x` and the parameters, on the Triton path the first pooled map before
     and after its norm, the outputs of conv2 and conv3 and one byte a pooled element; no ReLU mask:
-    the gates are in these maps. A filter of 7 x 7 with stride 2 and padding 3 of at most 3 channels
-    reads a packed image, which is saved too, 16 elements for 2 x 2 pixels, and `x` then only where
-    it needs a gradient. A double backward raises RuntimeError.
+    the gates are in these maps. conv1 reads a packed image, which is saved too, 16 elements for
+    2 x 2 pixels, and `x` only where it needs a gradient. A double backward raises RuntimeError.
     """
     filters, biases = [w1, w2, w3], [b1, b2, b3]
     checks.image_batch(x)

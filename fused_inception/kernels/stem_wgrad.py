@@ -16,7 +16,6 @@ from fused_inception.kernels.finish import (
     finish_arguments,
     launch_finish,
 )
-from fused_inception.kernels.image_conv import image_wgrad_tile
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.stem import StemShape
 from fused_inception.kernels.stem_conv import (
@@ -62,21 +61,18 @@ def column_sums(
     do_not_specialize=[
         "end1", "end3", "end2", "chunk1", "chunk3", "chunk2", "chunk_sums",
         "n_pixels", "height", "width",
-        "n_windows1", "image_height", "image_width", "height1", "width1",
-        "x_image_stride", "x_channel_stride", "x_row_stride", "x_column_stride",
+        "n_windows1", "height1", "width1",
     ]
 )  # fmt: skip
 def _stem_wgrad_kernel(
     # tensors
-    x_ptr,  # [N, C_IN, H, W] any strides, any floating dtype; with PACKED of `stem_conv`
+    x_ptr,  # packed image of `stem_conv`
     dz1_ptr,  # [P1, C1]
     z_ptr,  # [P, C1] input of conv2
     dz2_ptr,  # [P, C2]
     r_ptr,  # [P, C2] input of conv3
     dz3_ptr,  # [P, C3]
-    # [splits, POSITIONS + 1, C1] fp32, the last row is the bias gradient; with PACKED
-    # [splits, 256, C1], row ONE is
-    out1_ptr,
+    out1_ptr,  # [splits, 256, C1] fp32, row ONE is the bias gradient
     out2_ptr,  # [splits, C1, C2] fp32
     out3_ptr,  # [splits, 9 * C2, C3] fp32
     sums_ptr,  # [chunks, C3] fp32 column sums of dz3
@@ -91,25 +87,13 @@ def _stem_wgrad_kernel(
     n_pixels,  # of the maps of conv2 and conv3
     height,
     width,
-    n_windows1,  # output pixels of conv1, or of the packed image up to the last window
-    image_height,
-    image_width,
+    n_windows1,  # pixels of the packed image up to the last window
     height1,
     width1,
-    # strides, in elements
-    x_image_stride,
-    x_channel_stride,
-    x_row_stride,
-    x_column_stride,
     # problem
-    C_IN: tl.constexpr,
     C1: tl.constexpr,
     C2: tl.constexpr,
     C3: tl.constexpr,
-    K1: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     # tile
     M1: tl.constexpr,
@@ -125,22 +109,14 @@ def _stem_wgrad_kernel(
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Program ranges: conv1 with its bias, whose programs run longest where they gather, conv3,
-    conv2, column sums for the bias of conv3; a range that is not needed has no programs."""
+    """Program ranges: conv1 with its bias, conv3, conv2, column sums for the bias of conv3; a
+    range that is not needed has no programs."""
     pid = tl.program_id(0)
     if pid < end1:
-        if PACKED:
-            packed_wgrad_tile(
-                x_ptr, dz1_ptr, out1_ptr,
-                pid, chunk1, n_windows1, height1, width1, C1, PRECISION, M1, N1, P1, NUM_STAGES,
-            )  # fmt: skip
-        else:
-            image_wgrad_tile(
-                x_ptr, dz1_ptr, out1_ptr,
-                pid, chunk1, n_windows1, image_height, image_width, height1, width1,
-                x_image_stride, x_channel_stride, x_row_stride, x_column_stride,
-                C_IN, C1, K1, STRIDE, PADDING, C1, PRECISION, M1, N1, P1,
-            )  # fmt: skip
+        packed_wgrad_tile(
+            x_ptr, dz1_ptr, out1_ptr,
+            pid, chunk1, n_windows1, height1, width1, C1, PRECISION, M1, N1, P1, NUM_STAGES,
+        )  # fmt: skip
     elif pid < end3:
         wgrad_tile(
             r_ptr, r_ptr, dz3_ptr, out3_ptr,
@@ -161,7 +137,7 @@ def _stem_wgrad_kernel(
 class StemMaps:
     """What the convolutions read, and the gradients of what they make before their ReLU.
 
-    x: the image, any strides, or packed; z, r: inputs of conv2 and conv3, dense; dz1, dz2: None
+    x: the packed image of `stem_conv`; z, r: inputs of conv2 and conv3, dense; dz1, dz2: None
     where nothing needs them.
     """
 
@@ -171,7 +147,6 @@ class StemMaps:
     dz1: torch.Tensor | None
     dz2: torch.Tensor | None
     dz3: torch.Tensor
-    packed: bool  # is x the packed image of `stem_conv`?
 
 
 @dataclass(frozen=True)
@@ -200,13 +175,9 @@ def launch_stem_wgrad(
     n_pixels, n_pixels1 = n * height * width, n * dz1.shape[2] * dz1.shape[3]
     # of each filter gradient: positions x output channels, and the tile's extents along them
     tile1, tile2, tile3 = config.conv1.tile, config.conv2.tile, config.conv3.tile
-    n_windows1 = n_pixels1
-    extents1 = (conv1.positions + 1, conv1.c_out, tile1.block_n, tile1.block_m)
-    if maps.packed:
-        n_windows1 = windows_until_last(n_pixels1, *dz1.shape[2:])
-        extents1 = (DEPTH, conv1.c_out, tile1.block_m, tile1.block_n)
+    n_windows1 = windows_until_last(n_pixels1, *dz1.shape[2:])
     jobs = (
-        (config.conv1, n_windows1, *extents1),
+        (config.conv1, n_windows1, DEPTH, conv1.c_out, tile1.block_m, tile1.block_n),
         (config.conv2, n_pixels, conv1.c_out, shape.c2, tile2.block_m, tile2.block_n),
         (config.conv3, n_pixels, 9 * shape.c2, c3, tile3.block_m, tile3.block_n),
     )
@@ -229,17 +200,12 @@ def launch_stem_wgrad(
             *(maps.x, dz1, maps.z, dz2, maps.r, maps.dz3, *partial, sums3),
             *(end1, end3, end2, chunks[0], chunks[2], chunks[1], sums.pixels),
             *(n_pixels, height, width),
-            *(n_windows1, *maps.x.shape[2:], *dz1.shape[2:], *maps.x.stride()),
+            *(n_windows1, *dz1.shape[2:]),
         ),
         dict(
-            C_IN=conv1.c_in,
             C1=conv1.c_out,
             C2=shape.c2,
             C3=c3,
-            K1=conv1.kernel,
-            STRIDE=conv1.stride,
-            PADDING=conv1.padding,
-            PACKED=maps.packed,
             PRECISION=precision,
             **config.tiles(),
             NUM_STAGES=config.num_stages,
@@ -271,7 +237,7 @@ def _stem_finish_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program ranges: conv1's filter, where its image was packed; all other gradients."""
+    """Program ranges: conv1's filter; all other gradients."""
     pid = tl.program_id(0)
     if pid < image_end:
         finish_image_filter(partial1_ptr, dw1_ptr, pid, splits1, C1, C_IN, BLOCK_M, BLOCK_N)
@@ -286,27 +252,24 @@ def launch_stem_finish(
     filter_grads: list[torch.Tensor],
     bias_grads: list[torch.Tensor],
     config: FinishConfig,
-    *,
-    packed: bool,
 ) -> None:
     """Fill the gradients of three filters and three biases; those with no elements are left out.
 
     That of conv1's filter is contiguous, the others contiguous or channels last; any dtype. sums2:
-    [rows, C2] column sums of conv2's gradient. packed: of conv1's partial sums, as
-    `StemMaps.packed`.
+    [rows, C2] column sums of conv2's gradient.
     """
     partial1, *_ = partials.filters
     dw1, dw2, dw3 = filter_grads
     part = Unfinished(
-        _sums(shape, packed),
+        _sums(shape),
         # conv1's is not among those that lie as all do
-        (dw3, dw2, dw1[:0] if packed else dw1),
-        partials.filters[::-1],
-        [0] * 3,
-        [partial.shape[0] for partial in partials.filters[::-1]],
+        (dw3, dw2),
+        partials.filters[:0:-1],
+        [0] * 2,
+        [partial.shape[0] for partial in partials.filters[:0:-1]],
         bias_grads[::-1], (partials.sums3, sums2, partial1),
     )  # fmt: skip
-    if not packed or dw1.numel() == 0:
+    if dw1.numel() == 0:
         launch_finish([part], config)
         return
     programs, constants, arguments = finish_arguments([part], config)
@@ -322,19 +285,17 @@ def launch_stem_finish(
 
 
 @functools.lru_cache(maxsize=1024)
-def _sums(shape: StemShape, packed: bool) -> Sums:
-    c1, c2, c3, positions = shape.conv1.c_out, shape.c2, shape.c3, shape.conv1.positions
-    rows1, bias1 = (DEPTH, ONE) if packed else (positions + 1, positions)
+def _sums(shape: StemShape) -> Sums:
+    c1, c2, c3 = shape.conv1.c_out, shape.c2, shape.c3
     return Sums(
         filters=(
             FilterSum(c3, c2, 9, c2, c3, 0),
             FilterSum(c2, c1, 1, c1, c2, 0),
-            FilterSum(c1, positions, 1, rows1, c1, 0),
         ),
         biases=(
             BiasSum(c3, c3, 0),
             BiasSum(c2, c2, 0),
             # a row of conv1's partial sums
-            BiasSum(c1, rows1 * c1, bias1 * c1),
+            BiasSum(c1, DEPTH * c1, ONE * c1),
         ),
     )

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_inception import functional
+from fused_inception.geometry import NO_STEM_CONV, STEM_CHANNELS, STEM_CONV
 from fused_inception.nn.conv_block import ConvBlock, change_of, global_hook
 from fused_inception.nn.pooling import (
     LocalResponseNorm,
@@ -71,12 +72,15 @@ def obstacle(layers: Sequence[Any]) -> str | None:
 
 def _change_of_conv(block: ConvBlock, kernel: int | None) -> str | None:
     """What the operator takes for granted: with `kernel`, that the convolution is of this size and
-    keeps that of its input."""
+    keeps that of its input; without, that it is conv1."""
     if not block.is_fused:
         return "is plain PyTorch"
     conv, padding = block.conv, (kernel or 0) // 2
     sizes = (conv.kernel_size, conv.stride, conv.padding)
-    if kernel is not None and sizes != ((kernel,) * 2, (1, 1), (padding,) * 2):
+    if kernel is None:
+        stem_sizes = tuple((n, n) for n in STEM_CONV)
+        return None if sizes == stem_sizes and conv.in_channels <= STEM_CHANNELS else NO_STEM_CONV
+    if sizes != ((kernel,) * 2, (1, 1), (padding,) * 2):
         return f"is no {kernel}x{kernel} convolution that keeps the size"
     return None
 

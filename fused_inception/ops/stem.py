@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fused_inception.geometry import (
     ALIGN,
-    IMAGE_CHANNELS,
+    NO_STEM_CONV,
+    STEM_CHANNELS,
+    STEM_CONV,
     Window,
     conv_out,
     why_no_norm_kernel,
     why_no_pool_kernel,
 )
-from fused_inception.ops import conv2d
 from fused_inception.ops.layout import as_saved, empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
     refuse_double_backward,
@@ -77,21 +78,12 @@ class Stem:
         second = self.pool1.out(first)
         return first, second, self.pool2.out(second)
 
-    def packs_image(self, w1: Tensor) -> bool:
-        """Whether training reads a packed image, which is kept for backward in place of the
-        image."""
-        _, c_in, kernel, _ = w1.shape
-        return (kernel, self.stride, self.padding) == (7, 2, 3) and c_in <= 3
-
 
 def why_not(filters: Sequence[Tensor], stem: Stem) -> str | None:
     """Why there is no operator for such a stem; None where there is."""
     w1, w2, w3 = filters
-    if w1.shape[1] > IMAGE_CHANNELS:
-        return f"{w1.shape[1]} channels are not an image"
-    reason = conv2d.why_not(w1, stem.stride, stem.padding)
-    if reason is not None:
-        return reason
+    if (w1.shape[2], stem.stride, stem.padding) != STEM_CONV or w1.shape[1] > STEM_CHANNELS:
+        return f"conv1 {NO_STEM_CONV}"
     widths = [w.shape[0] for w in (w1, w2, w3)]
     if any(width % ALIGN != 0 for width in widths):
         return f"widths must be multiples of {ALIGN}, got {widths}"
@@ -120,6 +112,8 @@ def _forward_fake(
     constants: list[float],
     save: bool,
 ) -> tuple[Tensor, list[Tensor]]:
+    from fused_inception.kernels.stem_conv import packed_image_shape
+
     stem, (w1, w2, w3) = Stem.of(integers, constants), filters
     heights, widths = (stem.sides(side, w1.shape[2]) for side in x.shape[2:])
 
@@ -133,12 +127,8 @@ def _forward_fake(
         return y, []
     pooled, index1, z = like(c1, 1, x.dtype), like(c1, 1, torch.uint8), like(c1, 1, x.dtype)
     r, y2, index2 = like(c2, 1, x.dtype), like(c3, 1, x.dtype), like(c3, 2, torch.uint8)
-    saved = [pooled, index1, z, r, y2, index2]
-    if stem.packs_image(w1):
-        from fused_inception.kernels.stem_conv import packed_image_shape
-
-        saved.append(x.new_empty(packed_image_shape(x.shape[0], heights[0], widths[0])))
-    return y, saved
+    image = x.new_empty(packed_image_shape(x.shape[0], heights[0], widths[0]))
+    return y, [pooled, index1, z, r, y2, index2, image]
 
 
 def _backward(
@@ -154,8 +144,8 @@ def _backward(
     from fused_inception.ops import stem_triton
 
     stem = Stem.of(integers, constants)
-    maps, packed_image = as_saved(saved[:6]), saved[6:]
-    gradients = stem_triton.backward(dy, x, [*maps, *packed_image], filters, biases, stem, needs)
+    maps, packed_image = as_saved(saved[:6]), saved[6]
+    gradients = stem_triton.backward(dy, x, [*maps, packed_image], filters, biases, stem, needs)
     return settle_all(gradients, dy if x is None else x, (*filters, *biases), needs)
 
 
@@ -178,9 +168,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*saved)
     if ctx.saves:
-        # of the image behind a packed one only its own gradient needs to know
-        packed = Stem.of(ctx.integers, ctx.constants).packs_image(filters[0])
-        kept = x if x.requires_grad or not packed else None
+        # of the image behind the packed one only its own gradient needs to know
+        kept = x if x.requires_grad else None
         ctx.save_for_backward(kept, *filters, *biases, *saved)
 
 

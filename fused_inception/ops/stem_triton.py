@@ -18,7 +18,7 @@ from fused_inception.kernels.stem import (
     StemShape,
     launch_stem_pack,
 )
-from fused_inception.kernels.stem_conv import BORDER, DEPTH, launch_stem_conv_fwd
+from fused_inception.kernels.stem_conv import BORDER, launch_stem_conv_fwd
 from fused_inception.kernels.stem_wgrad import StemMaps, launch_stem_finish, launch_stem_wgrad
 from fused_inception.ops import conv2d_triton, filter_cache, library_triton, pooling_triton
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad
@@ -44,8 +44,8 @@ def forward(
 
     x: an image of any strides. Filters and biases in any floating dtype.
 
-    With `save` the image is packed where `Stem.packs_image` says so, and takes its place for
-    backward: x is then of use for its own gradient alone.
+    With `save` the image is packed, and the packed one is what backward reads: x is then of use for
+    its own gradient alone.
 
     Saved: the pooled map and its winning taps, 1 byte each; the inputs of conv2 and of conv3; the
     output of conv3; the winning taps of the second pool. The gates of the three ReLUs are among
@@ -55,7 +55,7 @@ def forward(
     w1, w2, w3 = filters
     shape = _shape(filters, stem)
     image: list[Tensor] = []
-    if save and stem.packs_image(w1):
+    if save:
         out_height, out_width = (stem.sides(side, shape.conv1.kernel)[0] for side in x.shape[2:])
         to_pack = ImageToPack(x, w1, biases[0], out_height, out_width)
         packed = launch_stem_pack(to_pack, w2, w3, biases[1:], x.dtype)
@@ -66,7 +66,7 @@ def forward(
         y1, _ = conv2d_triton.forward(x, w1, biases[0], stem.stride, stem.padding, False)
         flat, b = filter_cache.packed(
             [w2, w3], biases[1:], x.dtype,
-            lambda: launch_pack([shape.packing], [w2, w3], biases[1:], x.dtype)[0], save=save,
+            lambda: launch_pack([shape.packing], [w2, w3], biases[1:], x.dtype)[0], save=False,
         )  # fmt: skip
     z, pooled_and_index = pooling_triton.max_pool2d_lrn(y1, *stem.norm1, stem.pool1, save)
     del y1
@@ -88,11 +88,11 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of x, three filters, three biases; 0 elements where `needs` says no.
 
-    dy: [N, C3, H, W] in the dtype of x, any strides. x: None where the image was packed and needs
-    no gradient. dx comes exactly channels last, the gradient
-    of conv1's filter contiguous, another filter's in its strides.
+    dy: [N, C3, H, W] in the dtype of x, any strides. x: None where the image needs no gradient. dx
+    comes exactly channels last, the gradient of conv1's filter contiguous, another filter's in its
+    strides.
     """
-    pooled, index1, z, r, y2, index2, *image = saved
+    pooled, index1, z, r, y2, index2, image = saved
     need_x, need_w, need_b = needs[0], needs[1:4], needs[4:]
     need1 = need_x or need_w[0] or need_b[0]
     need2 = need1 or need_w[1] or need_b[1]
@@ -108,7 +108,8 @@ def backward(
         dz2, sums2 = _data_gradient(dz3, packed3, r, r, kernel=3)
         if need1:
             dz, _ = _data_gradient(dz2, packed2, z, None, kernel=1)
-            map_shape = (dz3.shape[0], shape.conv1.c_out, *_sides1(x, image, stem, shape))
+            n, height, width, _ = image.shape
+            map_shape = (n, shape.conv1.c_out, height - BORDER, width - BORDER)
             dz1 = pooling_triton.max_pool2d_lrn_backward(
                 dz, map_shape, pooled, index1, *stem.norm1, stem.pool1, gated=True
             )  # fmt: skip
@@ -119,23 +120,11 @@ def backward(
             shape.conv1, dz1, filters[0].contiguous(), dx, _image_config(shape, dz1),
             precision=precision,
         )  # fmt: skip
-    first = image[0] if image else x
-    assert first is not None  # for the type checker: what is not packed is kept
     gradients = _parameter_gradients(
-        shape, StemMaps(first, z, r, dz1, dz2, dz3, packed=len(image) > 0), sums2,
+        shape, StemMaps(image, z, r, dz1, dz2, dz3), sums2,
         filters, biases, need_w, need_b,
     )  # fmt: skip
     return [dx, *gradients]
-
-
-def _sides1(x: Tensor | None, image: list[Tensor], stem: Stem, shape: StemShape) -> tuple[int, int]:
-    """Rows and columns of conv1's output, of which the image or the packed one tells."""
-    if image:
-        _, height, width, _ = image[0].shape
-        return height - BORDER, width - BORDER
-    assert x is not None  # for the type checker: what is not packed is kept
-    height, width = (stem.sides(side, shape.conv1.kernel)[0] for side in x.shape[2:])
-    return height, width
 
 
 def _shape(filters: list[Tensor], stem: Stem) -> StemShape:
@@ -257,15 +246,10 @@ def _parameter_gradients(
         widths = (shape.conv1.c_out, shape.c2, shape.c3)
         partials = launch_stem_wgrad(
             shape, maps,
-            stem_wgrad_config(
-                DEPTH if maps.packed else shape.conv1.positions, widths, pixels1, pixels, ops,
-                target, maps.packed,
-            ),
+            stem_wgrad_config(widths, pixels1, pixels, ops, target),
             # the gradient of conv1's bias comes with that of its filter
             filters=(need_w[0] or need_b[0], ours[1].numel() > 0, ours[2].numel() > 0),
             bias3=need_b[2], precision=ops.precision,
         )  # fmt: skip
-        launch_stem_finish(
-            shape, partials, sums2, ours, grads[3:], finish_config(), packed=maps.packed
-        )
+        launch_stem_finish(shape, partials, sums2, ours, grads[3:], finish_config())
     return grads

@@ -28,6 +28,8 @@ from fused_inception.tuning.heuristic import (
 from fused_inception.tuning.targets import Target
 from fused_inception.tuning.wgrad_heuristic import FilterGradient, wgrad_job, wgrad_jobs
 
+PACKED_POSITIONS = 256  # of a packed filter of the stem's first convolution: `stem_conv.DEPTH`
+
 
 @functools.lru_cache(maxsize=4096)
 def conv_config(
@@ -93,41 +95,28 @@ def _half_of(target: Target) -> Target:
 
 @functools.lru_cache(maxsize=4096)
 def stem_wgrad_config(
-    positions: int,
-    widths: tuple[int, int, int],
-    n_pixels1: int,
-    n_pixels: int,
-    ops: Operands,
-    target: Target,
-    packed: bool = False,
+    widths: tuple[int, int, int], n_pixels1: int, n_pixels: int, ops: Operands, target: Target
 ) -> StemWgradConfig:
-    """Filter gradients of the stem: `n_pixels1` behind conv1, `n_pixels` behind conv2 and conv3;
-    `positions` of a filter of conv1, with `packed` those of the packed one.
+    """Filter gradients of the stem: `n_pixels1` behind conv1, `n_pixels` behind conv2 and conv3.
 
-    The gathers of conv1 wait for memory, and hide that behind those of a second program: two should
-    fit a processor, so accumulators are of 128 x 128 at the most, with half of the shared memory.
+    Two programs should fit a processor, so accumulators are of 128 x 128 at the most, with half of
+    the shared memory.
     """
     c1, c2, c3 = widths
     largest = 128 * 128
-    gradients = [FilterGradient(9 * c2, c3, max_elements=largest), FilterGradient(c1, c2)]
-    if packed:
-        first = FilterGradient(positions, c1, max_elements=largest, pixels=n_pixels1)
-        conv1, conv3, conv2 = wgrad_jobs([first, *gradients], n_pixels, ops, target)
-        tiles = [conv1.tile, conv2.tile, conv3.tile]
-        num_warps = warps(tiles)
-    else:
-        image = image_conv_config(positions, c1, n_pixels1, ops, target)
-        conv1 = image.wgrad
-        conv3, conv2 = wgrad_jobs(gradients, n_pixels, ops, target)
-        # that of conv1 is not pipelined
-        tiles = [conv2.tile, conv3.tile]
-        num_warps = max(image.num_warps, warps(tiles))
+    gradients = [
+        FilterGradient(PACKED_POSITIONS, c1, max_elements=largest, pixels=n_pixels1),
+        FilterGradient(9 * c2, c3, max_elements=largest),
+        FilterGradient(c1, c2),
+    ]
+    conv1, conv3, conv2 = wgrad_jobs(gradients, n_pixels, ops, target)
+    tiles = [conv1.tile, conv2.tile, conv3.tile]
     return StemWgradConfig(
         conv1=conv1,
         conv2=conv2,
         conv3=conv3,
         sums=mask_config(c3, n_pixels, target),
-        num_warps=num_warps,
+        num_warps=warps(tiles),
         num_stages=stages(tiles, ops, _half_of(target)),
     )
 

@@ -57,8 +57,6 @@ def _auxiliary(below: str, batch: int) -> Problem:
 # layer of GoogLeNet -> its problem for a batch
 LAYERS: dict[str, Callable[[int], Problem]] = {
     "stem": lambda n: Stem(n, IMAGE),
-    # not in the network: reads the image as it is, in training too
-    "stem-rgba": lambda n: Stem(n, IMAGE, channels=4),
     # its parts, as operators of their own
     "conv1": lambda n: Stem(n, IMAGE).convolutions[0],
     "conv2": lambda n: Stem(n, IMAGE).convolutions[1],
@@ -127,7 +125,7 @@ class Use:
 
 # every test run: what the heuristics return for GoogLeNet in bf16 on sm_90, and each kernel for
 # the other types there, for bf16 on the other targets, and where exact fp32 once went wrong
-STEM = ("stem", "stem-rgba", "conv1", "pool1", "conv2", "conv3", "pool2")
+STEM = ("stem", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5", "stage3", "stage4", "stage5")
 LIBRARY = ("4c-library", "4c-bn-library", "conv1-library", "conv3-bn-library")
 FAMILIES = (

@@ -290,19 +290,17 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Stem:
-    """The stem of the paper's network, of images in torch's own layout; of more than 3 channels
-    they are not packed."""
+    """The stem of the paper's network, of images in torch's own layout."""
 
     batch: int
     side: int
-    channels: int = 3
 
     @property
     def convolutions(self) -> tuple[Convolution, Convolution, Convolution]:
         """Its three, as operators of their own."""
         n, side = self.batch, googlenet_sizes(self.side).maxpool1
         return (
-            Convolution(n, self.channels, 64, kernel=7, stride=2, side=self.side),
+            Convolution(n, 3, 64, kernel=7, stride=2, side=self.side),
             Convolution(n, 64, 64, kernel=1, stride=1, side=side),
             Convolution(n, 64, 192, kernel=3, stride=1, side=side),
         )
@@ -310,7 +308,7 @@ class Stem:
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The script of the operator; in training the image needs no gradient."""
         options = StemOptions(2, 3, STEM_POOL, STEM_NORM, STEM_NORM, STEM_POOL)
-        image = (self.batch, self.channels, self.side, self.side)
+        image = (self.batch, 3, self.side, self.side)
         x = torch.empty(image, dtype=dtype, device="meta")
         shapes = [(c.c_out, c.c_in, c.kernel, c.kernel) for c in self.convolutions]
         filters = [torch.empty(shape, device="meta") for shape in shapes]
