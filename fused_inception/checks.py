@@ -17,7 +17,9 @@ def image_batch(x: Tensor) -> None:
         ValueError, TypeError: of the shape, of the dtype.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        kind = type(x).__name__
+        hint = ": unfuse_ the model before torch.fx traces it" if kind == "Proxy" else ""
+        raise TypeError(f"x must be a torch.Tensor, got {kind}{hint}")
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions [N, C, H, W], got {x.dim()}")
     if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:

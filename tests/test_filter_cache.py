@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fused_inception as fi
 from fused_inception.ops import filter_cache
+from tests.conftest import INTERPRETED
 
 OPTIMIZERS = {
     name: cls
@@ -161,3 +162,76 @@ def test_inductors_trees_are_those_that_are_asked() -> None:
     assert {"WARMUP", "RECORDING"} <= set(trees.ExecutionState.__members__)
     assert "create_if_none_exists" in inspect.signature(trees.get_manager).parameters
     assert not filter_cache._runs_ahead(trees, torch.device("cuda", 0))
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_parameters_that_are_parts_of_a_vector(norm: str | None) -> None:
+    """`vector_to_parameters` puts new vectors under parameters of the same version, and the next
+    vector may lie where the last one did."""
+    module, x = block(norm), torch.randn(1, 8, 3, 3)
+    vector = nn.utils.parameters_to_vector(module.parameters()).detach()
+    for _ in range(3):
+        vector.mul_(1.2)
+        nn.utils.vector_to_parameters(vector, module.parameters())
+        check(module, x, "torch" if norm else "triton")
+        with torch.no_grad(), fi.backend("torch" if norm else "triton"):
+            module(x)
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_parameters_in_shared_memory(norm: str | None) -> None:
+    """Another process writes, and counts for itself."""
+    module, x = block(norm), torch.randn(1, 8, 3, 3)
+    check(module, x, "torch")
+    backend = "torch" if norm or not INTERPRETED else "triton"
+    with torch.no_grad(), fi.backend(backend):
+        module(x)
+        module.share_memory()
+        before = module(x)
+        context = torch.multiprocessing.get_context("spawn")
+        child = context.Process(target=_double, args=(list(module.parameters()),))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        assert not torch.equal(module(x), before)
+    check(module, x, backend)
+
+
+def _double(parameters: list[nn.Parameter]) -> None:
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        for p in parameters:
+            p.numpy()[...] *= 2
+
+
+def test_nothing_fake_is_kept() -> None:
+    """A model that is run once for its shapes runs on real tensors afterwards."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    module, x = block("batch"), torch.randn(1, 8, 3, 3)
+    with torch.no_grad(), fi.backend("torch"):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module(x)
+        assert type(module(x)) is torch.Tensor
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_traces_hold_no_packed_filters() -> None:
+    module, x = block("batch"), torch.randn(1, 8, 3, 3)
+    made: list[int] = []
+    with torch.no_grad():
+        module(x)
+
+        def look(t: Tensor) -> Tensor:
+            filter_cache.kept([module.get_parameter("branch1.conv.weight")], (), one, save=False)
+            return t + 1
+
+        def one() -> None:
+            made.append(1)
+
+        look(x)
+        look(x)
+        assert len(made) == 1
+        torch.jit.trace(look, x, check_trace=False)
+    assert len(made) == 2

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fused_inception as fi
 
@@ -35,3 +36,22 @@ def test_no_module_to_change(call: Any) -> None:
 def test_no_module_to_look_at(call: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
         call(3, torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_tangents_are_not_dropped(norm: str | None, train: bool) -> None:
+    """Forward-mode differentiation of a frozen module, where no gradient is recorded."""
+    module = fi.Inception(*WIDTHS, norm=norm).train(train).requires_grad_(False)
+    x = torch.rand(2, 16, 4, 4)
+    with fi.backend("triton"), forward_ad.dual_level():
+        module(x)
+        with pytest.raises(RuntimeError, match="forward-mode differentiation is not implemented"):
+            module(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_tracing_by_fx_says_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"got Proxy: unfuse_ the model before torch.fx traces it"):
+        torch.fx.symbolic_trace(fi.Inception(*WIDTHS))

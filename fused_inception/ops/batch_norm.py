@@ -26,6 +26,7 @@ from fused_inception.ops.layout import (
 from fused_inception.ops.registration import (
     call,
     refuse_double_backward,
+    refuse_tangents,
     register,
     register_autocast,
 )
@@ -299,7 +300,10 @@ def train(
     parameters = (*filters, *gammas, *betas)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return _Differentiable.apply(name, len(filters), running, options, x, *parameters)
-    return _OPERATORS[name]["forward"](x, filters, gammas, betas, *running, *options)[0]
+    op = _OPERATORS[name]["forward"]
+    if not torch.compiler.is_compiling():
+        refuse_tangents(op, (x, filters, gammas, betas))
+    return op(x, filters, gammas, betas, *running, *options)[0]
 
 
 def evaluate(
@@ -317,4 +321,7 @@ def evaluate(
         *geometry, eps = options
         weights, biases = fold(filters, gammas, betas, means, variances, eps)
         return _FAMILIES[name].with_biases(x, weights, biases, geometry, True)[0]
-    return _OPERATORS[name]["eval"](x, filters, gammas, betas, means, variances, *options)
+    op = _OPERATORS[name]["eval"]
+    if not torch.compiler.is_compiling():
+        refuse_tangents(op, (x, filters, gammas, betas))
+    return op(x, filters, gammas, betas, means, variances, *options)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fused_inception.ops.nested import tensors_in
+
 Packed = tuple[torch.Tensor, torch.Tensor]
 _T = TypeVar("_T")
 
@@ -50,17 +52,21 @@ def kept(
 
     Not safe, so made anew: in grad mode and when a backward will follow (an optimiser step may
     come at any time), under CUDA-graph capture and where Inductor runs ahead of one (a replay must
-    see the parameters of its own time, and what is allocated there is the graph's), for inference
-    tensors (they carry no version), with FSDP (which gathers parameters anew under the same
-    version). A step of an optimiser empties the cache, as fused ones raise no version. Nor do
-    writes through `.data`, by collectives or by replays: call `clear()` after them. Each CUDA
-    stream has entries of its own, made, read and freed in its order.
+    see the parameters of its own time, and what is allocated there is the graph's), in traces, for
+    inference tensors (they carry no version), with FSDP (which gathers parameters anew under the
+    same version), for parts of larger memory (`vector_to_parameters` puts new vectors under the
+    same version) and shared memory (other processes count for themselves).
+
+    A step of an optimiser empties the cache, as fused ones raise no version. Nor do writes through
+    `.data`, by collectives or by replays: call `clear()` after them. Each CUDA stream has entries
+    of its own, made, read and freed in its order.
     """
     if (
         save
         or torch.is_grad_enabled()
         or _is_for_graphs(tensors[0].device)
         or _may_be_sharded()
+        or torch.jit.is_tracing()
         or any(t.is_inference() for t in tensors)
     ):
         return make()
@@ -70,10 +76,14 @@ def kept(
         entry = _entries.get(owner)
     if entry is not None and entry.key == key and _same(entry.tensors, tensors):
         return entry.result
+    if any(map(_has_other_writers, tensors)):
+        return make()
     _listen()
     # what is made in inference mode carries no version, and could not be kept by the next
     with torch.inference_mode(False), torch.no_grad():
         result = make()
+    if any(type(t) is not torch.Tensor for t in tensors_in(result)):
+        return result  # of FakeTensorMode
     # the entry dies with the first tensor, so that a reused address is never mistaken for it
     first = weakref.ref(tensors[0], lambda _: _entries.pop(owner, None))
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
@@ -122,8 +132,17 @@ def _may_be_sharded() -> bool:
 def _identity(t: torch.Tensor) -> tuple[object, ...]:
     """Changes with the values of `t`, and when other memory is put under it."""
     # _version: the counter that autograd checks saved tensors against has no public name
-    storage = t.untyped_storage()._cdata
-    return storage, t.storage_offset(), t._version, t.dtype, t.device, t.stride()
+    storage, address = t.untyped_storage()._cdata, t.data_ptr()
+    return storage, address, t.storage_offset(), t._version, t.dtype, t.device, t.stride()
+
+
+def _has_other_writers(t: torch.Tensor) -> bool:
+    """Whether others than `t` may write to its memory, which does not raise the version of `t`."""
+    storage = t.untyped_storage()
+    if storage.nbytes() != t.numel() * t.element_size():
+        return True
+    # on CUDA it is true of all
+    return t.device.type == "cpu" and t.is_shared()
 
 
 def _listen() -> None:
@@ -144,7 +163,8 @@ def _same(refs: list["weakref.ref[torch.Tensor]"], tensors: list[torch.Tensor]) 
 
 def clear() -> None:
     """Forget all packed filters: needed only after writes that raise no version: through `.data`,
-    by collectives of `torch.distributed`, by replays of a captured optimiser step."""
+    by collectives of `torch.distributed`, by replays of a captured optimiser step, by other
+    processes that share CUDA memory."""
     if _entries:
         with _lock:
             _entries.clear()

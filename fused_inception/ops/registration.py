@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_inception.backend import constant_when_compiled
 
@@ -50,7 +51,10 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     four times a step. It serves compilers, and whoever calls `torch.ops` directly. Here the first
     tensor is as autocast wants it: the operator's own rule runs below the gradient.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    refuse_tangents(op, arguments)
+    if not torch.is_grad_enabled():
         return op(*arguments)
     tensors = [t for argument in arguments for t in _tensors(argument)]
     if not any(t.requires_grad for t in tensors):
@@ -59,6 +63,22 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     flat = iter(_FUNCTIONS[op].apply(arguments, shape_of_output, *tensors))
     output = _restored(flat, shape_of_output)
     return output[0] if len(output) == 1 else tuple(output)
+
+
+def refuse_tangents(op: torch._ops.OpOverload, arguments: Sequence[Any]) -> None:
+    """An operator would drop the tangents of forward-mode differentiation.
+
+    Raises:
+        RuntimeError: an argument has one.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for t in (t for argument in arguments for t in _tensors(argument)):
+        if forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"forward-mode differentiation is not implemented for {op._name}; unfuse_ the "
+                "model first, or take the functions of fused_inception.reference"
+            )
 
 
 def _function(
