@@ -88,4 +88,5 @@ NAIVE_CASES = (
     InceptionCase("prime-widths", NaiveDims(13, 7, 11, 5), 2, 5, 7),
     InceptionCase("pool-slice-at-an-odd-channel", NaiveDims(16, 7, 8, 8), 2, 4, 3),
     InceptionCase("one-over-a-tile", NaiveDims(9, 65, 17, 9), 1, 5, 13),
+    InceptionCase("half-slots", NaiveDims(12, 4, 20, 12), 2, 5, 4),
 )

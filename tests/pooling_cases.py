@@ -81,4 +81,8 @@ POOLING_CASES = (
     PoolingCase("large-window", (1, 8, 9, 7), Window(5, 2, 2), (2, 0.5, 0.5, 1.0)),
     PoolingCase("norm-beyond-the-channels", (1, 3, 3, 4), Window(2, 1), (9, 1.0, 0.75, 1.0)),
     PoolingCase("wide-norm", (1, 24, 4, 3), Window(2, 1), (21, 1.0, 0.75, 1.0)),
+    # in fp32 the last vector of a pixel is padding
+    PoolingCase("half-a-slot", (2, 12, 5, 6), Window(3, 2, 1)),
+    PoolingCase("slots-and-a-half", (1, 20, 4, 5), Window(2, 1), (7, 1.0, 0.5, 1.0)),
+    PoolingCase("beta-0", (1, 8, 4, 3), Window(2, 1), (3, 1.0, 0.0, 0.5)),
 )

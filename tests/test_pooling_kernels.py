@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_inception import reference
+import fused_inception as fi
+from fused_inception import functional, reference
 from fused_inception.geometry import LARGEST_WINDOW, Window
 from fused_inception.launches import record_launches
 from fused_inception.ops import pooling_triton
@@ -235,3 +236,25 @@ def test_pixels_beyond_two_to_the_31_elements(op: str, device: torch.device) -> 
     x.copy_(dense)
     for ours, want in zip(run(case, op, x, dy), run(case, op, dense, dy), strict=True):
         assert torch.equal(ours, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("beta", "k"), [(0.0, 1.0), (0.0, 0.0), (1.0, -30.0), (1.0, 1.0), (0.5, 1.0)]
+)
+def test_powers_that_need_no_logarithm(beta: float, k: float, device: torch.device) -> None:
+    """Infinite windows, windows of zeros, sums below 0."""
+    values = [math.inf, 1.0, 2.0, 0.0, 0.0, 0.0, -3.0, 1e9]
+    x = torch.tensor(values, device=device).reshape(1, 8, 1, 1).requires_grad_()
+    results = []
+    for library, backend in ((functional, "triton"), (reference, "torch")):
+        with fi.backend(backend):
+            y = library.local_response_norm(x, 1, 0.5, beta, k)
+        results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    (y, dx), (want, want_dx) = results
+    torch.testing.assert_close(y, want, equal_nan=True, rtol=1e-6, atol=1e-9)
+    # with beta = 0 torch multiplies infinity by 0 in the gradient of the infinite one
+    first = 1 if beta == 0 else 0
+    torch.testing.assert_close(
+        dx[:, first:], want_dx[:, first:], equal_nan=True, rtol=1e-6, atol=1e-9
+    )

@@ -243,3 +243,20 @@ def test_unknown_options_are_errors() -> None:
         reference.InceptionAux(3, 4, pool="max")
     with pytest.raises(ValueError, match="does not fit"):
         reference.InceptionAux(3, 4, map_size=2)
+
+
+def test_batch_norm_that_skips_batches_has_gradients() -> None:
+    x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 1, 1, requires_grad=True)
+    running = torch.zeros(5), torch.ones(5)
+    options = {"training": True, "skip_nonfinite": True}
+    reference.conv2d_bn_relu(x, weight, *running, **options).sum().backward()
+    assert weight.grad is not None
+    assert running[0].abs().sum() > 0
+
+
+def test_an_average_over_all_batches_is_of_no_use_in_eval() -> None:
+    x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 1, 1)
+    running = torch.zeros(5), torch.ones(5)
+    none = torch.tensor(0)
+    got = reference.conv2d_bn_relu(x, weight, *running, momentum=None, batches_tracked=none)
+    torch.testing.assert_close(got, reference.conv2d_bn_relu(x, weight, *running))

@@ -41,8 +41,9 @@ def inception_bn(
 
     In training mean and variance are the batch's, over N, H and W, merged from tiles by Chan's rule
     in fp32; the running ones, where given, are updated in place as `nn.BatchNorm2d` does, the
-    variance unbiased. Otherwise they are the running ones: BatchNorm is folded into filters and
-    biases, which are kept until a parameter or a statistic changes.
+    variance unbiased. Otherwise they are the running ones: BatchNorm is folded into filters, which
+    in 16 bits are rounded once more, and biases; both are kept until a parameter or a statistic
+    changes.
 
     Args:
         x: [N, C_in, H, W] in fp16, bf16, fp32 or fp64; layout as in `inception`.

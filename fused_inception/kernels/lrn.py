@@ -33,6 +33,13 @@ def powers(s, BETA: tl.constexpr):
     if BETA == 0.75:
         r = tl.rsqrt(s)
         return r * tl.sqrt(r), r * r
+    elif BETA == 0.0:  # also where s is 0, infinite or NaN
+        return tl.zeros_like(s) + 1.0, 1.0 / s
+    elif BETA == 0.5:
+        r = tl.rsqrt(s)
+        return r, r * r
+    elif BETA == 1.0:  # as well below 0
+        return 1.0 / s, 1.0 / s
     else:
         return tl.exp2(tl.log2(s) * -BETA), 1.0 / s
 
@@ -115,8 +122,11 @@ def normalise_grad(
         t = t + (term,)
     dx = ()
     for i in tl.static_range(LANES):
-        total = window_sum(t, i, SIZE)
-        dx = dx + (scaled[HIGH + i] - 2.0 * BETA * alpha_mean * x[HALO_X * LANES + i] * total,)
+        if BETA == 0.0:
+            dx = dx + (scaled[HIGH + i],)
+        else:
+            total = window_sum(t, i, SIZE)
+            dx = dx + (scaled[HIGH + i] - 2.0 * BETA * alpha_mean * x[HALO_X * LANES + i] * total,)
     return join_lanes(dx, BLOCK_V, LANES)
 
 

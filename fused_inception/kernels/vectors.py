@@ -57,7 +57,8 @@ def store_tile(
         offsets(pixel, group, C if Y_STRIDE is None else Y_STRIDE, LANES)[:, None] + lane[None, :]
     )
     mask = inside[:, None]
-    if C % LANES != 0:
+    # groups fill slots of 8 channels: in fp32 the last one of a pixel may be all padding
+    if C % 8 != 0:
         mask = mask & ((group * LANES)[:, None] + lane[None, :] < C)
     tl.store(y_ptr + offs, tile.to(y_ptr.dtype.element_ty), mask=mask)
 

@@ -59,8 +59,10 @@ def local_response_norm_backward(
     x, dy = _wide(channels_last(x)), _wide(channels_last(dy))
     power, inverse = _powers(x, size, alpha, beta, k)
     dx = power.mul_(dy)
-    total = _window_sum(inverse.mul_(dx).mul_(x), (size - 1) // 2, size // 2)
-    dx.addcmul_(total, x, value=-2 * beta * alpha / size)
+    if beta != 0:
+        # x before 1 / s, which may be out of range
+        total = _window_sum((dx * x).mul_(inverse), (size - 1) // 2, size // 2)
+        dx.addcmul_(total, x, value=-2 * beta * alpha / size)
     return channels_last(dx.to(dtype))
 
 

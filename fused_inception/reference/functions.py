@@ -96,14 +96,17 @@ def conv2d_bn_relu(
     if training and batches_tracked is not None:
         batches_tracked.add_(1)
     if momentum is None:
-        momentum = 0.0 if batches_tracked is None else 1.0 / batches_tracked.item()
+        momentum = 0.0
+        if training and batches_tracked is not None:
+            momentum = 1.0 / batches_tracked.item()
     running = [t for t in (running_mean, running_var) if t is not None]
     before = [t.clone() for t in running]
     z = F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
     if skip_nonfinite and training and running:
         finite = torch.isfinite(running[0]) & torch.isfinite(running[1])
         for t, old in zip(running, before, strict=True):
-            t.copy_(torch.where(finite, t, old))
+            # .data: F.batch_norm has saved these for its backward, which does not read them
+            t.data.copy_(torch.where(finite, t, old))
     return F.relu(z)
 
 
