@@ -23,7 +23,15 @@ from benchmarks.providers import (
 )
 from benchmarks.results import Row
 from fused_inception import reference
-from fused_inception.tools.timing import Spread, Work, calls_per_round, in_turn, now, peak_bytes
+from fused_inception.tools.timing import (
+    Spread,
+    Work,
+    calls_per_round,
+    cudnn_search,
+    in_turn,
+    now,
+    peak_bytes,
+)
 from tests.tf32 import Products
 from tests.tolerances import assert_within, assert_within_l2
 
@@ -47,18 +55,6 @@ def settings(dtype: str) -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-@contextmanager
-def without_search() -> Iterator[None]:
-    """cuDNN takes its first guess: in fp64, which is not timed, each algorithm that it would try
-    takes seconds."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 class Subject:
@@ -188,7 +184,8 @@ class Yardstick:
         exact.x = library.x.detach().double().requires_grad_(library.x.requires_grad)
         self.baselines = [library.results("forward") | library.results("step")]
         exact.dys = [dy.double() for dy in library.dys]
-        with without_search():
+        # fp64 is not timed, and each algorithm that cuDNN would try takes seconds
+        with cudnn_search(False):
             self.want = exact.results("forward") | exact.results("step")
         if problem.dtype == "tf32":
             # the library may have chosen IEEE for itself, and is no yardstick for who does not

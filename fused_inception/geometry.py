@@ -345,6 +345,10 @@ class AvgWindow:
 
     def why_no_kernel(self, height: int, width: int) -> str | None:
         """Why no kernel of ours pools such a map; None where one does."""
+        # at most so many, which needs no look at every pixel, and no number of a symbolic side
+        most = [-(-self.grid // side) + 1 for side in (height, width)]
+        if self.grid and most[0] * most[1] <= MOST_OVERLAPS:
+            return None
         overlaps = self.overlap(height) * self.overlap(width)
         if overlaps <= MOST_OVERLAPS:
             return None

@@ -256,3 +256,14 @@ def test_windows_that_overlap_too_much_run_through_aten() -> None:
     # one pixel, in all windows of an adaptive pool
     assert AvgWindow(0, 0, False, 4).why_no_kernel(1, 1) is None
     assert AvgWindow(0, 0, False, 5).why_no_kernel(1, 1) is not None
+
+
+def test_one_graph_for_maps_of_any_side() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    call = functional.adaptive_avg_pool2d_conv1x1_relu
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    w, b = torch.randn(8, 8, 1, 1), torch.randn(8)
+    for side in (14, 15, 17):
+        x = torch.randn(2, 8, side, side + 3)
+        torch.testing.assert_close(compiled(x, w, b), call(x, w, b))
+    assert counter.frame_count == 1

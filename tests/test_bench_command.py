@@ -206,13 +206,31 @@ def test_results_before_an_interruption_are_kept(
     assert {row["batch"] for row in found} == {1}
 
 
+def test_what_ended_a_run_is_told_where_its_results_are_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(arguments: Any, results: list[Any], *rest: Any) -> None:
+        results.append(result(torch.zeros(1), "step"))
+        raise errors.UserError("the cause")
+
+    def report(*args: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    monkeypatch.setattr(bench, "_report", report)
+    assert run("--model", HERE + "fused_net") == 2
+    printed = capsys.readouterr().err
+    assert "results could not be written: no space" in printed
+    assert "the cause" in printed
+
+
 def test_a_folder_that_cannot_be_written_to_fails_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("measured first"))
     assert run("--model", HERE + "fused_net", "--out", str(tmp_path / "file")) == 2
-    assert "nothing can be written there" in capsys.readouterr().err
+    assert "nothing can be written to" in capsys.readouterr().err
 
 
 def test_peaks_of_replayed_graphs_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

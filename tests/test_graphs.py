@@ -173,6 +173,13 @@ def test_a_replay_empties_the_cache_of_filters() -> None:
             filter_cache.kept([x], (), lambda: made.append(1), save=False)
         run(x)
     assert len(made) == 2
+    # in eval nothing is replayed
+    model.eval()
+    for _ in range(2):
+        with torch.no_grad():
+            filter_cache.kept([x], (), lambda: made.append(1), save=False)
+        run(x)
+    assert len(made) == 3
 
 
 def network(variant: str = "paper") -> nn.Module:

@@ -26,6 +26,16 @@ def test_what_is_wrong_with_an_input_is_said_of_it() -> None:
         network(torch.rand(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 64, 64), (1, 4, 64, 64), (3, 64, 64)])
+@pytest.mark.parametrize("library", [fi, fi.reference])
+def test_images_to_transform_have_three_channels(library: Any, shape: tuple[int, ...]) -> None:
+    network = library.googlenet(
+        "torchvision", num_classes=2, aux_logits=False, transform_input=True, init_weights=False
+    )
+    with pytest.raises(ValueError, match=r"x must be of shape \[N, 3, H, W\], got"):
+        network(torch.rand(shape))
+
+
 @pytest.mark.parametrize("call", [fi.fuse_, fi.unfuse_], ids=lambda call: call.__name__)
 def test_no_module_to_change(call: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):

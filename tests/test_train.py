@@ -324,8 +324,9 @@ def test_predict_refuses_what_it_cannot_read(finished, tmp_path, capsys):
     (tmp_path / "text.pt").write_text("hello")
     contents = torch.load(weights)
     torch.save(contents | {"model": {}}, tmp_path / "bare.pt")
-    assert "do not fit its network" in fails_with(
-        capsys, ["predict", str(tmp_path / "bare.pt"), weights]
+    assert (
+        "do not fit its network: Error(s) in loading state_dict for GoogLeNet: Miss"
+        in fails_with(capsys, ["predict", str(tmp_path / "bare.pt"), weights])
     )
     for name in ("other.pt", "empty.pt", "text.pt"):
         complaint = fails_with(capsys, ["predict", str(tmp_path / name), weights])

@@ -1,6 +1,7 @@
 """What wrappers of PyTorch do to modules, and ours inside."""
 
 import copy
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import fused_inception as fi
+from fused_inception.ops import batch_norm
 
 WIDTHS = (16, 8, 8, 8, 8, 8, 8)
 BLOCKS = {
@@ -124,3 +126,21 @@ def test_sharded_modules_train_as_others() -> None:
             optimiser.step()
             optimiser.zero_grad()
     torch.testing.assert_close(sharded(x), plain(x))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_filters_are_kept_beside_other_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group, and FSDP's code that PyTorch has loaded by itself, make no shards."""
+    import torch.distributed.fsdp
+
+    gc.collect()  # shards of other tests
+    model = nn.parallel.DistributedDataParallel(
+        fi.ConvBlock(16, 8, kernel_size=1, norm="batch").eval()
+    )
+    folded: list[int] = []
+    fold = batch_norm.fold
+    monkeypatch.setattr(batch_norm, "fold", lambda *args: folded.append(1) or fold(*args))
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(2, 16, 4, 4))
+    assert len(folded) == 1

@@ -140,8 +140,8 @@ def adaptive_avg_pool2d_conv1x1_relu(
 def _pool_project(x: Tensor, weight: Tensor, bias: Tensor, pool: AvgWindow) -> Tensor:
     checks.pointwise_parameters(x, weight, bias, casts=autocasts(x))
     impl = resolve(x)
-    reason = pool.why_no_kernel(*x.shape[2:])
-    if impl == "triton" and reason is not None:
+    reason = pool.why_no_kernel(*x.shape[2:]) if impl == "triton" else None
+    if reason is not None:
         if selected() == "triton":
             raise BackendError(f'backend "triton" has no kernel for this pool: {reason}')
         impl = "torch"

@@ -88,7 +88,7 @@ class InceptionAux(nn.Module):
         features = self._features(x)
         fc1: Any = self.fc1
         taken = getattr(fc1, "in_features", features.shape[1])
-        if features.shape[1] != taken:
+        if taken and features.shape[1] != taken:  # a lazy layer takes 0 until then
             raise ValueError(
                 f"a map of {x.shape[2]}x{x.shape[3]} gives {features.shape[1]} features, and fc1 "
                 f"takes {taken}: it was made for maps of another size (map_size; image_size of the "

@@ -13,6 +13,8 @@ from fused_inception.ops.nested import tensors_in
 
 Packed = tuple[torch.Tensor, torch.Tensor]
 _T = TypeVar("_T")
+# others may hold no memory, or know more than numbers
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class _Entry(NamedTuple):
@@ -67,7 +69,7 @@ def kept(
         or _is_for_graphs(tensors[0].device)
         or _may_be_sharded()
         or torch.jit.is_tracing()
-        or any(t.is_inference() for t in tensors)
+        or any(t.is_inference() or type(t) not in _PLAIN for t in tensors)
     ):
         return make()
     key = (*options, *map(_identity, tensors))
@@ -120,13 +122,9 @@ def _runs_ahead(trees: Any, device: torch.device) -> bool:
 
 
 def _may_be_sharded() -> bool:
-    """Whether FSDP is in use, as far as can be told."""
-    distributed = torch.distributed
-    return (
-        "torch.distributed.fsdp" in sys.modules
-        and distributed.is_available()
-        and distributed.is_initialized()
-    )
+    """Whether any module of this process is sharded by `fully_shard`."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    return states is not None and len(getattr(states, "_module_state_mapping", (None,))) > 0
 
 
 def _identity(t: torch.Tensor) -> tuple[object, ...]:
@@ -138,6 +136,8 @@ def _identity(t: torch.Tensor) -> tuple[object, ...]:
 
 def _has_other_writers(t: torch.Tensor) -> bool:
     """Whether others than `t` may write to its memory, which does not raise the version of `t`."""
+    if t._is_view():  # of a flat parameter
+        return True
     storage = t.untyped_storage()
     if storage.nbytes() != t.numel() * t.element_size():
         return True

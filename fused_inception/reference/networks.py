@@ -204,6 +204,8 @@ def init_torchvision(network: nn.Module) -> None:
 
 def from_imagenet_to_half(x: Tensor) -> Tensor:
     """From ImageNet's mean and deviation per channel to mean 0.5 and deviation 0.5."""
+    if x.dim() != 4 or x.shape[1] != 3:
+        raise ValueError(f"x must be of shape [N, 3, H, W], got {list(x.shape)}")
     # numbers, not tensors: to copy these to a GPU waits for it
     each = zip(x.split(1, dim=1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
     return torch.cat([c * (std / 0.5) + (mean - 0.5) / 0.5 for c, mean, std in each], dim=1)

@@ -5,6 +5,7 @@ import copy
 import csv
 import json
 import platform
+import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
@@ -75,15 +76,20 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require("tqdm", *(["matplotlib"] if arguments.out else []))
     if arguments.out:
-        writable_folder("--out", arguments.out)
+        writable_folder(arguments.out)
     results: list[Result] = []
     blocks: list[BlockResult] = []
     where: dict[str, Any] = {}
     try:
         _measure(arguments, results, blocks, where)
-    finally:
-        if results:
-            _report(arguments, results, blocks, where)
+    except BaseException:
+        try:
+            if results:
+                _report(arguments, results, blocks, where)
+        except Exception as error:  # the first one says more
+            print(f"results could not be written: {error}", file=sys.stderr)
+        raise
+    _report(arguments, results, blocks, where)
     return 0
 
 

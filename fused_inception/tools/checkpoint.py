@@ -59,8 +59,8 @@ def network_of(contents: dict[str, Any]) -> GoogLeNet:
         model = googlenet(**contents["network"], init_weights=False)
         model.load_state_dict(contents["model"], strict=True)
     except (RuntimeError, TypeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"the checkpoint's weights do not fit its network: {first}") from error
+        what = " ".join(str(error).split())
+        raise UserError(f"the checkpoint's weights do not fit its network: {what}") from error
     return model
 
 

@@ -17,7 +17,7 @@ class UserError(ValueError):
         super().__init__(last_line.removeprefix(f"{__name__}.UserError: "))
 
 
-def writable_folder(flag: str, folder: Path) -> None:
+def writable_folder(folder: Path) -> None:
     """Make `folder`, and see that files can be written there: better now than after the work.
 
     Raises:
@@ -28,7 +28,7 @@ def writable_folder(flag: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {folder}: nothing can be written there: {error}") from error
+        raise UserError(f"nothing can be written to {folder}: {error}") from error
 
 
 def require(*modules: str) -> None:

@@ -101,6 +101,8 @@ def _between_replays(model: nn.Module) -> None:
     own: list[Callable[[], Tensor | None]] = [lambda: None for _ in parameters]
 
     def forward(*inputs: Tensor) -> Any:
+        if not model.training:  # no replay
+            return replay(*inputs)
         # a gradient that autograd has taken over is the graph's own, which the replay overwrites
         for i, parameter in enumerate(parameters):
             if parameter.grad is not None and parameter.grad is not own[i]():

@@ -83,7 +83,7 @@ class Run:
         print(headline(self.model, self.options, self.device))
         print(f"{len(self.data.train)} training and {len(self.data.test)} test images", flush=True)
         try:
-            writable_folder("--out", self.folder)
+            writable_folder(self.folder)
             if self.device.type == "cuda" and len(self.history) < epochs:
                 self._precompile()
             while len(self.history) < epochs:

@@ -37,11 +37,11 @@ def now(device: torch.device) -> float:
 
 
 @contextmanager
-def cudnn_search() -> Iterator[None]:
+def cudnn_search(on: bool = True) -> Iterator[None]:
     """Inside, cuDNN tries its algorithms, for everybody: what the library can do is what it does
-    after that."""
+    after that; or it takes its first guess."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = on
     try:
         yield
     finally:
