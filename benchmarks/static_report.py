@@ -171,11 +171,12 @@ def _products(
                 found = products.image_convolution(*filters, problem.stride, batch, side, *where)
             else:
                 found = products.convolution(*filters, batch * side**2, *where, norm=norm)
-        case Stem(batch, side, channels):
+        case Stem(batch, side):
             for convolution in problem.convolutions:
                 if convolution.kernel == spec.constant("K"):
                     return _products(spec, precision, convolution, training)
             c1, c2, c3 = (convolution.c_out for convolution in problem.convolutions)
+            channels = problem.convolutions[0].c_in
             found = products.stem(channels, (c1, c2, c3), batch, side, *where)
         case Auxiliary(batch, c_in, side, window):
             found = products.auxiliary(c_in, AUX_CHANNELS, batch, side, window, *where)

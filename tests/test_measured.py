@@ -31,8 +31,8 @@ pytestmark = [
 def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend "auto" takes Triton here as it does on a GPU, for what Triton computes."""
 
-    def on_a_gpu(name: str, device_type: str, dtype: torch.dtype) -> str:
-        return choose(name, "cuda" if name == "auto" else device_type, dtype)
+    def on_a_gpu(name: str, device: torch.device, dtype: torch.dtype) -> str:
+        return choose(name, torch.device("cuda") if name == "auto" else device, dtype)
 
     # the module has the name of the class in it
     monkeypatch.setitem(resolve.__globals__, "choose", on_a_gpu)
