@@ -15,8 +15,8 @@ LABELS = torch.tensor([7, 2])
 ALIKE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-def batches(count: int, side: int, images: int = 2) -> list[torch.Tensor]:
-    return [torch.randn(images, 3, side, side, dtype=torch.float64) for _ in range(count)]
+def batches(count: int, side: int) -> list[torch.Tensor]:
+    return [torch.randn(2, 3, side, side, dtype=torch.float64) for _ in range(count)]
 
 
 def assert_agree_on(
@@ -42,7 +42,7 @@ def assert_agree_on(
     [
         (torch.float32, 224, 2),
         (torch.bfloat16, 224, 2),
-        (torch.float16, 224, 1),
+        # which CPUs compute slowly
         (torch.float16, SMALL, 1),
     ],
     ids=str,
@@ -74,7 +74,6 @@ def test_forward_in_training_and_eval_at_224(dtype: torch.dtype) -> None:
         (torch.float32, 224),
         (torch.float32, SMALL),
         (torch.bfloat16, 224),
-        (torch.float16, 224),
         (torch.float16, SMALL),
     ],
     ids=str,
@@ -82,16 +81,12 @@ def test_forward_in_training_and_eval_at_224(dtype: torch.dtype) -> None:
 def test_gradients_in_eval(dtype: torch.dtype, side: int) -> None:
     """Statistics are frozen; the classifiers of training are not run."""
 
-    # an image of 224 takes PyTorch half a minute on a CPU in fp16
-    images = 1 if (dtype, side) == (torch.float16, 224) else 2
-
     def agree() -> None:
         networks = Networks.torchvision("cpu")
-        statistics_of, x = batches(2, side, images)
+        statistics_of, x = batches(2, side)
         networks.calibrate(statistics_of)
         with fi.backend("torch"):
-            labels = LABELS[:images]
-            assert_agree_on(networks, x, dtype, labels, None, FLIPS if side > SMALL else 0.0)
+            assert_agree_on(networks, x, dtype, LABELS, None, FLIPS if side > SMALL else 0.0)
 
     if (dtype, side) == (torch.float32, SMALL):
         on_some_draw(agree)
