@@ -139,6 +139,19 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Implementatio
     return "triton"
 
 
+def where_it_has_kernels(impl: Implementation, what: str, reason: str | None) -> Implementation:
+    """`impl`, but ATen where `reason` says why no kernel computes `what`.
+
+    Raises:
+        BackendError: there is none, and the backend in force is "triton".
+    """
+    if impl == "torch" or reason is None:
+        return impl
+    if selected() == "triton":
+        raise BackendError(f'backend "triton" has no kernel for this {what}: {reason}')
+    return "torch"
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """Why the kernels cannot run on a CUDA device, or should not; None where they can."""
     if not TRITON_INSTALLED:

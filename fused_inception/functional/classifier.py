@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_inception import checks
-from fused_inception.backend import BackendError, resolve, selected
+from fused_inception.backend import resolve, where_it_has_kernels
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import AvgWindow
 from fused_inception.ops import avg_pool_project as _avg_pool_project
@@ -140,11 +140,8 @@ def adaptive_avg_pool2d_conv1x1_relu(
 def _pool_project(x: Tensor, weight: Tensor, bias: Tensor, pool: AvgWindow) -> Tensor:
     checks.pointwise_parameters(x, weight, bias, casts=autocasts(x))
     impl = resolve(x)
-    reason = pool.why_no_kernel(*x.shape[2:]) if impl == "triton" else None
-    if reason is not None:
-        if selected() == "triton":
-            raise BackendError(f'backend "triton" has no kernel for this pool: {reason}')
-        impl = "torch"
+    if impl == "triton":  # ATen asks nothing of the sides
+        impl = where_it_has_kernels(impl, "pool", pool.why_no_kernel(*x.shape[2:]))
     x = settle(autocast(x), impl)
     if impl == "torch":
         return plain.avg_pool2d_conv1x1_relu(x, [weight], bias, pool)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_inception import checks
-from fused_inception.backend import BackendError, Implementation, resolve, selected
+from fused_inception.backend import Implementation, resolve, where_it_has_kernels
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import IMAGE_CHANNELS
 from fused_inception.ops import conv2d as _conv2d
@@ -100,10 +100,5 @@ def parallel_conv1x1_relu(
 
 def conv_implementation(x: Tensor, weight: Tensor, stride: int, padding: int) -> Implementation:
     """`resolve`, and ATen where there is no kernel for this convolution."""
-    impl = resolve(x)
     reason = _conv2d.why_not(weight, stride, padding)
-    if impl == "triton" and reason is not None:
-        if selected() == "triton":
-            raise BackendError(f'backend "triton" has no kernel for this convolution: {reason}')
-        return "torch"
-    return impl
+    return where_it_has_kernels(resolve(x), "convolution", reason)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_inception import checks
-from fused_inception.backend import BackendError, resolve, selected
+from fused_inception.backend import resolve, where_it_has_kernels
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import Window, why_no_norm_kernel, why_no_pool_kernel
 from fused_inception.ops import plain
@@ -150,10 +150,7 @@ def pool(op: torch._ops.OpOverload, x: Tensor, window: Window | None, *norm: flo
     reason = None if window is None else why_no_pool_kernel(window.kernel)
     if norm and reason is None:
         reason = why_no_norm_kernel(int(norm[0]))
-    if impl == "triton" and reason is not None:
-        if selected() == "triton":
-            raise BackendError(f'backend "triton" has no kernel for this pool: {reason}')
-        impl = "torch"
+    impl = where_it_has_kernels(impl, "pool", reason)
     if impl == "torch" and window is not None and not norm:
         return plain.max_pool2d(settle(x, impl), (), window)
     options = [*norm]

@@ -130,8 +130,8 @@ def _may_be_sharded() -> bool:
 def _identity(t: torch.Tensor) -> tuple[object, ...]:
     """Changes with the values of `t`, and when other memory is put under it."""
     # _version: the counter that autograd checks saved tensors against has no public name
-    storage, address = t.untyped_storage()._cdata, t.data_ptr()
-    return storage, address, t.storage_offset(), t._version, t.dtype, t.device, t.stride()
+    storage = t.untyped_storage()._cdata
+    return storage, t.data_ptr(), t._version, t.dtype, t.device, t.stride()
 
 
 def _has_other_writers(t: torch.Tensor) -> bool:
