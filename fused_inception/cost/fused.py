@@ -189,7 +189,7 @@ class Fused(Plan):
         if parts.x.name in self._given:  # what others add to it
             reads.append(gradient(parts.x))
         reads += self._mask_of(parts.x)
-        filter_reads = [parts.x, parts.index, parts.r, parts.dz, parts.dr]
+        filter_reads = [parts.x, parts.r, parts.dz, parts.dr]
         writes = [gradient(parts.x), parts.partials]
         if power_of_two(self.batch * module.pixels) > APART_PIXELS:
             self._launch("L2", module.name, reads, writes[:1], gemms, kernel=kernel)

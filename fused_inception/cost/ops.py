@@ -15,7 +15,7 @@ OURS = ("triton", "packing")  # sources of our own launches
 # sums: with p pixels and n elements of all its gradients a program of a full tile is best given
 # SPLIT_SHARE * sqrt(p * n) pixels, and not below SPLIT_PIXELS. It is sqrt(16 bytes / (rate of the
 # memory * seconds of a pixel)), of one H200 as tuning.wgrad_heuristic sees it
-SPLIT_SHARE = 0.0185
+SPLIT_SHARE = 0.0195
 SPLIT_PIXELS = 512
 
 

@@ -131,7 +131,7 @@ def _conv2d_wgrad_kernel(
 ):
     """Partial gradients of the filter; one program per (split, tile)."""
     wgrad_tile(
-        x_ptr, x_ptr, dz_ptr, out_ptr,
+        x_ptr, dz_ptr, out_ptr,
         tl.program_id(0), chunk, n_pixels, height, width, x_stride8 * 8, S_OUT,
         K, S_IN, S_OUT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_P, NUM_STAGES,
     )  # fmt: skip

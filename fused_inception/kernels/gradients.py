@@ -105,7 +105,7 @@ def _gradients_kernel(
     """Program ranges: projection, 3x3, 1x1 branch, both reduces, 5x5, tiles of dx; a group that is
     not needed has no programs.
 
-    The gather of the winners takes several times as long as the others, so it begins first.
+    The projection's maxima take longer than the products of the others, so it begins first.
     """
     pid = tl.program_id(0)
     SR: tl.constexpr = S3R + S5R
@@ -124,31 +124,31 @@ def _gradients_kernel(
             x_stride = x_stride8 * 8
             if pid < end3:
                 wgrad_tile(
-                    r_ptr, index_ptr, dz_ptr + SLOT_3, filters_ptr,
+                    r_ptr, dz_ptr + SLOT_3, filters_ptr,
                     pid, chunk3, n_pixels, height, width, SR, DZ_STRIDE,
                     3, S3R, S3, False, PRECISION, M3, N3, P3, FILTER_STAGES,
                 )  # fmt: skip
             elif pid < end1:
                 wgrad_tile(
-                    x_ptr, index_ptr, dz_ptr, filters_ptr + start1.to(tl.int64) * 64,
+                    x_ptr, dz_ptr, filters_ptr + start1.to(tl.int64) * 64,
                     pid - end3, chunk1, n_pixels, height, width, x_stride, DZ_STRIDE,
                     1, S_IN, S1, False, PRECISION, M1, N1, P1, FILTER_STAGES,
                 )  # fmt: skip
             elif pid < end_r:
                 wgrad_tile(
-                    x_ptr, index_ptr, dr_ptr, filters_ptr + start_r.to(tl.int64) * 64,
+                    x_ptr, dr_ptr, filters_ptr + start_r.to(tl.int64) * 64,
                     pid - end1, chunk_r, n_pixels, height, width, x_stride, SR,
                     1, S_IN, SR, False, PRECISION, MR, NR, PR, FILTER_STAGES,
                 )  # fmt: skip
             elif pid < end5:
                 wgrad_tile(
-                    r_ptr + S3R, index_ptr, dz_ptr + SLOT_5, filters_ptr + start5.to(tl.int64) * 64,
+                    r_ptr + S3R, dz_ptr + SLOT_5, filters_ptr + start5.to(tl.int64) * 64,
                     pid - end_r, chunk5, n_pixels, height, width, SR, DZ_STRIDE,
                     K5, S5R, S5, False, PRECISION, M5, N5, P5, FILTER_STAGES,
                 )  # fmt: skip
             else:
                 wgrad_tile(
-                    x_ptr, index_ptr, dz_ptr + SLOT_P, filters_ptr + start_p.to(tl.int64) * 64,
+                    x_ptr, dz_ptr + SLOT_P, filters_ptr + start_p.to(tl.int64) * 64,
                     pid - end5, chunk_p, n_pixels, height, width, x_stride, DZ_STRIDE,
                     1, S_IN, SP, True, PRECISION, MP, NP, PP, FILTER_STAGES,
                 )  # fmt: skip
@@ -190,7 +190,7 @@ class InputGradient:
 
 @dataclass(frozen=True)
 class FilterGradients:
-    """What launch L3 reads beside dz, dr and index, computes, and is cut into.
+    """What launch L3 reads beside dz and dr, computes, and is cut into.
 
     Attributes:
         x: input of the module, as `layout.for_kernels` gives it.

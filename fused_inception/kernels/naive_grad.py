@@ -135,19 +135,19 @@ def _naive_wgrad_kernel(
     SLOTS: tl.constexpr = S1 + S3 + S5
     if pid < end5:
         wgrad_tile(
-            x_ptr, x_ptr, dz_ptr + (S1 + S3), out_ptr,
+            x_ptr, dz_ptr + (S1 + S3), out_ptr,
             pid, chunk5, n_pixels, height, width, x_stride, SLOTS,
             5, S_IN, S5, False, PRECISION, M5, N5, P5, NUM_STAGES,
         )  # fmt: skip
     elif pid < end3:
         wgrad_tile(
-            x_ptr, x_ptr, dz_ptr + S1, out_ptr + start3.to(tl.int64) * 64,
+            x_ptr, dz_ptr + S1, out_ptr + start3.to(tl.int64) * 64,
             pid - end5, chunk3, n_pixels, height, width, x_stride, SLOTS,
             3, S_IN, S3, False, PRECISION, M3, N3, P3, NUM_STAGES,
         )  # fmt: skip
     else:
         wgrad_tile(
-            x_ptr, x_ptr, dz_ptr, out_ptr + start1.to(tl.int64) * 64,
+            x_ptr, dz_ptr, out_ptr + start1.to(tl.int64) * 64,
             pid - end3, chunk1, n_pixels, height, width, x_stride, SLOTS,
             1, S_IN, S1, False, PRECISION, M1, N1, P1, NUM_STAGES,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import PackedLayout
 
 ELEMENTS = 2048  # of a program
+OUTPUTS = 32  # channels of its tile, for the data gradients
 
 
 class PackedFilter(NamedTuple):
@@ -105,32 +106,38 @@ def pack_rows(
     CHANNELS_LAST: tl.constexpr,
     FOR_DGRAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
     """dst[o, tap, i] = src[o, i, tap]; zero where o or i only pads a slot.
 
     With FOR_DGRAD dst[i, TAPS - 1 - tap, o]: the data gradient is then a convolution too, and in
     both directions the reduction runs along memory.
     """
-    offs = pid * BLOCK + tl.arange(0, BLOCK)
-    INNER: tl.constexpr = ROWS if FOR_DGRAD else SLOT_IN
-    inner = offs % INNER
-    tap = (offs // INNER) % TAPS
-    outer = offs // (INNER * TAPS)
     if FOR_DGRAD:
-        ci = outer
-        co = inner
+        # read along input channels and taps, written along output channels
+        TILES_O: tl.constexpr = (ROWS + BLOCK_O - 1) // BLOCK_O
+        co = pid % TILES_O * BLOCK_O + tl.arange(0, BLOCK_O)[:, None]
+        COLUMNS: tl.constexpr = BLOCK // BLOCK_O
+        column = pid // TILES_O * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        if CHANNELS_LAST:
+            tap = column // SLOT_IN
+            ci = column % SLOT_IN
+            src_offs = co * (TAPS * C_IN) + (tap * C_IN + ci)
+        else:
+            ci = column // TAPS
+            tap = column % TAPS
+            src_offs = co * (TAPS * C_IN) + column
         dst_offs = (ci * TAPS + (TAPS - 1 - tap)) * DST_STRIDE + co
+        mask = (co < ROWS) & (column < TAPS * SLOT_IN)
     else:
-        ci = inner
-        co = outer
-        dst_offs = offs
-    if CHANNELS_LAST:
-        src_offs = (co * TAPS + tap) * C_IN + ci
-    else:
-        src_offs = (co * C_IN + ci) * TAPS + tap
-    inside = (co < C_OUT) & (ci < C_IN)
+        dst_offs = pid * BLOCK + tl.arange(0, BLOCK)
+        ci = dst_offs % SLOT_IN
+        tap = dst_offs // SLOT_IN % TAPS
+        co = dst_offs // (SLOT_IN * TAPS)
+        src_offs = (co * TAPS + tap) * C_IN + ci if CHANNELS_LAST else (co * C_IN + ci) * TAPS + tap
+        mask = dst_offs < ROWS * TAPS * SLOT_IN
+    inside = mask & (co < C_OUT) & (ci < C_IN)
     value = tl.load(src_ptr + src_offs, mask=inside, other=0.0)
-    mask = offs < ROWS * TAPS * SLOT_IN
     tl.store(dst_ptr + dst_offs, value.to(dst_ptr.dtype.element_ty), mask=mask)
 
 
@@ -154,6 +161,7 @@ def pack_all(
     BIASES: tl.constexpr,  # of each: its program, first packed element, C_OUT, ROWS
     FOR_DGRAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
     """Copy, transpose and cast; a program for BLOCK elements of a filter, and for each bias."""
     for i in tl.static_range(len(FILTERS)):
@@ -161,7 +169,7 @@ def pack_all(
             pack_rows(
                 filters[i], w_ptr + FILTERS[i][2], pid - FILTERS[i][0],
                 FILTERS[i][3], FILTERS[i][4], FILTERS[i][5], FILTERS[i][6], FILTERS[i][7],
-                FILTERS[i][8], FILTERS[i][9], FOR_DGRAD, BLOCK,
+                FILTERS[i][8], FILTERS[i][9], FOR_DGRAD, BLOCK, BLOCK_O,
             )  # fmt: skip
     for i in tl.static_range(len(BIASES)):
         if pid == BIASES[i][0]:
@@ -181,9 +189,12 @@ def _pack_kernel(
     FOR_DGRAD: tl.constexpr,
     # tile
     BLOCK: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
     """`pack_all`."""
-    pack_all(w_ptr, b_ptr, filters, biases, tl.program_id(0), FILTERS, BIASES, FOR_DGRAD, BLOCK)
+    pack_all(
+        w_ptr, b_ptr, filters, biases, tl.program_id(0), FILTERS, BIASES, FOR_DGRAD, BLOCK, BLOCK_O
+    )
 
 
 def launch_pack(
@@ -231,7 +242,11 @@ def pack_constants(
     for packing in packings:
         for c_out, c_in, taps, start, grad_start, stride in packing.filters:
             slot_in, rows = align_up(c_in), align_up(c_out)
-            end = program + cdiv(rows * taps * slot_in, block)
+            if for_dgrad:
+                tiles = cdiv(rows, OUTPUTS) * cdiv(taps * slot_in, block // OUTPUTS)
+            else:
+                tiles = cdiv(rows * taps * slot_in, block)
+            end = program + tiles
             first = at + (grad_start if for_dgrad else start)
             filters.append(
                 (program, end, first, c_out, c_in, taps, slot_in, rows, stride, next(last))
@@ -244,8 +259,9 @@ def pack_constants(
             program += 1
         bias_at += packing.bias_elements
     return program, dict(
-        FILTERS=tuple(filters), BIASES=tuple(biases), FOR_DGRAD=for_dgrad, BLOCK=block
-    )
+        FILTERS=tuple(filters), BIASES=tuple(biases), FOR_DGRAD=for_dgrad, BLOCK=block,
+        BLOCK_O=OUTPUTS,
+    )  # fmt: skip
 
 
 def is_channels_last_filter(weight: torch.Tensor) -> bool:

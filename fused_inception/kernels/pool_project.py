@@ -58,6 +58,9 @@ def pool_project_tile(
     # a window of -inf alone has a winner too: its first tap inside the map
     first_row = tl.where(offs_p // width % height > 0, 0, 1)
     first_tap = first_row * 3 + tl.where(offs_p % width > 0, 0, 1)
+    # Triton gives these bytes and x one layout, by the widest vector of either: with 16 channels a
+    # thread x would be two vectors of 16 bits, and each request would reach into twice the sectors
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
     # one stage: more of them would pipeline nine loads each
     for ci0 in tl.range(0, C_IN, BLOCK_CI, num_stages=1):
@@ -83,6 +86,7 @@ def pool_project_tile(
             if pid_co == 0:
                 index_tile_ptr = index_ptr + p0 * C_IN + ci0
                 index_offs = (local_p * C_IN)[:, None] + offs_ci[None, :]
+                index_offs = tl.max_contiguous(index_offs, [1, VECTOR])
                 tl.store(index_tile_ptr + index_offs, winner.to(tl.uint8), mask=inside)
         pooled = tl.where(inside, best, 0.0).to(x_ptr.dtype.element_ty)
         w_mask = mask_ci[:, None] & mask_co[None, :]

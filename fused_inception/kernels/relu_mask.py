@@ -59,7 +59,7 @@ def _relu_mask_kernel(
     bit = tl.arange(0, 8)
     slot = offs_byte[:, None] * 8 + bit[None, :]
     channel, is_channel = channel_of(slot, N1, N3, N5, NP, SLOT_3, SLOT_5, SLOT_P, SLOTS)
-    sums = tl.zeros((BLOCK_C // 8, 8), tl.float32)
+    sums = tl.zeros((BLOCK_P, BLOCK_C // 8, 8), tl.float32)
     for start in tl.range(0, chunk, BLOCK_P):
         p0 = pid_p * chunk + start
         local_p = tl.arange(0, BLOCK_P)
@@ -86,8 +86,8 @@ def _relu_mask_kernel(
         dz_offs = (local_p * SLOTS)[:, None, None] + slot[None, :, :]
         mask_dz = mask_p[:, None, None] & (slot < SLOTS)[None, :, :]
         tl.store(dz_ptr + p0 * SLOTS + dz_offs, dz_tile.to(dz_ptr.dtype.element_ty), mask=mask_dz)
-        sums += tl.sum(dz_tile, axis=0)
-    tl.store(partial_ptr + pid_p * SLOTS + slot, sums, mask=slot < SLOTS)
+        sums += dz_tile
+    tl.store(partial_ptr + pid_p * SLOTS + slot, tl.sum(sums, axis=0), mask=slot < SLOTS)
 
 
 def launch_relu_mask(

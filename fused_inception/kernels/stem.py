@@ -89,6 +89,7 @@ def _stem_pack_kernel(
     FOR_DGRAD: tl.constexpr,
     # tile
     BLOCK: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
     """Program ranges: the image, conv1's filter, all other filters and all biases."""
     pid = tl.program_id(0)
@@ -101,7 +102,10 @@ def _stem_pack_kernel(
     elif pid < filter_end:
         pack_image_filter(w1_ptr, packed_w1_ptr, pid - image_end, C1, C_IN, BLOCK)
     else:
-        pack_all(w_ptr, b_ptr, filters, biases, pid - filter_end, FILTERS, BIASES, FOR_DGRAD, BLOCK)
+        pack_all(
+            w_ptr, b_ptr, filters, biases, pid - filter_end, FILTERS, BIASES, FOR_DGRAD, BLOCK,
+            BLOCK_O,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -119,13 +119,13 @@ def _stem_wgrad_kernel(
         )  # fmt: skip
     elif pid < end3:
         wgrad_tile(
-            r_ptr, r_ptr, dz3_ptr, out3_ptr,
+            r_ptr, dz3_ptr, out3_ptr,
             pid - end1, chunk3, n_pixels, height, width, C2, C3,
             3, C2, C3, False, PRECISION, M3, N3, P3, NUM_STAGES,
         )  # fmt: skip
     elif pid < end2:
         wgrad_tile(
-            z_ptr, z_ptr, dz2_ptr, out2_ptr,
+            z_ptr, dz2_ptr, out2_ptr,
             pid - end3, chunk2, n_pixels, height, width, C1, C2,
             1, C1, C2, False, PRECISION, M2, N2, P2, NUM_STAGES,
         )  # fmt: skip

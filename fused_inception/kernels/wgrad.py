@@ -15,7 +15,6 @@ from fused_inception.tuning.configs import WgradJob
 def wgrad_tile(
     # tensors
     x_ptr,  # [P, x_stride] input of the convolution, first channel of its slot
-    index_ptr,  # [P, C_IN] uint8 winning taps, with POOLED
     dz_ptr,  # [P, dz_stride] gradient behind the convolution, first channel of its slot
     out_ptr,  # [splits, K * K * C_IN, C_OUT] fp32 partial sums of this group
     # sizes
@@ -41,11 +40,13 @@ def wgrad_tile(
 ):
     """out[split, (tap, i), o] = sum over the split's pixels of x[p + tap, i] * dz[p, o].
 
-    Rows are the filter positions (tap, i) flattened, so that narrow inputs still fill a tile. With
-    POOLED x is max
-    pooled: the winner is fetched through its tap.
+    Rows are the filter positions (tap, i) flattened, so that narrow inputs still fill a tile.
+
+    With POOLED x is max pooled, 3x3 of stride 1: all taps are read again. Each is read as wide as
+    memory is, the winners alone would be an element at a time.
     """
     ROWS: tl.constexpr = K * K * C_IN
+    WINDOW: tl.constexpr = 3 if POOLED else K
     TILES_N: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M * TILES_N
     split = pid // TILES
@@ -76,29 +77,27 @@ def wgrad_tile(
     for start in tl.range(first, last, BLOCK_P, num_stages=NUM_STAGES):
         p0 = tl.cast(start, tl.int64)
         mask_p = start + offs_p < last
-        if K > 1:
-            valid = tl.where(mask_p, window_bits(row, column, height, width, K), 0)
-            x_mask = (valid[:, None] & tap_bit[None, :]) != 0
+        x_mask = mask_p[:, None] & mask_m[None, :]
+        if WINDOW > 1:
+            valid = tl.where(mask_p, window_bits(row, column, height, width, WINDOW), 0)
+            if K > 1:
+                x_mask = (valid[:, None] & tap_bit[None, :]) != 0
             column += step_columns
             wrap = column >= width
             column -= tl.where(wrap, width, 0)
             row += step_rows + wrap.to(tl.int32)
             row -= tl.where(row >= height, height, 0)
-        else:
-            x_mask = mask_p[:, None] & mask_m[None, :]
         x_tile_ptr = x_ptr + p0 * x_stride
+        x_tile = tl.load(x_tile_ptr + x_offs, mask=x_mask, other=0.0)
         if POOLED:
-            index_offs = (offs_p * C_IN)[:, None] + offs_ci[None, :]
-            winner = tl.load(index_ptr + p0 * C_IN + index_offs, mask=x_mask, other=4)
-            winner = winner.to(tl.int32)
-            if PRECISION == "ieee":
-                # Triton takes x for a cast of these bytes, and TF32 for exact enough, on Blackwell;
-                # it does not look behind a reduction
-                winner = tl.sum(winner[:, :, None], axis=2)
-            to_winner = ((winner // 3 - 1) * width + (winner % 3 - 1)) * x_stride
-            x_tile = tl.load(x_tile_ptr + (x_offs + to_winner), mask=x_mask, other=0.0)
-        else:
-            x_tile = tl.load(x_tile_ptr + x_offs, mask=x_mask, other=0.0)
+            # x_tile has the centre of each window, and 0 where there is none. Three taps a step:
+            # more of them wait for each other, fewer for memory
+            for r in tl.range(0, 3, num_stages=1):
+                for s in tl.static_range(3):
+                    inside = (((valid >> (r * 3 + s)) & 1) != 0)[:, None] & mask_m[None, :]
+                    to_tap = ((r - 1) * width + (s - 1)) * x_stride
+                    v = tl.load(x_tile_ptr + to_tap + x_offs, mask=inside, other=float("-inf"))
+                    x_tile = tl.maximum(x_tile, v, propagate_nan=tl.PropagateNan.ALL).to(v.dtype)
         dz_mask = mask_p[:, None] & mask_n[None, :]
         dz_tile = tl.load(dz_ptr + p0 * dz_stride + dz_offs, mask=dz_mask, other=0.0)
         acc = tl.dot(tl.trans(x_tile), dz_tile, acc, input_precision=PRECISION)

@@ -18,9 +18,9 @@ from fused_inception.tuning.targets import Target
 
 # how long a program may take, seconds: below the first it drowns in its prologue
 PROGRAM_SECONDS = tuple(us * 1e-6 for us in (6, 8, 12, 16, 20, 25, 30, 38, 45, 55, 65, 80, 100))
-# of an element that the pool's winner is gathered for: 29 instructions of sm_90's compiled loop,
-# 128 lanes a cycle, 1.755 GHz
-GATHER_SECONDS = 29 / 128 / 1.755e9
+# of an element of a 3x3 maximum: 22 instructions of sm_90's compiled loop, 128 lanes a cycle, 1.755
+# GHz
+POOL_SECONDS = 22 / 128 / 1.755e9
 PARTIAL_BYTES = 2 * 4  # of a partial sum: fp32, written and read
 
 
@@ -31,7 +31,7 @@ class FilterGradient:
 
     rows: int
     columns: int
-    gathered: bool = False  # its rows are read through the pool's winners
+    pooled: bool = False  # its rows are maxima of 3x3 windows
     window: bool = False  # of more than one tap
     max_elements: int | None = None
     pixels: int | None = None  # where they are not those of the launch
@@ -40,22 +40,20 @@ class FilterGradient:
         """The cheapest, of however many splits."""
         shape = best_tile(
             self.rows, self.columns, n_pixels, ops, target,
-            max_elements=64 * 128 if self.gathered else self.max_elements,
+            max_elements=64 * 128 if self.pooled else self.max_elements,
             # in fp32 the taps of 256 rows would spill (sm_80)
             max_height=128 if self.window and ops.itemsize == 4 else 256,
             splits_free=True,
         )  # fmt: skip
-        # more addresses than products of 16 gathered pixels would spill in exact fp32 (sm_100)
-        step = 64 if ops.itemsize == 2 else 32 if ops.tensor_cores or self.gathered else 16
+        # in exact fp32 products and addresses of 32 pixels would spill (sm_100), but for maxima
+        step = 64 if ops.itemsize == 2 else 32 if ops.tensor_cores or self.pooled else 16
         return Tile(*shape, step)
 
     def seconds(self, tile: Tile, n_pixels: int, ops: Operands, target: Target) -> float:
         """Of one program for so many pixels: its products and operands, or the instructions of its
-        gather."""
+        maxima."""
         products = tile_seconds(tile.block_m, tile.block_n, n_pixels, ops, target)
-        return (
-            max(products, tile.block_m * n_pixels * GATHER_SECONDS) if self.gathered else products
-        )
+        return max(products, tile.block_m * n_pixels * POOL_SECONDS) if self.pooled else products
 
 
 def wgrad_jobs(
@@ -124,7 +122,7 @@ def wgrad_config(dims: InceptionDims, n_pixels: int, ops: Operands, target: Targ
     taps5 = dims.kernel_5x5**2
     # as the kernel has its programs
     gradients = dict(
-        projection=FilterGradient(s_in, sp, gathered=True),
+        projection=FilterGradient(s_in, sp, pooled=True),
         conv3=FilterGradient(9 * align_up(dims.ch3x3red), s3, window=True),
         branch1=FilterGradient(s_in, s1),
         reduces=FilterGradient(s_in, dims.reduced_channels),

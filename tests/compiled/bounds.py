@@ -19,8 +19,8 @@ TENSOR_CORES = {
 }
 VECTOR_BYTES = 16
 OUT_OF_REGISTERS = 255
-# element by element: addresses that depend on data, pixels of an image
-GATHERS = re.compile(r"to_winner|image_offs")
+# element by element: pixels of an image
+GATHERS = re.compile(r"image_offs")
 # on AMD the compiler leaves out the first 4 of 16 bytes, elements that are cleared behind the load
 CLEARED, CLEARED_BYTES = re.compile(r"first_tile ="), 12
 # TF32 tensor cores of sm_90 and sm_100 take tiles that are contiguous along the reduction; these
