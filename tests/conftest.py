@@ -34,9 +34,12 @@ from fused_inception.tuning.configs import (  # noqa: E402
 )
 from fused_inception.tuning.targets import Target  # noqa: E402
 
+_emulated: set[str] = set()
 HAS_TRITON = find_spec("triton") is not None
 
-if not torch.cuda.is_available():
+# a target whose compiled kernels run on CPU tensors: EMULATE=sm_90 pytest tests/test_conv2d.py
+EMULATED = os.environ.get("EMULATE", "")
+if not torch.cuda.is_available() and not EMULATED:
     # Triton reads it when it decorates the first kernel
     os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,7 +56,7 @@ if PARALLEL:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels run in this session."""
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    return torch.device("cpu" if INTERPRETED or EMULATED else "cuda")
 
 
 @pytest.fixture
@@ -66,11 +69,24 @@ def on_device(device: torch.device) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _memory_is_watched() -> Iterator[None]:
     """Every launch of every test."""
+    if EMULATED:
+        from tests.emulator.launch import emulated
+
+        with emulated(EMULATED) as ran:
+            yield
+        _emulated.update(ran)
+        return
     if not (INTERPRETED and HAS_TRITON):
         yield
         return
     with interpreter_memory.watched():
         yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The kernels that have run as they are compiled for a GPU."""
+    for name in sorted(_emulated):
+        terminalreporter.write_line(f"emulated: {name}")
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +149,7 @@ def launches_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_large_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a small tile as for a large one."""
-    if device.type == "cpu":
+    if INTERPRETED:
         largest = Target("interpreter", 2**40, 1, 1e40, 1e40, 1, 256 * 256)
         monkeypatch.setattr("fused_inception.ops.problem.target_of", lambda device: largest)
         # two thirds of a whole network's time otherwise

@@ -1,0 +1,1 @@
+"""Runs compiled kernels, as PTX, on a CPU."""
