@@ -2,8 +2,8 @@
 
 Between two barriers of the program, what one warp writes no other may read or write (but with the
 value that is there), and what one reads no other may write. What cp.async brings may not be read
-before its group has been waited for; what wgmma reads may not be written before that, and must
-have been fenced after it was written.
+before its group has been waited for; what wgmma reads may not be written before that, and stores
+must have been fenced (Triton 3.6 fences no copies, later ones both).
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ class Shared:
         units = -(-size // unit)
         self.writer = np.full(units, NOBODY, np.int32)  # warp, since the last barrier
         self.reader = np.full(units, NOBODY, np.int32)
-        self.written = np.zeros(units, np.int64)  # when
+        self.written = np.zeros(units, np.int64)  # when stored; 0 where a copy has been since
         self.coming = np.zeros(units, np.int16)  # copies under way
         self.multiplied = np.zeros(units, np.int16)  # products under way
         self.copies: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[]]
@@ -71,6 +71,7 @@ class Shared:
             raise EmulatorError("writes where a copy is still writing")
         self._may_write(units, warps)
         self._store(at, words, units, warps)
+        self.written[units] = self.now
 
     def _store(
         self, at: np.ndarray, words: np.ndarray, units: np.ndarray, warps: np.ndarray
@@ -87,7 +88,6 @@ class Shared:
             raise EmulatorError("writes different values to one place")
         self.writer[units] = warps
         self.writer[units[self.writer[units] != warps]] = MANY
-        self.written[units] = self.now
 
     def copy(self, at: np.ndarray, words: np.ndarray, lanes: np.ndarray) -> None:
         """cp.async: the write happens when its group is waited for, as late as it may."""
@@ -111,6 +111,7 @@ class Shared:
                 warps = np.broadcast_to((lanes >> 5).astype(np.int32)[:, None], units.shape)
                 self.coming[units] -= 1
                 self._store(at, words, units, warps)
+                self.written[units] = 0
 
     def multiply(self, place: np.ndarray, size: int) -> np.ndarray:
         """What wgmma takes, at addresses of any shape."""
