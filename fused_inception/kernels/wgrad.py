@@ -89,6 +89,8 @@ def wgrad_tile(
             row -= tl.where(row >= height, height, 0)
         x_tile_ptr = x_ptr + p0 * x_stride
         x_tile = tl.load(x_tile_ptr + x_offs, mask=x_mask, other=0.0)
+        dz_mask = mask_p[:, None] & mask_n[None, :]
+        dz_tile = tl.load(dz_ptr + p0 * dz_stride + dz_offs, mask=dz_mask, other=0.0)
         if POOLED:
             # x_tile has the centre of each window, and 0 where there is none. Three taps a step:
             # more of them wait for each other, fewer for memory
@@ -98,8 +100,6 @@ def wgrad_tile(
                     to_tap = ((r - 1) * width + (s - 1)) * x_stride
                     v = tl.load(x_tile_ptr + to_tap + x_offs, mask=inside, other=float("-inf"))
                     x_tile = tl.maximum(x_tile, v, propagate_nan=tl.PropagateNan.ALL).to(v.dtype)
-        dz_mask = mask_p[:, None] & mask_n[None, :]
-        dz_tile = tl.load(dz_ptr + p0 * dz_stride + dz_offs, mask=dz_mask, other=0.0)
         acc = tl.dot(tl.trans(x_tile), dz_tile, acc, input_precision=PRECISION)
 
     out_offs = (offs_m * C_OUT)[:, None] + offs_n[None, :]

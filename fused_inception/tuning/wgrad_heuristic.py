@@ -47,6 +47,9 @@ class FilterGradient:
         )  # fmt: skip
         # in exact fp32 products and addresses of 32 pixels would spill (sm_100), but for maxima
         step = 64 if ops.itemsize == 2 else 32 if ops.tensor_cores or self.pooled else 16
+        if self.pooled:
+            # three taps of 64 x 256 in 16 bits, loaded at once, would spill (sm_120)
+            step = min(step, 2**14 // (shape[0] * ops.itemsize))
         return Tile(*shape, step)
 
     def seconds(self, tile: Tile, n_pixels: int, ops: Operands, target: Target) -> float:
