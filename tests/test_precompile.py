@@ -161,7 +161,7 @@ knobs.compilation.listener = lambda **facts: found.append(facts["cache_hit"])
 for call in calls:
     call.run()
 
-broken = dataclasses.replace(specs[0], constants=specs[0].constants[:-1])
+broken = dataclasses.replace(specs[0], constants=())
 answers = []
 compile_all([broken, specs[0]], 1, lambda spec, error: answers.append(error))
 print(json.dumps([len(specs), len(missing), errors, len(again), found, answers]))
@@ -203,7 +203,7 @@ def test_another_batch_size_of_the_same_bucket_compiles_nothing(tmp_path: Path) 
     powers of two; the next power of two takes other tiles for a part of the kernels."""
     *same_bucket, next_bucket = run_compiling(BATCHES, tmp_path)
     assert same_bucket == [0, 0, 0]
-    assert 0 < next_bucket < 40
+    assert 0 < next_bucket < 46  # of 91
 
 
 def test_training_run_precompiles_both_modes(
