@@ -146,6 +146,8 @@ EVERY_RUN = {
         for target in TARGETS
         for precision in DTYPES
         if (target == "sm_90") != (precision == "bf16")
+        # where Triton multiplied in TF32 behind a gather
+        or (target, precision) == ("sm_100", "ieee")
     },
 }
 # `make compile-all`; what has BatchNorm apart
