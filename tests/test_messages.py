@@ -62,6 +62,20 @@ def test_tangents_are_not_dropped(norm: str | None, train: bool) -> None:
             module(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_of_torch_func_say_what_to_do(norm: str | None, backend: str) -> None:
+    module = fi.Inception(*WIDTHS, norm=norm)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return module(x).sum()
+
+    message = r"torch.func's gradients are not implemented for fused_inception.*unfuse_ the model"
+    with fi.backend(backend), pytest.raises(RuntimeError, match=message):
+        torch.func.grad(total)(torch.rand(2, 16, 4, 4))
+
+
 def test_tracing_by_fx_says_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"got Proxy: unfuse_ the model before torch.fx traces it"):
         torch.fx.symbolic_trace(fi.Inception(*WIDTHS))

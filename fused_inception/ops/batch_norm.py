@@ -27,6 +27,7 @@ from fused_inception.ops.registration import (
     call,
     refuse_double_backward,
     refuse_tangents,
+    refuse_transforms,
     register,
     register_autocast,
 )
@@ -299,6 +300,8 @@ def train(
     """
     parameters = (*filters, *gammas, *betas)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+        if not torch.compiler.is_compiling():
+            refuse_transforms(f"fused_inception::{name}")
         return _Differentiable.apply(name, len(filters), running, options, x, *parameters)
     op = _OPERATORS[name]["forward"]
     if not torch.compiler.is_compiling():

@@ -59,6 +59,7 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     tensors = [t for argument in arguments for t in _tensors(argument)]
     if not any(t.requires_grad for t in tensors):
         return op(*arguments)
+    refuse_transforms(op._name)
     shape_of_output: list[int | None] = []
     flat = iter(_FUNCTIONS[op].apply(arguments, shape_of_output, *tensors))
     output = _restored(flat, shape_of_output)
@@ -79,6 +80,19 @@ def refuse_tangents(op: torch._ops.OpOverload, arguments: Sequence[Any]) -> None
                 f"forward-mode differentiation is not implemented for {op._name}; unfuse_ the "
                 "model first, or take the functions of fused_inception.reference"
             )
+
+
+def refuse_transforms(name: str) -> None:
+    """Gradients here are PyTorch's own alone.
+
+    Raises:
+        RuntimeError: one of torch.func is being taken.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"torch.func's gradients are not implemented for {name}; unfuse_ the model first, or "
+            "take the functions of fused_inception.reference"
+        )
 
 
 def _function(

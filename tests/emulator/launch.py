@@ -79,13 +79,11 @@ class _Launcher:
             _flatten(given.get(name), kind, parameters, tensors)
         # scratch memory, of which no kernel takes any
         parameters += [0] * (len(machine.program.parameters) - len(parameters))
-        memory = Global(tensors)
         chosen = None
         if self.programs is not None:
             count = int(np.prod(grid))
             chosen = np.unique(np.linspace(0, count - 1, self.programs).astype(int)).tolist()
-        machine.launch(grid, parameters, memory, chosen)
-        memory.give_back()
+        machine.launch(grid, parameters, Global(tensors), chosen)
 
 
 def _flatten(value: Any, kind: Any, parameters: list[int], tensors: list[torch.Tensor]) -> None:

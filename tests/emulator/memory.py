@@ -1,5 +1,7 @@
 """Memory of an emulated GPU: tensors at their own addresses, and a program's shared memory."""
 
+import ctypes
+
 import numpy as np
 import torch
 
@@ -11,16 +13,13 @@ class EmulatorError(AssertionError):
 
 
 class Space:
-    """A piece of memory from `base` on, `size` bytes of it, which may lie at any address."""
+    """A piece of memory, `size` bytes from address `base` on."""
 
-    def __init__(self, base: int, data: np.ndarray, what: str) -> None:
-        self.base, self.size, self.what = base, data.size, what
-        shift = base % 16
-        padded = np.zeros((data.size + shift + 31) // 16 * 16, np.uint8)
-        self.bytes = padded[shift : shift + data.size]
-        self.bytes[:] = data
-        self.shift = shift
-        self.words = {1: padded, 2: padded.view("u2"), 4: padded.view("u4"), 8: padded.view("u8")}
+    def __init__(self, base: int, data: np.ndarray, size: int, what: str) -> None:
+        """data: its bytes, behind those that lie between the last multiple of 8 and `base`."""
+        self.base, self.size, self.what = base, size, what
+        self.shift = data.size - size
+        self.words = {n: data[: data.size // n * n].view(f"u{n}") for n in (1, 2, 4, 8)}
 
     def index(self, address: np.ndarray, width: int, count: int, verb: str) -> np.ndarray:
         """[lanes, count] positions among words of `width` bytes.
@@ -40,22 +39,19 @@ class Space:
 
 
 class Global:
-    """Every storage that the arguments of a launch lie in."""
+    """Every storage that the arguments of a launch lie in, in place."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors  # their memory stays
         self.spaces: list[Space] = []
-        self._storages: list[torch.UntypedStorage] = []
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in [s.base for s in self.spaces] and storage.nbytes():
-                data = _bytes_of(storage)
-                self.spaces.append(Space(storage.data_ptr(), data, f"a tensor {tensor.shape}"))
-                self._storages.append(storage)
-
-    def give_back(self) -> None:
-        """What a launch wrote, into the tensors."""
-        for space, storage in zip(self.spaces, self._storages, strict=True):
-            _bytes_of(storage)[:] = space.bytes
+            base, size = storage.data_ptr(), storage.nbytes()
+            if size and base not in [space.base for space in self.spaces]:
+                shift = base % 8
+                memory = (ctypes.c_uint8 * (shift + size)).from_address(base - shift)
+                data = np.ctypeslib.as_array(memory)
+                self.spaces.append(Space(base, data, size, f"a tensor {tensor.shape}"))
 
     def _parts(self, address: np.ndarray, verb: str) -> list[tuple[Space, np.ndarray | None]]:
         """The spaces that lanes reach, and which lanes; None: all."""
@@ -97,7 +93,3 @@ class Global:
             chosen = address if lanes is None else address[lanes]
             at = space.index(chosen, width, count, "writes")
             space.words[width][at] = words if lanes is None else words[lanes]
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()

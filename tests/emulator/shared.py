@@ -18,7 +18,7 @@ class Shared:
 
     def __init__(self, size: int, unit: int) -> None:
         # NaN in all types until it is written
-        self.space = Space(SHARED_BASE, np.full(size, 0xFF, np.uint8), "shared memory")
+        self.space = Space(SHARED_BASE, np.full(size, 0xFF, np.uint8), size, "shared memory")
         self.unit = unit
         units = -(-size // unit)
         self.writer = np.full(units, NOBODY, np.int32)  # warp, since the last barrier

@@ -96,9 +96,8 @@ $L_other:
 
 def run(body: str, memory: torch.Tensor) -> torch.Tensor:
     """One program of 128 threads with 2 KB of shared memory."""
-    spaces = Global([memory])
-    Machine(parse(HEADER.format(body)), 2048).launch((1,), [memory.data_ptr()], spaces)
-    spaces.give_back()
+    machine = Machine(parse(HEADER.format(body)), 2048)
+    machine.launch((1,), [memory.data_ptr()], Global([memory]))
     return memory
 
 
