@@ -133,6 +133,12 @@ CASES: dict[str, dict[str, Case]] = {
         "avg_pool2d_conv1x1_relu": Case(
             _function("avg_pool2d_conv1x1_relu", (128, 512, 1, 1), (128,)), (512, 14, 14)
         ),
+        "conv2d_bn_relu_7x7_images": Case(
+            lambda library: library.ConvBlock(
+                3, 64, kernel_size=7, stride=2, padding=3, norm="batch"
+            ),
+            (3, IMAGE_SIZE, IMAGE_SIZE), image=True,
+        ),
         "conv2d_bn_relu_3x3": Case(
             lambda library: library.ConvBlock(128, 192, kernel_size=3, padding=1, norm="batch"),
             (128, 28, 28),

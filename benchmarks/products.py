@@ -145,31 +145,50 @@ def image_convolution(
     }
 
 
+def packed_convolution(
+    c_in: int, c_out: int, batch: int, side: int, ops: Operands, target: str
+) -> dict[str, list[Product]]:
+    """The same of conv1 of the network alone, of packed images of `side` pixels a side."""
+    rounded = power_of_two(batch * conv_out(side, 7, 2, 3) ** 2)
+    job = conv_heuristic.packed_wgrad_config(c_out, rounded, ops, TARGETS[target]).wgrad
+    forward, wgrad = _packed(c_in, c_out, batch, side, job, ops, target)
+    return {"stem_conv_fwd": [forward], "packed_wgrad": [wgrad]}
+
+
+def _packed(
+    c_in: int, c_out: int, batch: int, side: int, job: WgradJob, ops: Operands, target: str
+) -> tuple[Product, Product]:
+    """conv1 of a packed image, and its filter's gradient.
+
+    It multiplies DEPTH elements for the positions of its filter, and its gradient also the windows
+    that belong to no output pixel.
+    """
+    # they are the kernels', whose modules need Triton
+    from fused_inception.kernels.stem_conv import DEPTH, windows_until_last
+
+    positions, side = 7 * 7 * c_in, conv_out(side, 7, 2, 3)
+    pixels = batch * side**2
+    tile = conv_heuristic.stem_conv_config(c_out, power_of_two(pixels), ops, TARGETS[target])
+    wgrad = _split(DEPTH, c_out, windows_until_last(pixels, side, side), job)
+    forward = replace(_tiled(pixels, c_out, DEPTH, tile.forward), k=positions)
+    return forward, replace(wgrad, m=positions, k=pixels)
+
+
 def stem(
     c_in: int, widths: tuple[int, int, int], batch: int, side: int, ops: Operands, target: str
 ) -> dict[str, list[Product]]:
     """The products of the launches that the stem alone has: conv1 of a packed image, the gradients
     of its three filters. Images are of `side` pixels a side.
-
-    Of a packed image conv1 multiplies DEPTH elements for the positions of its filter, and its
-    gradient also the windows that belong to no output pixel.
     """
-    # they are the kernels', whose modules need Triton
-    from fused_inception.kernels.stem_conv import DEPTH, windows_until_last
-
     c1, c2, c3 = widths
-    positions, side1 = 7 * 7 * c_in, conv_out(side, 7, 2, 3)
+    side1 = conv_out(side, 7, 2, 3)
     pixels1, pixels = batch * side1**2, batch * STEM_POOL.out(side1) ** 2
     rounded1, rounded = power_of_two(pixels1), power_of_two(pixels)
     config = conv_heuristic.stem_wgrad_config(widths, rounded1, rounded, ops, TARGETS[target])
     second = _split(c1, c2, pixels, config.conv2)
     third = _split(9 * c2, c3, pixels, config.conv3)
-    first = _split(DEPTH, c1, windows_until_last(pixels1, side1, side1), config.conv1)
-    forward = conv_heuristic.stem_conv_config(c1, rounded1, ops, TARGETS[target]).forward
-    return {
-        "stem_conv_fwd": [replace(_tiled(pixels1, c1, DEPTH, forward), k=positions)],
-        "stem_wgrad": [replace(first, m=positions, k=pixels1), second, third],
-    }
+    forward, first = _packed(c_in, c1, batch, side, config.conv1, ops, target)
+    return {"stem_conv_fwd": [forward], "stem_wgrad": [first, second, third]}
 
 
 def naive(dims: NaiveDims, pixels: int, ops: Operands, target: str) -> dict[str, list[Product]]:

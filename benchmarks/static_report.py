@@ -38,6 +38,7 @@ from tests.compiled.problems import (
     Module,
     NormConvolution,
     NormModule,
+    PackedConvolution,
     Problem,
     Stem,
 )
@@ -169,8 +170,12 @@ def _products(
             batch, side = problem.batch, problem.side
             if problem.c_in <= IMAGE_CHANNELS:
                 found = products.image_convolution(*filters, problem.stride, batch, side, *where)
+                if (problem.kernel, problem.stride) == (7, 2):
+                    found |= products.packed_convolution(*filters[:2], batch, side, *where)
             else:
                 found = products.convolution(*filters, batch * side**2, *where, norm=norm)
+        case PackedConvolution(batch, c_out, side):
+            found = products.packed_convolution(3, c_out, batch, side, *where)
         case Stem(batch, side):
             for convolution in problem.convolutions:
                 if convolution.kernel == spec.constant("K"):

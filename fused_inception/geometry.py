@@ -6,6 +6,7 @@ from math import prod
 ALIGN = 8  # channels: 16 bytes in 16-bit types, the widest vector load
 # as many input channels at the most are read as an image, one element at a time
 IMAGE_CHANNELS = 4
+MANY_PIXELS = 2**16  # 256 tiles of 256 or 512 of 128; no bucket of batches crosses it
 IMAGE_POSITIONS = 256
 # of max pools: kernels unroll its taps, registers and compilers are good for so many
 LARGEST_WINDOW = 3
@@ -27,6 +28,18 @@ def align_up(n: int, multiple: int = ALIGN) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below `n`."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def even_share(n_pixels: int, planned: int, block: int) -> int:
+    """Pixels of each program, in whole blocks, where a configuration plans so many for the next
+    power of two above: as many programs as planned, none of them with less to do."""
+    programs = -(-power_of_two(n_pixels) // planned)
+    return align_up(max(1, -(-n_pixels // programs)), block)
+
+
+def sums_in_stages(n_pixels: int) -> bool:
+    """Whether tiles of a map are so many that their partial sums are first summed in groups."""
+    return n_pixels > MANY_PIXELS
 
 
 @dataclass(frozen=True)

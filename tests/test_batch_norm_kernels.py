@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_inception import reference
+from fused_inception import geometry, reference
 from fused_inception.geometry import InceptionDims
+from fused_inception.kernels.moments import Moments, merged_moments
 from fused_inception.launches import Launch, record_launches
 from fused_inception.ops import conv2d_bn_triton, inception_bn_triton
 from fused_inception.ops.running import Running
 from fused_inception.tuning import chosen
-from fused_inception.tuning.configs import BranchesConfig, DgradConfig, Tile
+from fused_inception.tuning.configs import BranchesConfig, DgradConfig, StatisticsConfig, Tile
 from tests.cases import INCEPTION_CASES, InceptionCase
 from tests.tolerances import assert_within
 
@@ -31,6 +32,24 @@ MODULE_LAUNCHES = (
 CONV_LAUNCHES = (
     "_conv2d_fwd _batch_statistics _normalise",
     "_norm_sums _norm_grad _conv2d_dgrad _conv2d_wgrad _finish",
+)
+# where tiles are many
+MODULE_STAGES = (
+    "_pointwise _merge_moments _batch_statistics _normalise _branches _merge_moments _normalise",
+    "_norm_sums _finish _norm_grad _dgrad _finish _reduce_norm_grad _gradients _finish",
+)
+CONV_STAGES = (
+    "_conv2d_fwd _merge_moments _batch_statistics _normalise",
+    "_norm_sums _finish _norm_grad _conv2d_dgrad _conv2d_wgrad _finish",
+)
+IMAGE_STAGES = (
+    "_image_conv_fwd _merge_moments _batch_statistics _normalise",
+    "_norm_sums _finish _norm_grad _image_conv_dgrad _image_conv_wgrad _finish _finish",
+)
+# conv1 of the network
+PACKED_STAGES = (
+    "_image_pack _stem_conv_fwd _merge_moments _batch_statistics _normalise",
+    "_norm_sums _finish _norm_grad _image_conv_dgrad _packed_wgrad _finish _packed_finish",
 )
 
 
@@ -226,7 +245,7 @@ def test_convolution_and_all_gradients(name: str, dtype: torch.dtype, device: to
 
 
 def without_packing(launches: Sequence[Launch]) -> list[str]:
-    return [launch.kernel for launch in launches if not launch.kernel.startswith("_pack")]
+    return [launch.kernel for launch in launches if launch.kernel != "_pack_kernel"]
 
 
 @pytest.mark.parametrize("kind", ["module", "convolution"])
@@ -240,6 +259,76 @@ def test_launches(kind: str, device: torch.device) -> None:
     assert len(launches) == len(expected) + 2
 
 
+@pytest.fixture
+def in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial sums of any map are summed in groups, moments two tiles at a time."""
+    monkeypatch.setattr(geometry, "MANY_PIXELS", 0)
+    for of in (inception_bn_triton, conv2d_bn_triton):
+        monkeypatch.setattr(of, "merge_config", lambda: StatisticsConfig(2, 16, 4))
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "in_stages")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["module", "convolution", "images", "conv1"])
+def test_sums_in_stages(kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Two launches more forward and two backward for a module, one each way for a convolution, one
+    more for the filters of images."""
+    if kind == "module":
+        p = module(device, dtype, InceptionCase("", DIMS, 3, 9, 11))
+        expected = " ".join(MODULE_STAGES).split()
+    elif kind == "images":
+        p = convolution(device, dtype, shape=(1, 3, 26, 30))
+        expected = " ".join(IMAGE_STAGES).split()
+    elif kind == "conv1":
+        p = convolution(device, dtype, shape=(2, 3, 34, 32), c_out=12, kernel=7, stride=2)
+        expected = " ".join(PACKED_STAGES).split()
+    else:
+        p = convolution(device, dtype, shape=(3, 24, 9, 11))
+        expected = " ".join(CONV_STAGES).split()
+    with record_launches() as launches:
+        got = run(p)
+    assert without_packing(launches) == [f"{name}_kernel" for name in expected]
+    check(p, got)
+
+
+def moments(z: Tensor, tile: int) -> Tensor:
+    """[tiles, 3, C] of z [P, C] in fp64, as the convolutions leave them."""
+    rows = []
+    for part in z.double().split(tile):
+        mean = part.mean(dim=0)
+        rounded = mean.float().double()
+        rows.append(torch.stack([rounded, mean - rounded, (part - mean).square().sum(dim=0)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_merged_moments(device: torch.device) -> None:
+    """Of two convolutions, their tiles no multiple of each other, the last ones cut; far from 0,
+    where a mean rounded to fp32 is 0.03 off."""
+    z = 1e6 + torch.randn(90, 24, generator=torch.Generator().manual_seed(0)).double()
+    given = [Moments(moments(z[:, :c], t).float().to(device), t) for c, t in ((24, 4), (8, 6))]
+    merged = merged_moments(*given, len(z), StatisticsConfig(4, 16, 4))
+    alone, _ = merged_moments(given[0], None, len(z), StatisticsConfig(4, 16, 4))
+    assert torch.equal(alone.partial, merged[0].partial)
+    for got, channels, tile in zip(merged, (24, 8), (16, 24), strict=True):
+        assert got.tile == tile
+        mean, rest, spread = got.partial.double().cpu().unbind(dim=1)
+        want_mean, want_rest, want_spread = moments(z[:, :channels], tile).unbind(dim=1)
+        assert (mean + rest - want_mean - want_rest).abs().max() < 1e-6
+        assert (spread / want_spread - 1).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "in_stages")
+def test_what_is_frozen_in_stages(device: torch.device) -> None:
+    """Without gradients of one reduced map, or of both."""
+    p = module(device)
+    all_of_them = run(p)
+    for wanted in ((1, 7 + 1), (3,), (0,), (2, 13 + 4)):
+        some = run(p, [i in wanted for i in range(19)])
+        for i in wanted:
+            assert torch.equal(some[13 + i], all_of_them[13 + i])
+
+
 @pytest.mark.parametrize("kind", ["module", "convolution"])
 def test_runs_are_bitwise_repeatable(kind: str, device: torch.device) -> None:
     p = module(device) if kind == "module" else convolution(device)
@@ -248,8 +337,11 @@ def test_runs_are_bitwise_repeatable(kind: str, device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
-def test_large_mean(device: torch.device) -> None:
+@pytest.mark.parametrize("stages", [False, True], ids=["", "stages"])
+def test_large_mean(stages: bool, device: torch.device, request: pytest.FixtureRequest) -> None:
     """At mean 1000 and variance 1 the statistics are as good as PyTorch's."""
+    if stages:
+        request.getfixturevalue("in_stages")
     p = convolution(device, shape=(4, 8, 12, 12), c_out=8, kernel=1)
     # every filter passes one channel on, far from 0
     p.filters[0] = torch.eye(8, device=device).reshape(8, 8, 1, 1)
@@ -263,9 +355,14 @@ def test_large_mean(device: torch.device) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("value", [math.inf, math.nan, 1e25])
-def test_statistics_that_are_not_finite(value: float, skip: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("stages", [False, True], ids=["", "stages"])
+def test_statistics_that_are_not_finite(
+    stages: bool, value: float, skip: bool, device: torch.device, request: pytest.FixtureRequest
+) -> None:
     """With `skip` the channels that they are of keep their running statistics; of 1e25 the mean is
     finite, but the variance is not."""
+    if stages:
+        request.getfixturevalue("in_stages")
     p = convolution(device, shape=(2, 8, 4, 4), c_out=8, kernel=1)
     p.filters[0][3, 0] = value
     p.skip = skip

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import fused_inception as fi
-from fused_inception import functional, reference
+from fused_inception import functional, geometry, reference
 from fused_inception.ops import conv2d as ops
 from fused_inception.ops import conv2d_bn_triton, conv2d_triton
 from fused_inception.tuning.configs import ConvConfig, Tile, WgradJob
@@ -73,6 +73,27 @@ def test_output_and_gradients(name: str, dtype: torch.dtype, device: torch.devic
     check(inputs, dy, got, *options)
     _, c, h, w = got[0].shape
     assert got[0].stride() == (h * w * c, 1, w * c, c)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_conv1_reads_a_packed_image_where_pixels_are_many(
+    channels: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and in inference, images of any strides and dtype, 33 filters."""
+    monkeypatch.setattr(geometry, "MANY_PIXELS", 0)
+    inputs, dy = data("first-layer", dtype, device)
+    inputs = [inputs[0][:, :channels].flip(3), inputs[1][:33, :channels], inputs[2][:33]]
+    dy = dy[:, :33]
+    with fi.backend("triton"), fi.record_launches() as launches:
+        got = results(functional.conv2d_relu, inputs, dy, 2, 3)
+    check(inputs, dy, got, 2, 3)
+    kernels = [launch.kernel for launch in launches]
+    assert kernels[:2] == ["_image_pack_kernel", "_stem_conv_fwd_kernel"]
+    assert kernels[-3:] == ["_image_conv_wgrad_kernel", "_finish_kernel", "_finish_kernel"]
+    with fi.backend("triton"), torch.no_grad():
+        assert torch.equal(functional.conv2d_relu(*inputs, 2, 3), got[0])
 
 
 @pytest.mark.usefixtures("nan_filled_empty")

@@ -150,13 +150,14 @@ CONVS = {
 }
 
 
+@pytest.mark.parametrize("batch", [2, 3000])
 @pytest.mark.parametrize("name", CONVS)
-def test_convolution_launches_and_saves_what_is_predicted(name, device, launches_do_nothing):
+def test_convolution_launches_and_saves_what_is_predicted(name, batch, device, launches_do_nothing):
     conv, image = CONVS[name], name == "image"
     stride, padding = (2, 3) if image else (1, conv.kernel // 2)
     side = round(conv.inputs**0.5)
     factory = {"dtype": torch.bfloat16, "device": device}
-    x = torch.randn(2, conv.c_in, side, side, **factory, requires_grad=not image)
+    x = torch.randn(batch, conv.c_in, side, side, **factory, requires_grad=not image)
     x = x.contiguous(memory_format=torch.channels_last)
     module = torch.nn.Conv2d(conv.c_in, conv.c_out, conv.kernel, **factory)
     memory = SavedMemory(module)
@@ -164,38 +165,41 @@ def test_convolution_launches_and_saves_what_is_predicted(name, device, launches
         with memory.watch():
             y = conv2d_relu(x, module.weight, module.bias, stride, padding)
         y.sum().backward()
-    plan = Fused(2, 2, training=True)
+    plan = Fused(batch, 2, training=True)
     plan.conv(conv, plan.tensor("image" if image else "x", conv.inputs, conv.c_in))
     total = plan.cost()
     assert names(launches) == kernels(total)
     assert total.saved_bytes == memory.bytes
 
 
-@pytest.mark.parametrize("dims", [SMALL, ODD])
+# the last has so many tiles that their sums are summed in stages
+@pytest.mark.parametrize(("dims", "batch"), [(SMALL, 2), (ODD, 2), (SMALL, 3000)])
 def test_module_with_batch_norm_launches_and_saves_what_is_predicted(
-    dims, device, launches_do_nothing
+    dims, batch, device, launches_do_nothing
 ):
     factory = {"dtype": torch.bfloat16, "device": device}
-    x = torch.randn(2, dims.in_channels, 5, 7, **factory, requires_grad=True)
+    x = torch.randn(batch, dims.in_channels, 5, 7, **factory, requires_grad=True)
     module = fi.Inception(*dims.widths, norm="batch", **factory)
-    total = cost.inception(dims, batch=2, height=5, width=7, norm=True)
+    total = cost.inception(dims, batch=batch, height=5, width=7, norm=True)
+    assert ("merge" in {op.name for op in total.ops}) == (batch == 3000)
     assert_runs_as_predicted(module, x.contiguous(memory_format=torch.channels_last), total)
 
 
+@pytest.mark.parametrize("batch", [2, 3000])
 @pytest.mark.parametrize("name", CONVS)
 def test_convolution_with_batch_norm_launches_and_saves_what_is_predicted(
-    name, device, launches_do_nothing
+    name, batch, device, launches_do_nothing
 ):
     conv, image = replace(CONVS[name], c_out=20, norm=True), name == "image"
     stride, padding = (2, 3) if image else (1, conv.kernel // 2)
     side = round(conv.inputs**0.5)
     factory = {"dtype": torch.bfloat16, "device": device}
-    x = torch.randn(2, conv.c_in, side, side, **factory, requires_grad=not image)
+    x = torch.randn(batch, conv.c_in, side, side, **factory, requires_grad=not image)
     module = fi.ConvBlock(
         conv.c_in, conv.c_out, kernel_size=conv.kernel, stride=stride, padding=padding,
         norm="batch", **factory,
     )  # fmt: skip
-    total = cost.block(conv, batch=2, image=image)
+    total = cost.block(conv, batch=batch, image=image)
     assert_runs_as_predicted(module, x.contiguous(memory_format=torch.channels_last), total)
 
 
@@ -224,15 +228,22 @@ def predicted(training: bool = True) -> cost.Cost:
     return cost.network("paper", batch=2, image_size=96, training=training)
 
 
-def test_network_launches_what_is_predicted(fused_pass):
+@pytest.mark.parametrize("batch", [2, 32])
+def test_network_launches_what_is_predicted(batch, fused_pass):
+    """With 32 images conv1 has so many pixels that its filter's gradient is summed in stages."""
     network, x = fused_pass
+    x = x[:1].expand(batch, -1, -1, -1)
+    total = cost.network("paper", batch=batch, image_size=96)
     with record_launches() as launches:
         outputs = network(x)
-    assert names(launches) == kernels(predicted().part(phase=cost.FORWARD))
+    assert names(launches) == kernels(total.part(phase=cost.FORWARD))
     outputs = list(outputs)
     with record_launches() as launches:
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-    assert Counter(names(launches)) == Counter(kernels(predicted().part(phase=cost.BACKWARD)))
+    backward = kernels(total.part(phase=cost.BACKWARD))
+    assert names(launches)[-3:] == backward[-3:]  # of the stem
+    if batch == 2:  # how modules are finished together goes by splits, which are estimated here
+        assert Counter(names(launches)) == Counter(backward)
 
 
 def test_network_without_gradients_launches_what_is_predicted(fused_pass):
@@ -243,6 +254,20 @@ def test_network_without_gradients_launches_what_is_predicted(fused_pass):
         with record_launches() as launches:
             network(x)
     assert names(launches) == kernels(predicted(training=False))
+
+
+def test_inference_at_a_large_batch_launches_what_is_predicted(fused_pass):
+    """conv1 reads a packed image."""
+    network, x = fused_pass
+    network.eval()
+    x = x[:1].expand(32, -1, -1, -1)
+    total = cost.network("paper", batch=32, image_size=96, training=False)
+    with torch.no_grad():
+        network(x)
+        with record_launches() as launches:
+            network(x)
+    assert names(launches) == kernels(total)
+    assert "_image_pack_kernel" in names(launches)
 
 
 def test_network_saves_what_is_predicted(fused_pass):

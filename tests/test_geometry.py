@@ -3,7 +3,12 @@
 import pytest
 
 from fused_inception import geometry
-from fused_inception.geometry import GOOGLENET, InceptionDims, googlenet_dims, googlenet_sizes
+from fused_inception.geometry import (
+    GOOGLENET,
+    InceptionDims,
+    googlenet_dims,
+    googlenet_sizes,
+)
 from tests.facts import FACTS, MODULES
 
 ODD = InceptionDims(13, 7, 5, 11, 3, 17, 19)

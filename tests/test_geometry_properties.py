@@ -1,4 +1,4 @@
-"""Output sizes for any window against PyTorch's own convolution and pooling."""
+"""Output sizes for any window against PyTorch's own convolution and pooling; shares of pixels."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip insta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_inception.geometry import align_up, conv_out, pool_out
+from fused_inception.geometry import align_up, conv_out, even_share, pool_out, power_of_two
 
 SIZES = st.integers(1, 40)
 KERNELS = st.integers(1, 9)
@@ -55,3 +55,16 @@ def test_align_up_is_the_nearest_multiple(n: int, multiple: int) -> None:
     aligned = align_up(n, multiple)
     assert aligned % multiple == 0
     assert n <= aligned < n + multiple
+
+
+@FAST
+@given(st.integers(1, 10**7), st.integers(1, 300), st.sampled_from([16, 32, 64]))
+def test_programs_share_pixels_evenly(n_pixels: int, tiles: int, block: int) -> None:
+    """As many programs as planned for the next power of two, but for what whole blocks save."""
+    planned = tiles * block
+    share = even_share(n_pixels, planned, block)
+    programs = -(-power_of_two(n_pixels) // planned)
+    assert share % block == 0
+    assert share <= planned
+    assert -(-n_pixels // share) <= programs
+    assert share - block < n_pixels / programs

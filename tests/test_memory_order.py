@@ -21,8 +21,10 @@ def repacked(t: Tensor) -> Tensor:
     return torch.empty(t.size(), dtype=t.dtype).copy_(t)
 
 
-def gradients(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    with fi.backend("triton"):
+def gradients(
+    run: Callable[[], Tensor], leaves: list[Tensor], backend: str = "triton"
+) -> list[Tensor]:
+    with fi.backend(backend):
         y = run()
     draw = torch.Generator(y.device).manual_seed(1)
     dy = torch.randn(y.shape, generator=draw, device=y.device, dtype=y.dtype)
@@ -90,6 +92,19 @@ def test_saved_maps_of_the_stem_come_back_in_another_order() -> None:
         got = gradients(lambda: functional.googlenet_stem(x, *weights), weights)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_saved_image_of_conv1_comes_back_in_another_order() -> None:
+    block = fi.ConvBlock(3, 8, kernel_size=7, stride=2, padding=3, norm="batch")
+    x = torch.randn(2, 3, 24, 22)
+    expected = gradients(lambda: block(x), [*block.parameters()])
+    with torch.autograd.graph.saved_tensors_hooks(repacked, lambda t: t):
+        got = gradients(lambda: block(x), [*block.parameters()])
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    plain = gradients(lambda: block(x), [*block.parameters()], "torch")
+    for ours, theirs in zip(got, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def turned(*shape: int) -> Tensor:

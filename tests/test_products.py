@@ -175,6 +175,19 @@ def test_convolutions_multiply_as_much(
     assert counted.is_of(found.values())
 
 
+def test_conv1_alone_multiplies_as_much(counted: Counted) -> None:
+    """Ahead of a BatchNorm, of a packed image."""
+    from fused_inception.ops import conv2d_bn_triton
+    from fused_inception.ops.running import Running
+
+    x = draw(2, 3, 20, 20)
+    (weight,), _ = parameters((16, 3, 7, 7))
+    running = Running([], [], [], 0.1, False)
+    y, saved = conv2d_bn_triton.forward(x, [weight], [], [], running, 1e-3, 2, 3)
+    conv2d_bn_triton.backward(y, x, saved, [weight], [], 2, 3, [False, True, False, False])
+    assert counted.is_of(products.packed_convolution(3, 16, 2, 20, BF16, "sm_90").values())
+
+
 def test_stem_multiplies_as_much(counted: Counted) -> None:
     """Its filter gradients are one launch, those of conv2 and conv3 none of their own."""
     from fused_inception.ops import stem_triton

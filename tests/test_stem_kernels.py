@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_inception as fi
-from fused_inception import functional, reference
+from fused_inception import functional, geometry, reference
 from fused_inception.geometry import Window
 from fused_inception.kernels.stem import ImageToPack, launch_stem_pack
 from fused_inception.kernels.stem_conv import launch_stem_conv_fwd
@@ -255,7 +255,11 @@ def test_what_is_frozen_costs_nothing(device: torch.device) -> None:
         assert [launch.kernel for launch in launches] == want, subset
 
 
-def test_splits_change_little(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stages", [False, True])
+def test_splits_change_little(
+    stages: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `stages` those of conv1 are added up by a launch of its own."""
     case = CASES["33x31"]
     inputs = case.tensors(torch.float32, device)
     want = fused(inputs, **case.options)
@@ -267,10 +271,12 @@ def test_splits_change_little(device: torch.device, monkeypatch: pytest.MonkeyPa
         return replace(config, **jobs)
 
     monkeypatch.setattr(stem_triton, "stem_wgrad_config", split)
+    monkeypatch.setattr(geometry, "MANY_PIXELS", 0 if stages else 2**16)
     with fi.record_launches() as launches:
         got = fused(inputs, **case.options)
     (grid,) = [launch.grid for launch in launches if launch.kernel == "_stem_wgrad_kernel"]
     assert grid[0] >= 3 * 3
+    assert sum(launch.kernel == "_finish_kernel" for launch in launches) == stages
     for ours, other in zip(got, want, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
 
@@ -343,7 +349,7 @@ def test_nothing_reaches_a_window_from_outside(
     packed = launch_stem_pack(ImageToPack(x, w1, b1, 6, 7), w2, w3, [b2, b3], torch.float32)
     y = torch.empty((16, 6, 7, 8), device=device).permute(0, 3, 1, 2)
     config = StemConvConfig(Tile(256, 16, step), 4, 2)
-    launch_stem_conv_fwd(packed.image, packed.w1, packed.b[-8:], y, config, precision="ieee")
+    launch_stem_conv_fwd(packed.image, packed.w1, packed.b[-8:], y, None, config, precision="ieee")
     want = nn.functional.conv2d(x.double(), w1.double(), b1.double(), 2, 3).relu().float()
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4, equal_nan=True)
     assert 0.1 < want.isfinite().float().mean() < 0.9

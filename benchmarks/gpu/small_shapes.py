@@ -8,15 +8,17 @@ With --compile their kernels are compiled, in parallel, and none is run.
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import fused_inception as fi
 from benchmarks.problems import CASES, Case, tensors
+from fused_inception import geometry
 from fused_inception.geometry import Window
 from fused_inception.nn.inception import parameters_of
 from fused_inception.tools.precompile import processors
@@ -55,14 +57,21 @@ class _Trunk(nn.Module):
 
 def exercise(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     """Training forward and backward, the gradient of an image too; then inference. As it is, and
-    with the library's convolutions wherever there is a choice."""
+    with the library's convolutions wherever there is a choice and sums in stages."""
     for choice in _choices():
         with choice:
             _pass(case, dtype, device)
 
 
 def _choices() -> tuple[AbstractContextManager[None], ...]:
-    return contextlib.nullcontext(), dispatch.forced(dispatch.PARTS)
+    return contextlib.nullcontext(), _as_for_large_maps()
+
+
+@contextlib.contextmanager
+def _as_for_large_maps() -> Iterator[None]:
+    """The library's convolutions wherever there is a choice, and partial sums in stages."""
+    with dispatch.forced(dispatch.PARTS), mock.patch.object(geometry, "MANY_PIXELS", 0):
+        yield
 
 
 def compile_kernels(groups: Sequence[str], device: torch.device) -> str:

@@ -12,7 +12,7 @@ from fused_inception.cost.layers import Aux, Conv, Module, Network, Pool
 from fused_inception.cost.module_tensors import COEFFICIENTS, FP32, ModuleTensors
 from fused_inception.cost.ops import Gemm, Tensor, gradient
 from fused_inception.cost.plan import IMAGE, Plan
-from fused_inception.geometry import align_up, power_of_two
+from fused_inception.geometry import align_up, power_of_two, sums_in_stages
 
 # above so many pixels, a power of two, the pool branch is a launch of its own in training, and the
 # gradients of input and filters are two
@@ -223,6 +223,9 @@ class Fused(Plan):
         first = parts.raw_slice(dims.ch1x1 + dims.pool_proj)
         reads = [x, parts.packed_cat, parts.packed_projection]
         launch("A", reads, [first, parts.r, parts.index], "pointwise", *gemms)
+        many = sums_in_stages(self.batch * pixels)
+        if many:
+            launch("merge", [moments], [moments], "merge_moments")
         launch("statistics", [moments], [moments], "batch_statistics")
         launch("normalise reductions", [parts.r, moments], [activated], "normalise")
         gemms = [
@@ -231,16 +234,22 @@ class Fused(Plan):
         ]
         second = parts.raw_slice(dims.ch3x3 + dims.ch5x5)
         launch("B", [activated, parts.packed_windows], [second], "branches", *gemms)
+        if many:
+            launch("merge", [moments], [moments], "merge_moments")
         launch("normalise", [raw, moments], [parts.y], "normalise")
         self.save(layer, x, parts.r, raw, parts.index, moments)
 
         def backward() -> None:
             dz = parts.dz
             launch("sums", [gradient(parts.y), raw, moments], [moments], "norm_sums")
+            if many:
+                launch("sums of sums", [moments], [moments], "finish")
             reads = [gradient(parts.y), raw, moments]
             launch("normalise backward", reads, [dz], "norm_grad")
             self._pack(layer, [parts])
             self._reduction_gradients(module, parts)
+            if many:
+                launch("sums of sums", [moments], [moments], "finish")
             reads, writes = [parts.dr, parts.r, moments], [parts.dr, activated]
             launch("reductions backward", reads, writes, "reduce_norm_grad")
             self._input_and_filter_gradients(module, parts)
@@ -278,21 +287,35 @@ class Fused(Plan):
             source = "packing" if name == "pack" else "triton"
             self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
 
-        if self.training and not image:
+        many = sums_in_stages(self.batch * conv.outputs)
+        # conv1 reads its image packed, 16 elements for 2 x 2 pixels of a border of 3 more
+        packs = image and (normalises or many)
+        side = round(conv.outputs**0.5) + 3
+        packed_image = self.tensor(f"{conv.name} packed image", side * side, 16)
+        if packs:
+            launch("pack", [x, weight], [packed_image, packed], "_image_pack_kernel")
+        elif self.training and not image:
             launch("pack", [weight], [packed], "_pack_kernel")
         writes = [raw] if normalises else [y, mask] if self.training else [y]
         forward = self.gemm(conv.outputs, conv.c_out, conv.c_in * taps, conv.kind)
-        kernel = "_image_conv_fwd_kernel" if image else "_conv2d_fwd_kernel"
-        launch("conv", [x, weight if image else packed], writes, kernel, forward)
+        kernel = "_stem_conv" if packs else "_image_conv" if image else "_conv2d"
+        read = packed_image if packs else x
+        reads = [read, weight if image and not packs else packed]
+        launch("conv", reads, writes, f"{kernel}_fwd_kernel", forward)
         if normalises:
+            if many:
+                launch("merge", [moments], [moments], "_merge_moments_kernel")
             launch("statistics", [moments], [moments], "_batch_statistics_kernel")
             launch("normalise", [raw, moments], [y], "_normalise_kernel")
-        self.save(layer, x, *([raw, moments] if conv.norm else [mask]))
+        kept = [raw, moments, *([packed_image] if image else [])] if conv.norm else [mask]
+        self.save(layer, x, *kept)
 
         def backward() -> None:
             dz = gradient(y)
             if normalises:
                 launch("sums", [dz, raw, moments], [moments], "_norm_sums_kernel")
+                if many:
+                    launch("sums of sums", [moments], [moments], "_finish_kernel")
                 launch("normalise backward", [dz, raw, moments], [dz], "_norm_grad_kernel")
             else:
                 launch("M", [dz, mask], [dz], "_relu_mask_kernel")
@@ -302,9 +325,14 @@ class Fused(Plan):
                 launch("data gradient", [dz, packed], [gradient(x)], "_conv2d_dgrad_kernel", data)
             filters = self.filters_gemm(conv.c_in * taps, conv.c_out, conv.outputs)
             partials = Tensor(f"{conv.name} partials", filters.splits * conv.weights * FP32)
-            kernel = "_image_conv_wgrad_kernel" if image else "_conv2d_wgrad_kernel"
-            launch("filter gradient", [x, dz], [partials], kernel, filters)
-            launch("F", [partials], [gradient(weight)], "_finish_kernel")
+            kernel = "_image_conv" if image else "_conv2d"
+            kernel = "_packed" if image and normalises else kernel
+            read = packed_image if image and normalises else x
+            launch("filter gradient", [read, dz], [partials], f"{kernel}_wgrad_kernel", filters)
+            if image and many:
+                launch("sums of sums", [partials], [gradient(weight)], "_finish_kernel")
+            kernel = "_packed_finish_kernel" if image and normalises else "_finish_kernel"
+            launch("F", [partials], [gradient(weight)], kernel)
 
         self.later(backward)
         return y

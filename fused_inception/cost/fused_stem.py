@@ -8,7 +8,7 @@ from fused_inception.cost.layers import Conv, Network, Pool
 from fused_inception.cost.module_tensors import FP32
 from fused_inception.cost.ops import Gemm, Tensor, gradient
 from fused_inception.cost.plan import Plan
-from fused_inception.geometry import align_up
+from fused_inception.geometry import align_up, sums_in_stages
 
 # a packed image: elements of a pixel, pixels beyond conv1's output each way, depth of the product
 PACKED_CHANNELS, PACKED_BORDER, PACKED_DEPTH = 16, 3, 256
@@ -86,6 +86,11 @@ def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -
         reads = [image, dz1, r, dz3, z, dz2, dz3]
         launch("filter gradients", conv3.layer, reads, [partials], gemms,
                kernel="_stem_wgrad_kernel")  # fmt: skip
+        if sums_in_stages(plan.batch * conv1.outputs):
+            elements = gemms[0].splits * gemms[0].rows * gemms[0].columns
+            of_conv1 = Tensor("conv1 partials", elements * FP32)
+            total = Tensor("conv1 sums", elements // gemms[0].splits * FP32)
+            launch("sums of sums", conv1.layer, [of_conv1], [total], kernel="_finish_kernel")
         launch("F", conv3.layer, [partials], [gradient(w) for w in weights],
                kernel="_stem_finish_kernel")  # fmt: skip
 

@@ -1,10 +1,7 @@
 """BatchNorm of raw convolution results in training: statistics, then one pass that normalises.
 
-The convolutions leave mean and sum of squared deviations of each tile of pixels
-(`tiles.store_moments`). They are merged by Chan's rule, first the mean, then the deviations from
-it, never as E[x^2] - E[x]^2. Coefficients of
-all channels lie in one buffer [4, channels in the order of `layout.PackedLayout`'s biases]: mean,
-inverse deviation, scale (gamma times inverse deviation), beta.
+Coefficients of all channels lie in one buffer [4, channels in the order of `layout.PackedLayout`'s
+biases]: mean, inverse deviation, scale (gamma times inverse deviation), beta.
 """
 
 from dataclasses import dataclass
@@ -14,51 +11,8 @@ import triton
 import triton.language as tl
 
 from fused_inception.kernels.launch import cdiv, run
+from fused_inception.kernels.moments import Moments, merge_moments
 from fused_inception.tuning.configs import StatisticsConfig
-
-
-@triton.jit
-def merge_moments(
-    moments_ptr,  # [rows, 3, STRIDE] fp32, first channel of this BatchNorm
-    rows,
-    n_pixels,
-    offs_c,
-    mask_c,
-    TILE: tl.constexpr,  # pixels of a row
-    STRIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """(mean, sum of squared deviations from it) of BLOCK_C channels over all pixels.
-
-    Means are summed as differences from that of the first tile. Where they are large, their sum
-    would be some roundings off, and gradients of filters that read such maps a thousand times that.
-    The second sum takes whatever is common to the errors of all shifts: they add up to nothing.
-    """
-    offs_row = tl.arange(0, BLOCK_R)
-    first = tl.load(moments_ptr + offs_c, mask=mask_c & (rows > 0), other=0.0)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for row0 in tl.range(0, rows, BLOCK_R, num_stages=1):
-        row = row0 + offs_row
-        in_tile = tl.maximum(tl.minimum(n_pixels - row * TILE, TILE), 0).to(tl.float32)
-        mask = (row < rows)[:, None] & mask_c[None, :]
-        offs = (row * (3 * STRIDE))[:, None] + offs_c[None, :]
-        mean = tl.load(moments_ptr + offs, mask=mask, other=0.0)
-        rest = tl.load(moments_ptr + STRIDE + offs, mask=mask, other=0.0)
-        total += in_tile[:, None] * (mean - first[None, :] + rest)
-    merged = first + tl.sum(total, axis=0) / n_pixels.to(tl.float32)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for row0 in tl.range(0, rows, BLOCK_R, num_stages=1):
-        row = row0 + offs_row
-        in_tile = tl.minimum(n_pixels - row * TILE, TILE).to(tl.float32)
-        mask = (row < rows)[:, None] & mask_c[None, :]
-        offs = (row * (3 * STRIDE))[:, None] + offs_c[None, :]
-        mean = tl.load(moments_ptr + offs, mask=mask, other=0.0)
-        rest = tl.load(moments_ptr + STRIDE + offs, mask=mask, other=0.0)
-        spread = tl.load(moments_ptr + 2 * STRIDE + offs, mask=mask, other=0.0)
-        shift = mean - merged[None, :] + rest
-        total += tl.where(mask, spread + in_tile[:, None] * shift * shift, 0.0)
-    return merged, tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -255,14 +209,6 @@ class NormParameters:
     running_mean: torch.Tensor | None
     running_var: torch.Tensor | None
     batches: torch.Tensor | None  # of a cumulative average
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What convolutions left of their results: [tiles of pixels, 3, channels] fp32."""
-
-    partial: torch.Tensor
-    tile: int  # pixels
 
 
 def launch_batch_statistics(

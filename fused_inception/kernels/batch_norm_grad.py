@@ -5,17 +5,21 @@ With g the gradient where the ReLU was open, h = (z - mean) / deviation, sums ov
     dbeta = sum g,  dgamma = sum g h,  dz = scale (g - dbeta / P - h dgamma / P)
 
 One launch leaves partial sums, the next adds them up, in fixed order and once in each program that
-needs them, and writes dz.
+needs them, and writes dz. Where tiles are many a launch between them adds up all.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from fused_inception.geometry import align_up, even_share, sums_in_stages
+from fused_inception.kernels.finish import launch_row_sums
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import branch_constants
 from fused_inception.kernels.tiles import batch_norm, channel_of, is_open, load_norms, relu
-from fused_inception.tuning.configs import NormConfig
+from fused_inception.tuning.configs import FinishConfig, NormConfig
 
 
 @triton.jit
@@ -64,7 +68,6 @@ def _load_raw(z_ptr, p0, n_pixels, slot, SLOTS: tl.constexpr, BLOCK_P: tl.conste
 @triton.jit
 def _sum_rows(
     partial_ptr,  # [rows, 2, STRIDE] fp32
-    which: tl.constexpr,
     rows,
     offs_c,
     mask_c,
@@ -72,14 +75,16 @@ def _sum_rows(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum over the rows of one of the two, in fixed order."""
+    """(sum of g, sum of g h) over the rows, in fixed order."""
     offs_row = tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_gh = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for row0 in tl.range(0, rows, BLOCK_R, num_stages=1):
         mask = (row0 + offs_row < rows)[:, None] & mask_c[None, :]
-        offs = ((row0 + offs_row) * (2 * STRIDE) + which * STRIDE)[:, None] + offs_c[None, :]
-        total += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-    return tl.sum(total, axis=0)
+        offs = ((row0 + offs_row) * (2 * STRIDE))[:, None] + offs_c[None, :]
+        sum_g += tl.load(partial_ptr + offs, mask=mask, other=0.0)
+        sum_gh += tl.load(partial_ptr + STRIDE + offs, mask=mask, other=0.0)
+    return tl.sum(sum_g, axis=0), tl.sum(sum_gh, axis=0)
 
 
 @triton.jit
@@ -222,8 +227,7 @@ def _norm_grad_kernel(
     C_OUT: tl.constexpr = N1 + N3 + N5 + NP
     slot = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel, is_channel = channel_of(slot, N1, N3, N5, NP, SLOT_3, SLOT_5, SLOT_P, SLOTS)
-    sum_g = _sum_rows(partial_ptr, 0, rows, slot, slot < SLOTS, SLOTS, BLOCK_P, BLOCK_C)
-    sum_gh = _sum_rows(partial_ptr, 1, rows, slot, slot < SLOTS, SLOTS, BLOCK_P, BLOCK_C)
+    sum_g, sum_gh = _sum_rows(partial_ptr, rows, slot, slot < SLOTS, SLOTS, BLOCK_P, BLOCK_C)
     if tl.program_id(0) == 0:
         _store_sums(dgamma1_ptr, dbeta1_ptr, sum_g, sum_gh, slot, N1)
         _store_sums(dgamma3_ptr, dbeta3_ptr, sum_g, sum_gh, slot - SLOT_3, N3)
@@ -280,14 +284,18 @@ def _reduce_norm_grad_kernel(
 ):
     """dr of one chunk, in place, and the activated maps; the first chunk's programs store dgamma
     and dbeta."""
-    slot = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(1) * BLOCK_C
+    slot = first + tl.arange(0, BLOCK_C)
     mask_c = slot < SR
     of3 = slot < S3R
     of5 = mask_c & (slot >= S3R)
-    sum_g = _sum_rows(partial3_ptr, 0, rows3, slot, of3, SR, BLOCK_P, BLOCK_C)
-    sum_g += _sum_rows(partial5_ptr, 0, rows5, slot, of5, SR, BLOCK_P, BLOCK_C)
-    sum_gh = _sum_rows(partial3_ptr, 1, rows3, slot, of3, SR, BLOCK_P, BLOCK_C)
-    sum_gh += _sum_rows(partial5_ptr, 1, rows5, slot, of5, SR, BLOCK_P, BLOCK_C)
+    # a block with no channel of a map has nothing to add up
+    some3 = tl.where(first < S3R, rows3, 0)
+    some5 = tl.where(first + BLOCK_C > S3R, rows5, 0)
+    sum_g, sum_gh = _sum_rows(partial3_ptr, some3, slot, of3, SR, BLOCK_P, BLOCK_C)
+    sum_g5, sum_gh5 = _sum_rows(partial5_ptr, some5, slot, of5, SR, BLOCK_P, BLOCK_C)
+    sum_g += sum_g5
+    sum_gh += sum_gh5
     if tl.program_id(0) == 0:
         _store_sums(dgamma3_ptr, dbeta3_ptr, sum_g, sum_gh, slot, R3)
         _store_sums(dgamma5_ptr, dbeta5_ptr, sum_g, sum_gh, slot - S3R, R5)
@@ -308,6 +316,21 @@ def _reduce_norm_grad_kernel(
         tl.store(dr_ptr + p0 * SR + offs, dr_tile.to(dr_ptr.dtype.element_ty), mask=mask)
 
 
+def _summed(parts: Sequence[tuple[torch.Tensor, int, int]], config: FinishConfig) -> torch.Tensor:
+    """[1, 2, columns] fp32: the sums over the rows of tensors [rows, 2, columns], of each from one
+    column to another."""
+    partial = parts[0][0]
+    columns = partial.shape[2]
+    total = torch.empty((1, 2, columns), dtype=torch.float32, device=partial.device)
+    sums = [
+        (total[0, which, first:last], of.flatten(1), which * columns + first)
+        for of, first, last in parts
+        for which in (0, 1)
+    ]
+    launch_row_sums(sums, config)
+    return total
+
+
 def launch_norm_grad(
     widths: tuple[int, ...],
     dy: torch.Tensor,
@@ -317,8 +340,9 @@ def launch_norm_grad(
     dgammas: list[torch.Tensor | None],
     dbetas: list[torch.Tensor | None],
     config: NormConfig,
+    finish: FinishConfig,
 ) -> torch.Tensor:
-    """dz, like `z`, of up to four branches side by side; two launches.
+    """dz, like `z`, of up to four branches side by side; two launches, three where tiles are many.
 
     dy: [N, sum of widths, H, W] of any strides; z, norm, gap: as `batch_norm.launch_normalise` has
     them. Fills dgammas and dbetas, one a branch, where they are not None.
@@ -326,11 +350,12 @@ def launch_norm_grad(
     n, c_out, height, width = dy.shape
     n_pixels = n * height * width
     slots = z.shape[1]
-    chunks = cdiv(n_pixels, config.pixels)
+    chunk = even_share(n_pixels, config.pixels, config.block_p)
+    chunks = cdiv(n_pixels, chunk)
     grid = (chunks, cdiv(slots, config.block_c))
     partial = torch.empty((chunks, 2, slots), dtype=torch.float32, device=dy.device)
     dz = torch.empty_like(z)
-    sizes = (n_pixels, height, width, config.pixels)
+    sizes = (n_pixels, height, width, chunk)
     absent = [None] * (4 - len(widths))
     constants = dict(
         **branch_constants(widths),
@@ -347,13 +372,15 @@ def launch_norm_grad(
         constants,
         num_warps=config.num_warps,
     )
+    if sums_in_stages(n_pixels):
+        partial = _summed([(partial, 0, slots)], finish)
     run(
         _norm_grad_kernel,
         grid,
         (
             *(dy, z, norm, partial, dz),
             *(*dgammas, *absent, *dbetas, *absent),
-            *(*sizes, chunks, *dy.stride()),
+            *(*sizes, partial.shape[0], *dy.stride()),
         ),
         constants,
         num_warps=config.num_warps,
@@ -371,6 +398,7 @@ def launch_reduce_norm_grad(
     dgammas: list[torch.Tensor | None],
     dbetas: list[torch.Tensor | None],
     config: NormConfig,
+    finish: FinishConfig,
 ) -> torch.Tensor:
     """Turn `dr` as launch L1 left it into the gradient of the raw reduced maps `r`, in place.
 
@@ -381,17 +409,21 @@ def launch_reduce_norm_grad(
     n_pixels = n * height * width
     activated = torch.empty_like(r)
     r3, r5 = widths
+    slots3 = align_up(r3)
+    chunk = even_share(n_pixels, config.pixels, config.block_p)
+    if sums_in_stages(n_pixels):
+        partial3 = partial5 = _summed([(partial3, 0, slots3), (partial5, slots3, slots)], finish)
     run(
         _reduce_norm_grad_kernel,
-        (cdiv(n_pixels, config.pixels), cdiv(slots, config.block_c)),
+        (cdiv(n_pixels, chunk), cdiv(slots, config.block_c)),
         (
             *(dr, r, norm, partial3, partial5, activated, *dgammas, *dbetas),
-            *(n_pixels, config.pixels, partial3.shape[0], partial5.shape[0]),
+            *(n_pixels, chunk, partial3.shape[0], partial5.shape[0]),
         ),
         dict(
             R3=r3,
             R5=r5,
-            S3R=(r3 + 7) // 8 * 8,
+            S3R=slots3,
             SR=slots,
             NORM_STRIDE=norm.stride(0),
             BLOCK_P=config.block_p,

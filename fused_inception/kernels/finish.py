@@ -187,6 +187,30 @@ def launch_finish(parts: Sequence[Unfinished], config: FinishConfig) -> None:
     run(_finish_kernel, (programs,), arguments, constants, num_warps=config.num_warps)
 
 
+def launch_row_sums(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, int]], config: FinishConfig
+) -> None:
+    """Fill vectors with the sums over the rows of fp32 matrices, from one of their columns on:
+    (vector, matrix, column) each."""
+    totals, matrices, columns = zip(*parts, strict=True)
+    rows = [matrix.shape[1] for matrix in matrices]
+    sums = _row_sums(tuple(zip(map(len, totals), rows, columns, strict=True)))
+    launch_finish([Unfinished(sums, (), (), (), (), totals, matrices)], config)
+
+
+def launch_sum(partial: torch.Tensor, config: FinishConfig) -> torch.Tensor:
+    """[1, ...] fp32: the sum over the first dimension, by programs for 32 of the others' elements:
+    those that finish a small filter are few."""
+    total = torch.empty_like(partial[:1])
+    launch_row_sums([(total.view(-1), partial.flatten(1), 0)], config)
+    return total
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_sums(sizes: tuple[tuple[int, int, int], ...]) -> Sums:
+    return Sums((), tuple(BiasSum(*of) for of in sizes))
+
+
 def finish_arguments(
     parts: Sequence[Unfinished], config: FinishConfig
 ) -> tuple[int, dict[str, Any], tuple[Any, ...]]:

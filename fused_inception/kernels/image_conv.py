@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_inception.geometry import sums_in_stages
+from fused_inception.kernels.finish import launch_sum
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.tiles import finish_tile
-from fused_inception.tuning.configs import ImageConvConfig
+from fused_inception.tuning.configs import FinishConfig, ImageConvConfig
 
 # elements from the first of an image to its last: offsets inside an image have 32 bits
 REACH = 2**31
@@ -42,6 +44,11 @@ class ImageConv:
     def positions(self) -> int:
         """Filter positions: input channels times taps."""
         return self.c_in * self.kernel**2
+
+    @property
+    def packs(self) -> bool:
+        """Whether it is conv1 of the network, which can read its image packed (`stem_conv`)."""
+        return self.c_in <= 3 and (self.kernel, self.stride, self.padding) == (7, 2, 3)
 
 
 @triton.jit
@@ -379,11 +386,12 @@ def launch_image_conv_wgrad(
     x: torch.Tensor,
     dz: torch.Tensor,
     config: ImageConvConfig,
+    finish: FinishConfig,
     *,
     precision: str,
 ) -> torch.Tensor:
     """Partial gradients [splits, positions + 1, C_OUT] in fp32, the bias behind the last
-    position."""
+    position; where tiles are many their sum, by one more launch."""
     job, x = config.wgrad, within_reach(x)
     sizes = _sizes(shape, x, dz.shape)
     chunk, splits = job.chunks(sizes[0])
@@ -403,7 +411,7 @@ def launch_image_conv_wgrad(
         ),
         num_warps=config.num_warps,
     )
-    return out
+    return launch_sum(out, finish) if sums_in_stages(sizes[0]) else out
 
 
 def launch_image_conv_dgrad(

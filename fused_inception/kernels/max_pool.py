@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import ALIGN, Window
+from fused_inception.geometry import ALIGN, Window, even_share
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.vectors import (
     has_group,
@@ -397,7 +397,8 @@ def launch_masked_max_pool_bwd(
     _, _, out_height, out_width = dy.shape
     lanes = lanes_of(dy.dtype)
     cells = n * window.cells(height) * window.cells(width)
-    chunks = cdiv(cells, config.pixels)
+    chunk = even_share(cells, config.pixels, config.block_p)
+    chunks = cdiv(cells, chunk)
     partial = torch.empty((chunks, c), dtype=torch.float32, device=dx.device)
     clear_gaps(dx, window)
     run(
@@ -410,7 +411,7 @@ def launch_masked_max_pool_bwd(
             dx,
             partial,
             cells,
-            config.pixels,
+            chunk,
             height,
             width,
             out_height,

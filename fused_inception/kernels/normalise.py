@@ -7,16 +7,16 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_inception.geometry import even_share
 from fused_inception.kernels.batch_norm import (
-    Moments,
     NormParameters,
     coefficients,
-    merge_moments,
     store_norm,
     update_running,
 )
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import branch_constants
+from fused_inception.kernels.moments import Moments, merge_moments
 from fused_inception.kernels.tiles import batch_norm, channel_of, load_norms, relu
 from fused_inception.tuning.configs import NormConfig
 
@@ -168,10 +168,11 @@ def launch_normalise(
             *(layer.batches for layer in layers),
         ]
         sizes = (*(m.partial.shape[0] for m in moments), finish.momentum, finish.eps)
+    chunk = even_share(n_pixels, config.pixels, config.block_p)
     run(
         _normalise_kernel,
-        (cdiv(n_pixels, config.pixels), cdiv(z.shape[1], config.block_c)),
-        (z, norm, y, *vectors, n_pixels, config.pixels, *sizes),
+        (cdiv(n_pixels, chunk), cdiv(z.shape[1], config.block_c)),
+        (z, norm, y, *vectors, n_pixels, chunk, *sizes),
         dict(
             **branch_constants(widths),
             GAP=gap,

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_inception.geometry import even_share
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.layout import branch_constants
 from fused_inception.kernels.tiles import channel_of
@@ -106,7 +107,8 @@ def launch_relu_mask(
     slots = branches["SLOTS"]
     n, c_dy, height, width = dy.shape
     n_pixels = n * height * width
-    chunks = cdiv(n_pixels, config.pixels)
+    chunk = even_share(n_pixels, config.pixels, config.block_p)
+    chunks = cdiv(n_pixels, chunk)
     dz = torch.empty_strided(
         (n, slots, height, width),
         (height * width * slots, 1, width * slots, slots),
@@ -118,7 +120,7 @@ def launch_relu_mask(
     run(
         _relu_mask_kernel,
         (chunks, cdiv(slots, config.block_c)),
-        (dy, mask, dz, partial, n_pixels, height, width, config.pixels, *dy.stride()),
+        (dy, mask, dz, partial, n_pixels, height, width, chunk, *dy.stride()),
         dict(
             **branches,
             C_DY=c_dy,

@@ -1,5 +1,6 @@
-"""conv1 of the stem in training: 7x7, stride 2, padding 3, of images of at most 3 channels, packed
-so that all loads are of 16 bytes.
+"""conv1 of the network: 7x7, stride 2, padding 3, of images of at most 3 channels, packed so that
+all loads are of 16 bytes. What is launched here is the forward; `stem` packs and `stem_wgrad` takes
+the gradients beside those of the stem's other convolutions, `packed_conv` those of conv1 alone.
 
 The packed image [N, H_out + 3, W_out + 3, 16] has a pixel for 2 x 2 of the image's: element dx * 8
 + dy * 3 + c of pixel (u, v) is channel c at row 2u + dy - 4, column 2v + dx - 4, and 0 outside the
@@ -105,14 +106,19 @@ def _stem_conv_fwd_kernel(
     # tensors
     x_ptr,  # [N, H + 3, W + 3, 16] packed image
     w_ptr,  # [C_OUT, 256] packed filters
-    b_ptr,  # [C_OUT] fp32
-    y_ptr,  # [P, C_OUT]
+    b_ptr,  # [C_OUT]
+    y_ptr,  # [P, Y_STRIDE]
+    mask_ptr,  # [P, MASK_STRIDE]
+    moments_ptr,  # [tiles of pixels, 3, Y_STRIDE] fp32 ahead of a BatchNorm, else None
     # sizes
     n_pixels,
     height,  # of the output
     width,
     # problem
     C_OUT: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    MASK_STRIDE: tl.constexpr,
+    SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
     # tile
     BLOCK_P: tl.constexpr,
@@ -120,7 +126,8 @@ def _stem_conv_fwd_kernel(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """y[p, o] = relu(sum over k of window(p)[k] * w[o, k] + b[o]); one program per tile of y."""
+    """y[p, o] = relu(sum over k of window(p)[k] * w[o, k] + b[o]); with moments the sum alone, and
+    its moments. One program per tile of y."""
     TILES_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
     STEPS: tl.constexpr = 64 // BLOCK_K  # of one row of a window
     pid_p = tl.program_id(0) // TILES_CO
@@ -157,32 +164,38 @@ def _stem_conv_fwd_kernel(
         first_tile = tl.where(second, first_tile, 0.0)
         acc = tl.dot(first_tile, w_tile, acc, input_precision=PRECISION)
     finish_tile(
-        acc, b_ptr, y_ptr, y_ptr, None, pid_p, co0, n_pixels,
-        C_OUT, C_OUT, C_OUT, False, BLOCK_P, BLOCK_CO,
+        acc, b_ptr, y_ptr, mask_ptr, moments_ptr, pid_p, co0, n_pixels,
+        Y_STRIDE, Y_STRIDE, MASK_STRIDE, SAVE, BLOCK_P, BLOCK_CO,
     )  # fmt: skip
 
 
 def launch_stem_conv_fwd(
     packed: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     y: torch.Tensor,
+    mask: torch.Tensor | None,
     config: StemConvConfig,
     *,
     precision: str,
+    save: bool = False,
+    moments: torch.Tensor | None = None,
 ) -> None:
-    """Fill `y`, [N, C_OUT, H_out, W_out] exactly channels last.
+    """Fill `y`, mask and moments as `image_conv.launch_image_conv_fwd` does.
 
-    packed, weight, bias: image, filter and bias as `launch_stem_pack` packs them.
+    packed, weight: image and filter, packed.
     """
-    n, c_out, height, width = y.shape
-    n_pixels, tile = n * height * width, config.forward
+    n, slots, height, width = y.shape
+    c_out, n_pixels, tile = weight.shape[0], n * height * width, config.forward
     run(
         _stem_conv_fwd_kernel,
         (cdiv(n_pixels, tile.block_m) * cdiv(c_out, tile.block_n),),
-        (packed, weight, bias, y, n_pixels, height, width),
+        (packed, weight, bias, y, mask, moments, n_pixels, height, width),
         dict(
             C_OUT=c_out,
+            Y_STRIDE=slots,
+            MASK_STRIDE=cdiv(c_out, 8),
+            SAVE=save,
             PRECISION=precision,
             BLOCK_P=tile.block_m,
             BLOCK_CO=tile.block_n,
@@ -283,11 +296,12 @@ def packed_wgrad_tile(
 
 @triton.jit
 def finish_image_filter(
-    partial_ptr,  # [splits, 256, C_OUT] fp32
+    partial_ptr,  # [splits, 256, SLOTS] fp32
     dw_ptr,  # [C_OUT, C_IN, 7, 7]
     pid,
     splits,
     C_OUT: tl.constexpr,
+    SLOTS: tl.constexpr,
     C_IN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -301,10 +315,10 @@ def finish_image_filter(
     column = position % 7 + 1
     k = row // 2 * 64 + column * 8 + row % 2 * 3 + position // 49
     mask = (position < C_IN * 49)[:, None] & (offs_co < C_OUT)[None, :]
-    source = (k * C_OUT)[:, None] + offs_co[None, :]
+    source = (k * SLOTS)[:, None] + offs_co[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in tl.range(0, splits, num_stages=1):
-        start = tl.cast(split, tl.int64) * (256 * C_OUT)
+        start = tl.cast(split, tl.int64) * (256 * SLOTS)
         total += tl.load(partial_ptr + start + source, mask=mask, other=0.0)
     target = offs_co[None, :] * (C_IN * 49) + position[:, None]
     tl.store(dw_ptr + target, total.to(dw_ptr.dtype.element_ty), mask=mask)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_inception.geometry import even_share, sums_in_stages
 from fused_inception.kernels.finish import (
     BiasSum,
     FilterSum,
@@ -15,6 +16,7 @@ from fused_inception.kernels.finish import (
     finish_all,
     finish_arguments,
     launch_finish,
+    launch_sum,
 )
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.stem import StemShape
@@ -162,13 +164,15 @@ def launch_stem_wgrad(
     shape: StemShape,
     maps: StemMaps,
     config: StemWgradConfig,
+    finish: FinishConfig,
     *,
     filters: tuple[bool, bool, bool],
     bias3: bool,
     precision: str,
 ) -> StemPartials:
     """Partial gradients of the filters asked for (with conv1's comes that of its bias), and with
-    `bias3` column sums of `dz3`."""
+    `bias3` column sums of `dz3`. Where tiles are many those of conv1 are added up by one more
+    launch."""
     conv1, (n, c3, height, width) = shape.conv1, maps.dz3.shape
     # what is not there is not read either
     dz1, dz2 = (maps.dz3 if dz is None else dz for dz in (maps.dz1, maps.dz2))
@@ -188,7 +192,8 @@ def launch_stem_wgrad(
         programs.append(splits * cdiv(rows, high) * cdiv(columns, wide))
         partial.append(torch.empty((splits, rows, columns), dtype=torch.float32, device=dz1.device))
     sums = config.sums
-    parts = cdiv(n_pixels, sums.pixels) if bias3 else 0
+    chunk_sums = even_share(n_pixels, sums.pixels, sums.block_p)
+    parts = cdiv(n_pixels, chunk_sums) if bias3 else 0
     sums3 = torch.empty((parts, c3), dtype=torch.float32, device=dz1.device)
     end1 = programs[0]
     end3 = end1 + programs[2]
@@ -198,7 +203,7 @@ def launch_stem_wgrad(
         (end2 + parts * cdiv(c3, sums.block_c),),
         (
             *(maps.x, dz1, maps.z, dz2, maps.r, maps.dz3, *partial, sums3),
-            *(end1, end3, end2, chunks[0], chunks[2], chunks[1], sums.pixels),
+            *(end1, end3, end2, chunks[0], chunks[2], chunks[1], chunk_sums),
             *(n_pixels, height, width),
             *(n_windows1, *dz1.shape[2:]),
         ),
@@ -212,6 +217,8 @@ def launch_stem_wgrad(
         ),
         num_warps=config.num_warps,
     )
+    if filters[0] and sums_in_stages(n_pixels1):
+        partial[0] = launch_sum(partial[0], finish)
     return StemPartials((partial[0], partial[1], partial[2]), sums3)
 
 
@@ -240,7 +247,7 @@ def _stem_finish_kernel(
     """Program ranges: conv1's filter; all other gradients."""
     pid = tl.program_id(0)
     if pid < image_end:
-        finish_image_filter(partial1_ptr, dw1_ptr, pid, splits1, C1, C_IN, BLOCK_M, BLOCK_N)
+        finish_image_filter(partial1_ptr, dw1_ptr, pid, splits1, C1, C1, C_IN, BLOCK_M, BLOCK_N)
     else:
         finish_all(filters, biases, sizes, rows, pid - image_end, FILTERS, BIASES, BLOCK_M, BLOCK_N)
 

@@ -228,7 +228,7 @@ _FAMILIES = {
     family.name: family
     for family in (
         _Family("inception_bn", geometry=0, saved=4),
-        _Family("conv2d_bn_relu", geometry=2, saved=2),
+        _Family("conv2d_bn_relu", geometry=2, saved=3),
     )
 }
 _OPERATORS = {name: _define(family) for name, family in _FAMILIES.items()}

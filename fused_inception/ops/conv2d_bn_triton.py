@@ -1,12 +1,13 @@
 """The script of one convolution with BatchNorm in training, on the Triton path."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import align_up
-from fused_inception.kernels.batch_norm import Moments, launch_batch_statistics
+from fused_inception.geometry import align_up, sums_in_stages
+from fused_inception.kernels.batch_norm import launch_batch_statistics
 from fused_inception.kernels.batch_norm_grad import launch_norm_grad
 from fused_inception.kernels.conv2d import (
     conv2d_unfinished,
@@ -23,7 +24,10 @@ from fused_inception.kernels.image_conv import (
     launch_image_conv_wgrad,
 )
 from fused_inception.kernels.launch import cdiv
+from fused_inception.kernels.moments import Moments, merged_moments
 from fused_inception.kernels.normalise import launch_normalise
+from fused_inception.kernels.packed_conv import launch_image_pack, launch_packed_wgrad
+from fused_inception.kernels.stem_conv import launch_stem_conv_fwd, packed_image_shape
 from fused_inception.ops import library_triton
 from fused_inception.ops.conv2d_triton import image_of, map_shape
 from fused_inception.ops.inception_bn_triton import norm_parameters
@@ -31,10 +35,15 @@ from fused_inception.ops.layout import empty_channels_last, empty_filter_grad, f
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
 from fused_inception.tuning import dispatch
-from fused_inception.tuning.chosen import conv_config, image_conv_config, norm_config
-from fused_inception.tuning.conv_heuristic import epilogue_config
+from fused_inception.tuning.chosen import (
+    conv_config,
+    image_conv_config,
+    norm_config,
+    stem_conv_config,
+)
+from fused_inception.tuning.conv_heuristic import epilogue_config, packed_wgrad_config
 from fused_inception.tuning.heuristic import finish_config
-from fused_inception.tuning.norm_heuristic import statistics_config
+from fused_inception.tuning.norm_heuristic import merge_config, statistics_config
 
 
 def forward(
@@ -49,12 +58,13 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """y [N, C_OUT, H_out, W_out] exactly channels last, and what `saved_like` describes.
 
-    Three launches beside the packing: convolution, statistics, normalisation.
+    Three launches beside the packing, of an image too: convolution, statistics, normalisation;
+    where tiles are many one more, which merges them in groups.
     """
     (weight,) = filters
     c_out, c_in, k, _ = weight.shape
     shape = map_shape(x, weight, stride, padding)
-    z, norm = saved_like(x, filters, stride, padding)
+    z, norm, packed = saved_like(x, filters, stride, padding)
     ops, target, pixels = problem_of(z)
     n_pixels = shape[0] * shape[2] * shape[3]
     image = image_of(weight, stride, padding)
@@ -66,7 +76,12 @@ def forward(
         return Moments(partial, tile)
 
     plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target, norm=True)
-    if plan.library("conv.forward"):
+    theirs = plan.library("conv.forward")
+    packed_w = None
+    if packed.numel() and not (theirs and plan.library("conv.wgrad")):
+        to_fill = packed.view(packed_image_shape(shape[0], *shape[2:]))
+        packed_w = launch_image_pack(x, weight, to_fill)
+    if theirs:
         raw = library_triton.convolve(x, weight.to(x.dtype), stride, padding)
         config = epilogue_config(z.shape[1])
         found = moments(config.block_p)
@@ -74,6 +89,13 @@ def forward(
         dense = raw.shape == z.shape
         z = raw if dense else z
         launch_epilogue(raw, None, None if dense else z, None, config, moments=found.partial)
+    elif packed_w is not None:
+        stem_config = stem_conv_config(c_out, pixels, ops, target)
+        found = moments(stem_config.forward.block_m)
+        launch_stem_conv_fwd(
+            packed, packed_w, None, z, None, stem_config,
+            precision=ops.precision, moments=found.partial,
+        )  # fmt: skip
     elif image is not None:
         image_config = image_conv_config(image.positions, c_out, pixels, ops, target)
         found = moments(image_config.forward.block_m)
@@ -89,6 +111,8 @@ def forward(
             for_kernels(x), w, b, z, None, conv,
             kernel=k, save=False, precision=ops.precision, moments=found.partial,
         )  # fmt: skip
+    if sums_in_stages(n_pixels):
+        found, _ = merged_moments(found, None, n_pixels, merge_config())
     layers = norm_parameters(filters, gammas, betas, running)
     launch_batch_statistics(
         norm, (found, layers), None, n_pixels, statistics_config(),
@@ -96,19 +120,23 @@ def forward(
     )  # fmt: skip
     y = empty_channels_last(*shape, dtype=x.dtype, device=x.device)
     launch_normalise((c_out,), z, norm, 0, y, norm_config(z.shape[1], pixels, target))
-    return y, [z, norm]
+    return y, [z, norm, packed]
 
 
 def saved_like(x: Tensor, filters: list[Tensor], stride: int, padding: int) -> list[Tensor]:
     """Empty tensors of the shapes and strides that `forward` saves beside x and the filter.
 
-    The raw result, channels padded to slots; mean, inverse deviation, scale and beta, fp32.
+    The raw result, channels padded to slots; mean, inverse deviation, scale and beta, fp32; the
+    elements of conv1's packed image, of other convolutions none.
     """
     n, c_out, height, width = map_shape(x, filters[0], stride, padding)
     slots = align_up(c_out)
+    image = image_of(filters[0], stride, padding)
+    packs = image is not None and image.packs
     return [
         empty_channels_last(n, slots, height, width, dtype=x.dtype, device=x.device),
         x.new_empty((4, slots), dtype=torch.float32),
+        x.new_empty(math.prod(packed_image_shape(n, height, width)) if packs else 0),
     ]
 
 
@@ -125,14 +153,15 @@ def backward(
     """Gradients of x, filter, gamma and beta; 0 elements where `needs` says no."""
     need_x, need_w, need_gamma, need_beta = needs
     (weight,) = filters
-    z, norm = saved
+    z, norm, packed = saved
     c_out, c_in, k, _ = weight.shape
     ops, target, pixels = problem_of(dy)
     like = gammas[0] if gammas else norm[0, :c_out]
     dgamma, dbeta = (torch.empty_like(like) if need else None for need in (need_gamma, need_beta))
     dz = launch_norm_grad(
-        (c_out,), dy, z, norm, 0, [dgamma], [dbeta], norm_config(z.shape[1], pixels, target)
-    )
+        (c_out,), dy, z, norm, 0, [dgamma], [dbeta],
+        norm_config(z.shape[1], pixels, target), finish_config(),
+    )  # fmt: skip
     plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target, norm=True)
     their_dx, their_dw = library_triton.gradients(
         dz, x, weight, stride, padding,
@@ -154,10 +183,18 @@ def backward(
         if need_x:
             w, _ = pack_filter(weight, None, dz.dtype)
             launch_conv2d_dgrad(dz, w, dx, None, config, kernel=k, precision=ops.precision)
-    if need_w:
+    if need_w and packed.numel():
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        launch_packed_wgrad(
+            packed, dz, dw, packed_wgrad_config(z.shape[1], pixels, ops, target), finish_config(),
+            precision=ops.precision,
+        )  # fmt: skip
+    elif need_w:
         if image is not None:
             dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            partial = launch_image_conv_wgrad(image, x, dz, image_config, precision=ops.precision)
+            partial = launch_image_conv_wgrad(
+                image, x, dz, image_config, finish_config(), precision=ops.precision
+            )
         else:
             dw = empty_filter_grad(weight)
             partial = launch_conv2d_wgrad(

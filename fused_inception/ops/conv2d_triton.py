@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import IMAGE_CHANNELS, align_up, conv_out
+from fused_inception.geometry import IMAGE_CHANNELS, align_up, conv_out, sums_in_stages
 from fused_inception.kernels.conv2d import (
     conv2d_unfinished,
     launch_conv2d_dgrad,
@@ -19,12 +19,19 @@ from fused_inception.kernels.image_conv import (
     launch_image_conv_fwd,
     launch_image_conv_wgrad,
 )
+from fused_inception.kernels.packed_conv import launch_image_pack
 from fused_inception.kernels.relu_mask import launch_relu_mask
+from fused_inception.kernels.stem_conv import launch_stem_conv_fwd, packed_image_shape
 from fused_inception.ops import filter_cache, library_triton
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.tuning import dispatch
-from fused_inception.tuning.chosen import conv_config, image_conv_config, mask_config
+from fused_inception.tuning.chosen import (
+    conv_config,
+    image_conv_config,
+    mask_config,
+    stem_conv_config,
+)
 from fused_inception.tuning.conv_heuristic import epilogue_config
 from fused_inception.tuning.heuristic import finish_config
 
@@ -34,7 +41,8 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """y [N, C_OUT, H_out, W_out] exactly channels last, and with `save` [its ReLU mask, 1 bit].
 
-    An image is read in its own layout and dtype; any other x as `layout.for_kernels` has it.
+    An image is read in its own layout and dtype, by the network's conv1 packed where pixels are
+    many; any other x as `layout.for_kernels` has it.
     """
     (mask,) = saved_like(x, weight, stride, padding)
     y = empty_channels_last(*map_shape(x, weight, stride, padding), dtype=x.dtype, device=x.device)
@@ -55,6 +63,12 @@ def forward(
         else:
             raw = library_triton.convolve(x, weight.to(x.dtype), stride, padding)
         launch_epilogue(raw, b, y, mask if save else None, epilogue_config(c_out))
+    elif shape is not None and shape.packs and sums_in_stages(y.numel() // c_out):
+        packed, w = packed_image(x, weight, y)
+        launch_stem_conv_fwd(
+            packed, w, b, y, mask, stem_conv_config(c_out, pixels, ops, target),
+            save=save, precision=ops.precision,
+        )  # fmt: skip
     elif shape is not None:
         launch_image_conv_fwd(
             shape, x, weight.contiguous(), b, y, mask,
@@ -67,6 +81,13 @@ def forward(
             kernel=k, save=save, precision=ops.precision,
         )  # fmt: skip
     return y, [mask] if save else []
+
+
+def packed_image(x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the filter as conv1 reads them packed, ahead of `y`."""
+    n, _, height, width = y.shape
+    packed = torch.empty(packed_image_shape(n, height, width), dtype=y.dtype, device=y.device)
+    return packed, launch_image_pack(x, weight, packed)
 
 
 def saved_like(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[Tensor]:
@@ -115,7 +136,9 @@ def backward(
                 shape, dz, weight.contiguous(), dx, image, precision=ops.precision
             )
         if need_w:
-            partial = launch_image_conv_wgrad(shape, x, dz, image, precision=ops.precision)
+            partial = launch_image_conv_wgrad(
+                shape, x, dz, image, finish_config(), precision=ops.precision
+            )
             # the last row of each split is the gradient of the bias
             partial_bias = partial[:, -1]
             taps, dw = 1, torch.empty_like(weight, memory_format=torch.contiguous_format)

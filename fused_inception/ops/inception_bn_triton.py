@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import align_up
-from fused_inception.kernels.batch_norm import Moments, NormParameters, launch_batch_statistics
+from fused_inception.geometry import align_up, sums_in_stages
+from fused_inception.kernels.batch_norm import NormParameters, launch_batch_statistics
 from fused_inception.kernels.batch_norm_grad import launch_norm_grad, launch_reduce_norm_grad
 from fused_inception.kernels.finish import launch_finish
 from fused_inception.kernels.launch import cdiv
 from fused_inception.kernels.layout import PackedLayout
+from fused_inception.kernels.moments import Moments, merged_moments
 from fused_inception.kernels.normalise import Finish, launch_normalise
 from fused_inception.kernels.pack import launch_pack, module_packing
 from fused_inception.kernels.pointwise import launch_pointwise
@@ -24,7 +25,7 @@ from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
 from fused_inception.tuning import chosen, dispatch, heuristic
 from fused_inception.tuning.chosen import norm_config
-from fused_inception.tuning.norm_heuristic import statistics_config
+from fused_inception.tuning.norm_heuristic import merge_config, statistics_config
 
 
 def forward(
@@ -39,7 +40,8 @@ def forward(
 
     Five launches beside the packing: the 1x1 convolutions and the pool branch, their statistics, a
     pass that normalises the reduced maps, the 3x3 and 5x5, a pass that takes their statistics and
-    normalises into the concatenation. Running statistics are updated on the way.
+    normalises into the concatenation. Running statistics are updated on the way. Where tiles are
+    many, two more merge them in groups.
     """
     dims = dims_of(filters)
     layout = PackedLayout(dims)
@@ -58,10 +60,13 @@ def forward(
     layers = norm_parameters(filters, gammas, betas, running)
     first = moments(a_config.gemm.block_m, layout.cat_rows)
     pool = moments(a_config.pool.block_m, dims.pool_proj)
+    many = sums_in_stages(n_pixels)
     launch_pointwise(
         dims, for_kernels(x), w, b, z, r, index, z, a_config,
         save=True, precision=ops.precision, moments=(first.partial, pool.partial),
     )  # fmt: skip
+    if many:
+        first, pool = merged_moments(first, pool, n_pixels, merge_config())
     launch_batch_statistics(
         norm, (first, [layers[0], layers[1], layers[3]]), (pool, layers[5], layout.bp),
         n_pixels, statistics_config(), momentum=running.momentum or 0.0, eps=eps, skip=running.skip,
@@ -79,6 +84,8 @@ def forward(
         dims, activated, w, b, z, z, b_config,
         save=False, precision=ops.precision, moments=(three.partial, five.partial),
     )  # fmt: skip
+    if many:
+        three, five = merged_moments(three, five, n_pixels, merge_config())
     y = empty_channels_last(n, dims.out_channels, height, width, dtype=x.dtype, device=x.device)
     launch_normalise(
         dims.branch_widths, z, norm, dims.reduced_channels, y,
@@ -135,7 +142,7 @@ def backward(
     """Gradients of x, six filters, six gammas and six betas; 0 elements where `needs` says no.
 
     dy: [N, C_OUT, H, W] in the dtype of x, any strides. Seven launches beside the packing, six
-    where maps are small.
+    where maps are small, nine where tiles are many.
     """
     dims = dims_of(filters)
     layout = PackedLayout(dims)
@@ -154,7 +161,7 @@ def backward(
     dz = launch_norm_grad(
         dims.branch_widths, dy, z, norm, dims.reduced_channels,
         [dgammas[i] for i in branches], [dbetas[i] for i in branches],
-        norm_config(dims.slot_channels, pixels, target),
+        norm_config(dims.slot_channels, pixels, target), heuristic.finish_config(),
     )  # fmt: skip
     gradient = library_triton.MaskedGradient(
         dispatch.module_plan(dims, pixels, ops, target, norm=True), dims, dz
@@ -174,7 +181,7 @@ def backward(
         activated = launch_reduce_norm_grad(
             dr, r, norm[:, layout.r3 :], partial3, partial5, (dims.ch3x3red, dims.ch5x5red),
             [dgammas[i] for i in reduces], [dbetas[i] for i in reduces],
-            norm_config(dims.reduced_channels, pixels, target),
+            norm_config(dims.reduced_channels, pixels, target), heuristic.finish_config(),
         )  # fmt: skip
     # behind a BatchNorm there is no bias
     none = norm[:0]

@@ -156,7 +156,7 @@ def _convolve_image(
         )
         return y
     launch_stem_conv_fwd(
-        packed, weight, bias, y, stem_conv_config(c_out, pixels, ops, target),
+        packed, weight, bias, y, None, stem_conv_config(c_out, pixels, ops, target),
         precision=ops.precision,
     )  # fmt: skip
     return y
@@ -246,7 +246,7 @@ def _parameter_gradients(
         widths = (shape.conv1.c_out, shape.c2, shape.c3)
         partials = launch_stem_wgrad(
             shape, maps,
-            stem_wgrad_config(widths, pixels1, pixels, ops, target),
+            stem_wgrad_config(widths, pixels1, pixels, ops, target), finish_config(),
             # the gradient of conv1's bias comes with that of its filter
             filters=(need_w[0] or need_b[0], ours[1].numel() > 0, ours[2].numel() > 0),
             bias3=need_b[2], precision=ops.precision,

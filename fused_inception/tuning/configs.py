@@ -205,6 +205,15 @@ class StemConvConfig:
 
 
 @dataclass(frozen=True)
+class PackedWgradConfig:
+    """The filter gradient of that convolution alone."""
+
+    wgrad: WgradJob
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class ConvConfig:
     """One "same" convolution: forward (pixels, output, input channels), its data and its weight
     gradient."""

@@ -11,6 +11,7 @@ from fused_inception.tuning.configs import (
     ConvConfig,
     EpilogueConfig,
     ImageConvConfig,
+    PackedWgradConfig,
     StemConvConfig,
     StemWgradConfig,
     Tile,
@@ -67,7 +68,9 @@ def image_conv_config(
     rows = 128 if n_pixels >= 128 * target.processors else 64
     # 64 positions a tile: the gathered window is read once, dz once per 64 positions
     wgrad = Tile(64, 64, step * 2)
-    splits = max(1, min(4 * target.processors, math.ceil(n_pixels / (8 * wgrad.block_k))))
+    tiles = math.ceil(c_out / 64) * math.ceil((positions + 1) / 64)
+    programs = math.ceil(4 * target.processors / tiles)
+    splits = max(1, min(programs, math.ceil(n_pixels / (8 * wgrad.block_k))))
     return ImageConvConfig(
         forward=Tile(rows, width, step),
         wgrad=WgradJob(wgrad, splits),
@@ -86,6 +89,18 @@ def stem_conv_config(c_out: int, n_pixels: int, ops: Operands, target: Target) -
     """
     tile = conv_tile(n_pixels, c_out, 64, 4, ops, target, max_elements=128 * 64)
     return StemConvConfig(tile, warps([tile]), min(2, stages([tile], ops, target)))
+
+
+@functools.lru_cache(maxsize=4096)
+def packed_wgrad_config(
+    slots: int, n_pixels: int, ops: Operands, target: Target
+) -> PackedWgradConfig:
+    """Its filter gradient alone: two programs a processor, which have all the same to do."""
+    tile = wgrad_job(PACKED_POSITIONS, slots, n_pixels, ops, target, max_elements=128 * 128).tile
+    programs = math.ceil(PACKED_POSITIONS / tile.block_m) * math.ceil(slots / tile.block_n)
+    steps = math.ceil(n_pixels / (8 * tile.block_k))
+    job = WgradJob(tile, max(1, min(2 * target.processors // programs, steps)))
+    return PackedWgradConfig(job, warps([tile]), stages([tile], ops, _half_of(target)))
 
 
 def _half_of(target: Target) -> Target:

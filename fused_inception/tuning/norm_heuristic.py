@@ -13,6 +13,11 @@ def statistics_config() -> StatisticsConfig:
     return StatisticsConfig(64, 32, 8)
 
 
+def merge_config() -> StatisticsConfig:
+    """All that a program merges is in registers at once."""
+    return StatisticsConfig(128, 32, 8)
+
+
 @functools.lru_cache(maxsize=4096)
 def norm_config(slots: int, n_pixels: int, target: Target) -> NormConfig:
     """About four programs a processor, each of 64 channels at the most.

@@ -33,6 +33,7 @@ TURNING = (
     "_conv2d_wgrad_kernel",
     "_naive_wgrad_kernel",
     "_stem_wgrad_kernel",
+    "_packed_wgrad_kernel",
 )
 # kernels that move parameters or partial sums, or single elements of an image
 SCATTERED = (

@@ -25,6 +25,9 @@ from fused_inception.kernels.gradients import (
     unfinished,
 )
 from fused_inception.kernels.layout import PackedLayout
+from fused_inception.kernels.moments import Moments, merged_moments
+from fused_inception.kernels.packed_conv import launch_image_pack, launch_packed_wgrad
+from fused_inception.kernels.stem_conv import launch_stem_conv_fwd, packed_image_shape
 from fused_inception.kernels.wgrad import PartialFilters
 from fused_inception.ops import (
     avg_pool_project_triton,
@@ -41,7 +44,10 @@ from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
 from fused_inception.ops.stem import Stem as StemOptions
 from fused_inception.tuning import dispatch
+from fused_inception.tuning.chosen import stem_conv_config
+from fused_inception.tuning.conv_heuristic import packed_wgrad_config
 from fused_inception.tuning.heuristic import finish_config, input_grad_config
+from fused_inception.tuning.norm_heuristic import merge_config
 from fused_inception.tuning.wgrad_heuristic import wgrad_config
 from tests.compiled.collect import Specialisation, collect
 
@@ -211,6 +217,37 @@ class NormConvolution:
         y, saved = conv2d_bn_triton.forward(x, filters, gammas, betas, running, 1e-3, *window)
         if training:
             conv2d_bn_triton.backward(_like(y), x, saved, filters, gammas, *window, [True] * 4)
+
+
+@dataclass(frozen=True)
+class PackedConvolution:
+    """What conv1 of the network ahead of a BatchNorm launches and no other convolution does."""
+
+    batch: int
+    c_out: int
+    side: int
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """These launches, in training alone."""
+        if not training:
+            return
+        x = torch.empty((self.batch, 3, self.side, self.side), device="meta")
+        weight = torch.empty((self.c_out, 3, 7, 7), device="meta")
+        z, _, packed = conv2d_bn_triton.saved_like(x.to(dtype), [weight], 2, 3)
+        packed = packed.view(packed_image_shape(self.batch, *z.shape[2:]))
+        ops, target, pixels = problem_of(z)
+        config = stem_conv_config(self.c_out, pixels, ops, target)
+        tile, n_pixels = config.forward.block_m, z.numel() // z.shape[1]
+        moments = torch.empty((-(-n_pixels // tile), 3, z.shape[1]), device="meta")
+        launch_stem_conv_fwd(
+            packed, launch_image_pack(x, weight, packed), None, z, None, config,
+            precision=ops.precision, moments=moments,
+        )  # fmt: skip
+        merged_moments(Moments(moments, tile), None, n_pixels, merge_config())
+        launch_packed_wgrad(
+            packed, z, weight, packed_wgrad_config(z.shape[1], pixels, ops, target),
+            finish_config(), precision=ops.precision,
+        )  # fmt: skip
 
 
 def _norm_parameters(
