@@ -76,12 +76,11 @@ def forward(
         return Moments(partial, tile)
 
     plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target, norm=True)
-    theirs = plan.library("conv.forward")
     packed_w = None
-    if packed.numel() and not (theirs and plan.library("conv.wgrad")):
+    if packed.numel():
         to_fill = packed.view(packed_image_shape(shape[0], *shape[2:]))
         packed_w = launch_image_pack(x, weight, to_fill)
-    if theirs:
+    if plan.library("conv.forward"):
         raw = library_triton.convolve(x, weight.to(x.dtype), stride, padding)
         config = epilogue_config(z.shape[1])
         found = moments(config.block_p)

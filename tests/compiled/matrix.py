@@ -77,6 +77,8 @@ LAYERS: dict[str, Callable[[int], Problem]] = {
     "conv1-bn": lambda n: NormConvolution(n, 3, 64, kernel=7, stride=2, side=IMAGE),
     "conv2-bn": lambda n: NormConvolution(n, 64, 64, kernel=1, stride=1, side=SIZES.maxpool1),
     "conv3-bn": lambda n: NormConvolution(n, 64, 192, kernel=3, stride=1, side=SIZES.maxpool1),
+    # conv1 of few pixels, which is not read packed
+    "images": lambda n: Stem(n, 64).convolutions[0],
     "conv1-packed": lambda n: PackedConvolution(n, 64, IMAGE),
     # what stands behind convolutions of the library
     "4c-library": lambda n: Library(_module("4c", n)),
@@ -131,7 +133,7 @@ STEM = ("stem", "conv1", "pool1", "conv2", "conv3", "pool2")
 OTHERS = ("pool3", "pool4", "norm", "aux1", "aux2", "pool5", "stage3", "stage4", "stage5")
 LIBRARY = ("4c-library", "4c-bn-library", "conv1-library", "conv3-bn-library")
 FAMILIES = (
-    *("stem", "conv1", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "aux1"),
+    *("stem", "images", "pool1", "conv3", "pool2", "pool3", "norm", "4c", "naive", "aux1"),
     "conv1-packed",
     *("pool5", "4c-gradients", "4c-bn", "4c-library", "stage5"),
 )
