@@ -408,4 +408,4 @@ def test_launches_of_the_whole_network_are_within_the_plan():
     # two more for each module: the pool branch, L2 and L3 apart; F for nearly every one
     finishes = sum(op.name == "F" and op.layer in GOOGLENET for op in large.ops)
     assert 7 <= finishes <= 9
-    assert large.launches("triton") == 62 + 2 * 9 + finishes - 3
+    assert large.launches("triton") == 62 + 2 * 9 + finishes - 3 + 1  # of conv1's partial sums
