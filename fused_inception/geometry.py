@@ -1,13 +1,17 @@
 """Numbers only: output sizes, paddings, the widths of an Inception module, its slices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 ALIGN = 8  # channels: 16 bytes in 16-bit types, the widest vector load
 # as many input channels at the most are read as an image, one element at a time
 IMAGE_CHANNELS = 4
-MANY_PIXELS = 2**16  # 256 tiles of 256 or 512 of 128; no bucket of batches crosses it
 IMAGE_POSITIONS = 256
+# of partial sums: so many are a small part of a step; so many a GPU's L2 cache holds
+FEW_BYTES, CACHE_BYTES = 16 * 2**20, 48 * 2**20
+# above so many the partial sums of a map's tiles are summed in stages: 256 tiles of 256, 512 of 128
+MANY_PIXELS = 2**16
 # of max pools: kernels unroll its taps, registers and compilers are good for so many
 LARGEST_WINDOW = 3
 # windows of an average pool over one pixel, and channels of a local response norm: kernels unroll
@@ -35,6 +39,22 @@ def even_share(n_pixels: int, planned: int, block: int) -> int:
     power of two above: as many programs as planned, none of them with less to do."""
     programs = -(-power_of_two(n_pixels) // planned)
     return align_up(max(1, -(-n_pixels // programs)), block)
+
+
+def finished_together(sizes: Sequence[int]) -> list[int]:
+    """Behind which modules of a trunk launch F comes, from the bytes of their partial sums in the
+    order of backward: behind as many as are few together, else every second where a cache holds
+    two, else each. Which two does not go by sizes, so that most batches launch the same kernels."""
+    ends, count, waiting = [], 0, 0
+    for i, size in enumerate(sizes):
+        if count and waiting + size > CACHE_BYTES:
+            ends.append(i - 1)
+            count = waiting = 0
+        count, waiting = count + 1, waiting + size
+        if i == len(sizes) - 1 or (waiting > FEW_BYTES and count % 2 == 0):
+            ends.append(i)
+            count = waiting = 0
+    return ends
 
 
 def sums_in_stages(n_pixels: int) -> bool:

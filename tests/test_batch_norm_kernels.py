@@ -48,8 +48,8 @@ IMAGE_STAGES = (
 )
 # conv1 of the network
 PACKED_STAGES = (
-    "_image_pack _stem_conv_fwd _merge_moments _batch_statistics _normalise",
-    "_norm_sums _finish _norm_grad _image_conv_dgrad _packed_wgrad _finish _packed_finish",
+    "_stem_pack _stem_conv_fwd _merge_moments _batch_statistics _normalise",
+    "_norm_sums _finish _norm_grad _image_conv_dgrad _packed_wgrad _finish _stem_finish",
 )
 
 

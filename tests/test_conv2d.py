@@ -90,7 +90,7 @@ def test_conv1_reads_a_packed_image_where_pixels_are_many(
         got = results(functional.conv2d_relu, inputs, dy, 2, 3)
     check(inputs, dy, got, 2, 3)
     kernels = [launch.kernel for launch in launches]
-    assert kernels[:2] == ["_image_pack_kernel", "_stem_conv_fwd_kernel"]
+    assert kernels[:2] == ["_stem_pack_kernel", "_stem_conv_fwd_kernel"]
     assert kernels[-3:] == ["_image_conv_wgrad_kernel", "_finish_kernel", "_finish_kernel"]
     with fi.backend("triton"), torch.no_grad():
         assert torch.equal(functional.conv2d_relu(*inputs, 2, 3), got[0])

@@ -10,7 +10,7 @@ import torch
 import fused_inception as fi
 from fused_inception import cost
 from fused_inception.backend import backend
-from fused_inception.cost.fused import UNFINISHED_BYTES, Fused
+from fused_inception.cost.fused import Fused
 from fused_inception.cost.layers import Conv
 from fused_inception.functional import conv2d_relu, inception
 from fused_inception.geometry import GOOGLENET, InceptionDims
@@ -228,9 +228,9 @@ def predicted(training: bool = True) -> cost.Cost:
     return cost.network("paper", batch=2, image_size=96, training=training)
 
 
-@pytest.mark.parametrize("batch", [2, 32])
+@pytest.mark.parametrize("batch", [2, 128])
 def test_network_launches_what_is_predicted(batch, fused_pass):
-    """With 32 images conv1 has so many pixels that its filter's gradient is summed in stages."""
+    """With 128 images conv1 has so many pixels that its filter's gradient is summed in stages."""
     network, x = fused_pass
     x = x[:1].expand(batch, -1, -1, -1)
     total = cost.network("paper", batch=batch, image_size=96)
@@ -242,8 +242,7 @@ def test_network_launches_what_is_predicted(batch, fused_pass):
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
     backward = kernels(total.part(phase=cost.BACKWARD))
     assert names(launches)[-3:] == backward[-3:]  # of the stem
-    if batch == 2:  # how modules are finished together goes by splits, which are estimated here
-        assert Counter(names(launches)) == Counter(backward)
+    assert Counter(names(launches)) == Counter(backward)
 
 
 def test_network_without_gradients_launches_what_is_predicted(fused_pass):
@@ -267,7 +266,7 @@ def test_inference_at_a_large_batch_launches_what_is_predicted(fused_pass):
         with record_launches() as launches:
             network(x)
     assert names(launches) == kernels(total)
-    assert "_image_pack_kernel" in names(launches)
+    assert "_stem_pack_kernel" in names(launches)
 
 
 def test_network_saves_what_is_predicted(fused_pass):
@@ -395,9 +394,6 @@ def test_launches_of_the_whole_network_are_within_the_plan():
     stem = [training.part(layer=layer) for layer in training.layers[:5]]
     assert sum(part.launches("triton") for part in stem) == 5 + 6
     assert sum(part.launches("packing") for part in stem) == 2
-    from fused_inception.ops import trunk_triton
-
-    assert UNFINISHED_BYTES == trunk_triton.UNFINISHED_BYTES
     small, large = (cost.network("paper", batch=n) for n in (1, 256))
     # of each module A, B, L1, and L2 and L3 as one; a launch F for each of three stages
     modules = 9 * 4 + 3

@@ -3,12 +3,7 @@
 import pytest
 
 from fused_inception import geometry
-from fused_inception.geometry import (
-    GOOGLENET,
-    InceptionDims,
-    googlenet_dims,
-    googlenet_sizes,
-)
+from fused_inception.geometry import GOOGLENET, InceptionDims, googlenet_dims, googlenet_sizes
 from tests.facts import FACTS, MODULES
 
 ODD = InceptionDims(13, 7, 5, 11, 3, 17, 19)
@@ -103,3 +98,21 @@ def test_inputs_of_the_auxiliary_head() -> None:
 @pytest.mark.parametrize(("n", "aligned"), [(0, 0), (1, 8), (8, 8), (9, 16), (208, 208)])
 def test_align_up(n: int, aligned: int) -> None:
     assert geometry.align_up(n) == aligned
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "ends"),
+    [
+        ([], []),
+        ([6, 5], [1]),
+        ([3, 2, 2, 2, 2], [4]),
+        ([10, 9, 11, 8, 10], [1, 3, 4]),
+        ([22, 9, 11, 8, 10], [1, 3, 4]),
+        ([42, 36, 21, 19, 19], [0, 1, 3, 4]),
+        ([60, 1, 1], [0, 2]),
+    ],
+    ids=str,
+)
+def test_modules_are_finished_together(megabytes: list[int], ends: list[int]) -> None:
+    """Few bytes all at once, else two by two, whatever their sizes; alone what no cache holds."""
+    assert geometry.finished_together([n * 2**20 for n in megabytes]) == ends

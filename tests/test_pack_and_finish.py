@@ -7,7 +7,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 import fused_inception as fi
-from fused_inception import functional
+from fused_inception import functional, geometry
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.kernels.finish import (
     BiasSum,
@@ -18,7 +18,6 @@ from fused_inception.kernels.finish import (
     launch_finish,
 )
 from fused_inception.kernels.pack import launch_pack, module_packing, row_packing
-from fused_inception.ops import trunk_triton
 from fused_inception.tuning.configs import FinishConfig
 
 FIRST = InceptionDims(16, 8, 16, 16, 8, 8, 8)
@@ -174,8 +173,8 @@ def test_gradients_of_a_trunk_wait_for_each_other(
     ]
     flat = [t.requires_grad_() for of in leaves for t in of]
     runs = []
-    for limit in (trunk_triton.UNFINISHED_BYTES, 0):
-        monkeypatch.setattr(trunk_triton, "UNFINISHED_BYTES", limit)
+    for limit in (geometry.CACHE_BYTES, 0):
+        monkeypatch.setattr(geometry, "CACHE_BYTES", limit)
         with fi.backend("triton"), fi.record_launches() as launches:
             y, _ = functional.inception_trunk(x, leaves, pools={})
             runs.append(torch.autograd.grad(y.sum(), flat))

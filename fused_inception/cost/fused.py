@@ -7,18 +7,21 @@ Left out of the bytes, being under a hundredth: column partials of bias gradient
 
 from collections.abc import Iterable
 
-from fused_inception.cost.fused_stem import stem
+from fused_inception.cost.fused_stem import packed_image, stem
 from fused_inception.cost.layers import Aux, Conv, Module, Network, Pool
 from fused_inception.cost.module_tensors import COEFFICIENTS, FP32, ModuleTensors
 from fused_inception.cost.ops import Gemm, Tensor, gradient
 from fused_inception.cost.plan import IMAGE, Plan
-from fused_inception.geometry import align_up, power_of_two, sums_in_stages
+from fused_inception.geometry import (
+    align_up,
+    finished_together,
+    power_of_two,
+    sums_in_stages,
+)
 
 # above so many pixels, a power of two, the pool branch is a launch of its own in training, and the
 # gradients of input and filters are two
 APART_PIXELS = 64 * 132
-# partial sums of a trunk's modules wait for each other up to so many bytes
-UNFINISHED_BYTES = 16 * 2**20
 
 
 class Fused(Plan):
@@ -33,6 +36,7 @@ class Fused(Plan):
         self._is_trunk = False
         self._outputs: dict[str, Tensor] = {}  # of the modules of a trunk
         self._unfinished: list[ModuleTensors] = []
+        self._finishes: set[str] = set()  # modules of a trunk behind which launch F comes
 
     def _launch(
         self,
@@ -88,8 +92,9 @@ class Fused(Plan):
             parts.append(ModuleTensors(self, module, x))
             x = self._outputs[module.name] = parts[-1].y
         first, last = stage[0].name, stage[-1].name
+        ends = finished_together([of.partials.bytes for of in reversed(parts)])
+        self._finishes |= {stage[-1 - at].name for at in ends}
         self._pack(first, parts)
-        self.later(lambda: self._finish(first))
         for module, tensors in zip(stage, parts, strict=True):
             self._forward(module, tensors)
         # behind the pool's backward, before that of any module
@@ -148,11 +153,10 @@ class Fused(Plan):
 
     def _finish(self, layer: str) -> None:
         """Launch F, of all modules whose partial sums wait."""
-        if self._unfinished:
-            reads = [of.partials for of in self._unfinished]
-            writes = [gradient(of.filters) for of in self._unfinished]
-            self._launch("F", layer, reads, writes, kernel="_finish_kernel")
-            self._unfinished.clear()
+        reads = [of.partials for of in self._unfinished]
+        writes = [gradient(of.filters) for of in self._unfinished]
+        self._launch("F", layer, reads, writes, kernel="_finish_kernel")
+        self._unfinished.clear()
 
     def _module_backward(self, module: Module, parts: "ModuleTensors") -> None:
         layer = module.name
@@ -164,8 +168,7 @@ class Fused(Plan):
         self._reduction_gradients(module, parts)
         self._input_and_filter_gradients(module, parts)
         self._unfinished.append(parts)
-        waiting = sum(of.partials.bytes for of in self._unfinished)
-        if not self._is_trunk or waiting > UNFINISHED_BYTES:
+        if not self._is_trunk or layer in self._finishes:
             self._finish(layer)
 
     def _reduction_gradients(self, module: Module, parts: "ModuleTensors") -> None:
@@ -288,27 +291,23 @@ class Fused(Plan):
             self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
 
         many = sums_in_stages(self.batch * conv.outputs)
-        # conv1 reads its image packed, 16 elements for 2 x 2 pixels of a border of 3 more
-        packs = image and (normalises or many)
-        side = round(conv.outputs**0.5) + 3
-        packed_image = self.tensor(f"{conv.name} packed image", side * side, 16)
-        if packs:
-            launch("pack", [x, weight], [packed_image, packed], "_image_pack_kernel")
+        reads, kernel = [x, weight] if image else [x, packed], "_image_conv" if image else "_conv2d"
+        keeps_packed = image and normalises  # what conv1 reads
+        if keeps_packed or (image and many):
+            kernel, reads = "_stem_conv", [packed_image(self, conv), packed]
+            launch("pack", [x, weight], reads, "_stem_pack_kernel")
         elif self.training and not image:
             launch("pack", [weight], [packed], "_pack_kernel")
         writes = [raw] if normalises else [y, mask] if self.training else [y]
         forward = self.gemm(conv.outputs, conv.c_out, conv.c_in * taps, conv.kind)
-        kernel = "_stem_conv" if packs else "_image_conv" if image else "_conv2d"
-        read = packed_image if packs else x
-        reads = [read, weight if image and not packs else packed]
         launch("conv", reads, writes, f"{kernel}_fwd_kernel", forward)
         if normalises:
             if many:
                 launch("merge", [moments], [moments], "_merge_moments_kernel")
             launch("statistics", [moments], [moments], "_batch_statistics_kernel")
             launch("normalise", [raw, moments], [y], "_normalise_kernel")
-        kept = [raw, moments, *([packed_image] if image else [])] if conv.norm else [mask]
-        self.save(layer, x, *kept)
+        self.save(layer, x, *([raw, moments] if conv.norm else [mask]))
+        self.save(layer, *(reads[:1] if keeps_packed else []))
 
         def backward() -> None:
             dz = gradient(y)
@@ -325,14 +324,13 @@ class Fused(Plan):
                 launch("data gradient", [dz, packed], [gradient(x)], "_conv2d_dgrad_kernel", data)
             filters = self.filters_gemm(conv.c_in * taps, conv.c_out, conv.outputs)
             partials = Tensor(f"{conv.name} partials", filters.splits * conv.weights * FP32)
-            kernel = "_image_conv" if image else "_conv2d"
-            kernel = "_packed" if image and normalises else kernel
-            read = packed_image if image and normalises else x
-            launch("filter gradient", [read, dz], [partials], f"{kernel}_wgrad_kernel", filters)
+            read, of, finish = x, "_image_conv" if image else "_conv2d", "_finish_kernel"
+            if keeps_packed:
+                read, of, finish = reads[0], "_packed", "_stem_finish_kernel"
+            launch("filter gradient", [read, dz], [partials], f"{of}_wgrad_kernel", filters)
             if image and many:
                 launch("sums of sums", [partials], [gradient(weight)], "_finish_kernel")
-            kernel = "_packed_finish_kernel" if image and normalises else "_finish_kernel"
-            launch("F", [partials], [gradient(weight)], kernel)
+            launch("F", [partials], [gradient(weight)], finish)
 
         self.later(backward)
         return y

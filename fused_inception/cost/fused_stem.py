@@ -7,7 +7,7 @@ from dataclasses import replace
 from fused_inception.cost.layers import Conv, Network, Pool
 from fused_inception.cost.module_tensors import FP32
 from fused_inception.cost.ops import Gemm, Tensor, gradient
-from fused_inception.cost.plan import Plan
+from fused_inception.cost.plan import IMAGE, Plan
 from fused_inception.geometry import align_up, sums_in_stages
 
 # a packed image: elements of a pixel, pixels beyond conv1's output each way, depth of the product
@@ -37,8 +37,7 @@ def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -
             (conv1, PACKED_DEPTH * conv1.c_out), (conv2, conv2.weights), (conv3, conv3.weights)
         )
     ]  # fmt: skip
-    side = math.isqrt(conv1.outputs)
-    image = plan.tensor(f"{x.name} packed", (side + PACKED_BORDER) ** 2, PACKED_CHANNELS)
+    image = packed_image(plan, conv1)
 
     def pack(layer: str, reads: list[Tensor], writes: list[Tensor], kernel: str) -> None:
         launch("pack", layer, reads, writes, kernel=kernel, source="packing")
@@ -96,6 +95,12 @@ def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -
 
     plan.later(backward)
     return y
+
+
+def packed_image(plan: Plan, conv1: Conv) -> Tensor:
+    """What conv1 reads in the place of its image."""
+    side = math.isqrt(conv1.outputs) + PACKED_BORDER
+    return plan.tensor(f"{IMAGE} packed", side**2, PACKED_CHANNELS)
 
 
 def _depth(conv: Conv, conv1: Conv) -> int:

@@ -3,12 +3,13 @@ filters and, where conv1 reads it packed, of the image."""
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import align_up
+from fused_inception.geometry import align_up, conv_out
 from fused_inception.kernels.image_conv import ImageConv, within_reach
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.pack import (
@@ -138,31 +139,53 @@ def launch_stem_pack(
     dtype: torch.dtype,
 ) -> PackedStem:
     """Pack an image, of which `stem_conv` tells, all filters and, in fp32, all biases."""
-    x, w1 = within_reach(image.x), image.weight.contiguous()
-    n, c_in, height, width = x.shape
-    c1 = w1.shape[0]
-    shape = packed_image_shape(n, image.out_height, image.out_width)
-    packing = _packing(c1, w2.shape[0], w3.shape[0], image=True)
+    shape = packed_image_shape(image.x.shape[0], image.out_height, image.out_width)
+    packing = _packing(image.weight.shape[0], w2.shape[0], w3.shape[0], image=True)
     source = w3 if is_channels_last_filter(w3) else w3.contiguous()
     programs, constants = pack_constants(
         (packing,), (False, is_channels_last_filter(source)), True, False, ELEMENTS
     )
-    packed = torch.empty(shape, dtype=dtype, device=x.device)
-    packed_w1 = packed.new_empty((c1, DEPTH))
+    packed = torch.empty(shape, dtype=dtype, device=image.x.device)
     w = packed.new_empty(packing.filter_elements)
-    b = torch.empty(packing.bias_elements, dtype=torch.float32, device=x.device)
+    b = torch.empty(packing.bias_elements, dtype=torch.float32, device=packed.device)
+    others = (w2.contiguous(), source), tuple(bias.contiguous() for bias in (*biases, image.bias))
+    packed_w1 = _launch_pack(image.x, image.weight, packed, (w, b, *others), programs, constants)
+    return PackedStem(packed, packed_w1, w, b)
+
+
+def launch_image_pack(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Fill `packed`, of `stem_conv.packed_image_shape` or flat, with an image of any strides;
+    return conv1's filter packed, [C1, DEPTH], in the same dtype."""
+    sides = (conv_out(side, 7, 2, 3) for side in x.shape[2:])
+    packed = packed.view(packed_image_shape(x.shape[0], *sides))
+    programs, constants = pack_constants((), (), False, False, ELEMENTS)
+    return _launch_pack(x, weight, packed, (packed, packed, (), ()), programs, constants)
+
+
+def _launch_pack(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    packed: torch.Tensor,
+    others: tuple[Any, ...],
+    programs: int,
+    constants: dict[str, Any],
+) -> torch.Tensor:
+    """Fill `packed`, and whatever `others`, `programs` and `constants` are of in `pack_all`; return
+    conv1's filter packed."""
+    x, w1 = within_reach(x), w1.contiguous()
+    (c1, c_in, _, _), (n, rows, columns, _) = w1.shape, packed.shape
+    packed_w1 = packed.new_empty((c1, DEPTH))
     image_end = cdiv(packed.numel(), ELEMENTS)
     filter_end = image_end + cdiv(packed_w1.numel(), ELEMENTS)
     run(
         _stem_pack_kernel,
         (filter_end + programs,),
-        (x, packed, w1, packed_w1, image_end, filter_end, n * shape[1] * shape[2], *shape[1:3],
-         height, width, *x.stride(), w, b, (w2.contiguous(), source),
-         tuple(bias.contiguous() for bias in (*biases, image.bias))),
+        (x, packed, w1, packed_w1, image_end, filter_end, n * rows * columns, rows, columns,
+         *x.shape[2:], *x.stride(), *others),
         dict(C_IN=c_in, C1=c1, **constants),
         num_warps=4,
     )  # fmt: skip
-    return PackedStem(packed, packed_w1, w, b)
+    return packed_w1
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,6 +1,6 @@
 """conv1 of the network: 7x7, stride 2, padding 3, of images of at most 3 channels, packed so that
 all loads are of 16 bytes. What is launched here is the forward; `stem` packs and `stem_wgrad` takes
-the gradients beside those of the stem's other convolutions, `packed_conv` those of conv1 alone.
+the gradients, for the whole stem and for conv1 alone.
 
 The packed image [N, H_out + 3, W_out + 3, 16] has a pixel for 2 x 2 of the image's: element dx * 8
 + dy * 3 + c of pixel (u, v) is channel c at row 2u + dy - 4, column 2v + dx - 4, and 0 outside the

@@ -1,4 +1,5 @@
-"""All filter and bias gradients of the stem: one launch of partial sums, one that finishes them."""
+"""All filter and bias gradients of the stem: one launch of partial sums, one that finishes them;
+and of conv1's filter alone, where it is an operator of its own."""
 
 import functools
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from fused_inception.kernels.stem_conv import (
     windows_until_last,
 )
 from fused_inception.kernels.wgrad import wgrad_tile
-from fused_inception.tuning.configs import FinishConfig, StemWgradConfig
+from fused_inception.tuning.configs import FinishConfig, PackedWgradConfig, StemWgradConfig
 
 
 @triton.jit
@@ -225,7 +226,7 @@ def launch_stem_wgrad(
 @triton.jit(do_not_specialize=["splits1", "image_end"])
 def _stem_finish_kernel(
     # tensors
-    partial1_ptr,  # [splits1, 256, C1] fp32
+    partial1_ptr,  # [splits1, 256, SLOTS1] fp32
     dw1_ptr,  # [C1, C_IN, 7, 7]
     # sizes
     splits1,
@@ -237,6 +238,7 @@ def _stem_finish_kernel(
     rows,
     # problem
     C1: tl.constexpr,
+    SLOTS1: tl.constexpr,
     C_IN: tl.constexpr,
     FILTERS: tl.constexpr,
     BIASES: tl.constexpr,
@@ -247,7 +249,7 @@ def _stem_finish_kernel(
     """Program ranges: conv1's filter; all other gradients."""
     pid = tl.program_id(0)
     if pid < image_end:
-        finish_image_filter(partial1_ptr, dw1_ptr, pid, splits1, C1, C1, C_IN, BLOCK_M, BLOCK_N)
+        finish_image_filter(partial1_ptr, dw1_ptr, pid, splits1, C1, SLOTS1, C_IN, BLOCK_M, BLOCK_N)
     else:
         finish_all(filters, biases, sizes, rows, pid - image_end, FILTERS, BIASES, BLOCK_M, BLOCK_N)
 
@@ -279,14 +281,22 @@ def launch_stem_finish(
     if dw1.numel() == 0:
         launch_finish([part], config)
         return
-    programs, constants, arguments = finish_arguments([part], config)
-    c1, c_in = shape.conv1.c_out, shape.conv1.c_in
-    image_end = cdiv(shape.conv1.positions, config.block_m) * cdiv(c1, config.block_n)
+    _launch_finish(partial1, dw1, [part], config)
+
+
+def _launch_finish(
+    partial1: torch.Tensor, dw1: torch.Tensor, parts: list[Unfinished], config: FinishConfig
+) -> None:
+    """Fill the gradient of conv1's filter, and those of `parts`."""
+    programs, constants, arguments = finish_arguments(parts, config)
+    splits, _, slots = partial1.shape
+    c1, c_in, _, _ = dw1.shape
+    image_end = cdiv(c_in * 49, config.block_m) * cdiv(c1, config.block_n)
     run(
         _stem_finish_kernel,
         (image_end + programs,),
-        (partial1, dw1, partial1.shape[0], image_end, *arguments),
-        dict(C1=c1, C_IN=c_in, **constants),
+        (partial1, dw1, splits, image_end, *arguments),
+        dict(C1=c1, SLOTS1=slots, C_IN=c_in, **constants),
         num_warps=config.num_warps,
     )
 
@@ -306,3 +316,67 @@ def _sums(shape: StemShape) -> Sums:
             BiasSum(c1, DEPTH * c1, ONE * c1),
         ),
     )
+
+
+@triton.jit(do_not_specialize=["chunk", "n_windows", "height", "width"])
+def _packed_wgrad_kernel(
+    # tensors
+    x_ptr,  # [N, H + 3, W + 3, 16] packed image
+    dz_ptr,  # [P, SLOTS]
+    out_ptr,  # [splits, 256, SLOTS] fp32
+    # sizes
+    chunk,
+    n_windows,
+    height,  # of the output
+    width,
+    # problem
+    SLOTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # tile
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Partial gradients; one program per (split, tile)."""
+    packed_wgrad_tile(
+        x_ptr, dz_ptr, out_ptr, tl.program_id(0), chunk, n_windows, height, width,
+        SLOTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_P, NUM_STAGES,
+    )  # fmt: skip
+
+
+def launch_packed_wgrad(
+    packed: torch.Tensor,
+    dz: torch.Tensor,
+    dw: torch.Tensor,
+    config: PackedWgradConfig,
+    finish: FinishConfig,
+    *,
+    precision: str,
+) -> None:
+    """Fill `dw`, [C_OUT, C_IN, 7, 7] contiguous, from `dz`, [N, slots of C_OUT, H, W] dense.
+
+    Two launches; where tiles are many one between them adds up the splits.
+    """
+    n, slots, height, width = dz.shape
+    job, n_pixels = config.wgrad, n * height * width
+    n_windows = windows_until_last(n_pixels, height, width)
+    chunk, splits = job.chunks(n_windows)
+    partial = torch.empty((splits, DEPTH, slots), dtype=torch.float32, device=dz.device)
+    run(
+        _packed_wgrad_kernel,
+        (splits * cdiv(DEPTH, job.tile.block_m) * cdiv(slots, job.tile.block_n),),
+        (packed, dz, partial, chunk, n_windows, height, width),
+        dict(
+            SLOTS=slots,
+            PRECISION=precision,
+            BLOCK_M=job.tile.block_m,
+            BLOCK_N=job.tile.block_n,
+            BLOCK_P=job.tile.block_k,
+            NUM_STAGES=config.num_stages,
+        ),
+        num_warps=config.num_warps,
+    )
+    if sums_in_stages(n_pixels):
+        partial = launch_sum(partial, finish)
+    _launch_finish(partial, dw, [], finish)

@@ -26,8 +26,9 @@ from fused_inception.kernels.image_conv import (
 from fused_inception.kernels.launch import cdiv
 from fused_inception.kernels.moments import Moments, merged_moments
 from fused_inception.kernels.normalise import launch_normalise
-from fused_inception.kernels.packed_conv import launch_image_pack, launch_packed_wgrad
+from fused_inception.kernels.stem import launch_image_pack
 from fused_inception.kernels.stem_conv import launch_stem_conv_fwd, packed_image_shape
+from fused_inception.kernels.stem_wgrad import launch_packed_wgrad
 from fused_inception.ops import library_triton
 from fused_inception.ops.conv2d_triton import image_of, map_shape
 from fused_inception.ops.inception_bn_triton import norm_parameters
@@ -76,10 +77,7 @@ def forward(
         return Moments(partial, tile)
 
     plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target, norm=True)
-    packed_w = None
-    if packed.numel():
-        to_fill = packed.view(packed_image_shape(shape[0], *shape[2:]))
-        packed_w = launch_image_pack(x, weight, to_fill)
+    packed_w = launch_image_pack(x, weight, packed) if packed.numel() else None
     if plan.library("conv.forward"):
         raw = library_triton.convolve(x, weight.to(x.dtype), stride, padding)
         config = epilogue_config(z.shape[1])

@@ -19,8 +19,8 @@ from fused_inception.kernels.image_conv import (
     launch_image_conv_fwd,
     launch_image_conv_wgrad,
 )
-from fused_inception.kernels.packed_conv import launch_image_pack
 from fused_inception.kernels.relu_mask import launch_relu_mask
+from fused_inception.kernels.stem import launch_image_pack
 from fused_inception.kernels.stem_conv import launch_stem_conv_fwd, packed_image_shape
 from fused_inception.ops import filter_cache, library_triton
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad, for_kernels
@@ -64,10 +64,10 @@ def forward(
             raw = library_triton.convolve(x, weight.to(x.dtype), stride, padding)
         launch_epilogue(raw, b, y, mask if save else None, epilogue_config(c_out))
     elif shape is not None and shape.packs and sums_in_stages(y.numel() // c_out):
-        packed, w = packed_image(x, weight, y)
+        packed = y.new_empty(packed_image_shape(y.shape[0], *y.shape[2:]))
         launch_stem_conv_fwd(
-            packed, w, b, y, mask, stem_conv_config(c_out, pixels, ops, target),
-            save=save, precision=ops.precision,
+            packed, launch_image_pack(x, weight, packed), b, y, mask,
+            stem_conv_config(c_out, pixels, ops, target), save=save, precision=ops.precision,
         )  # fmt: skip
     elif shape is not None:
         launch_image_conv_fwd(
@@ -81,13 +81,6 @@ def forward(
             kernel=k, save=save, precision=ops.precision,
         )  # fmt: skip
     return y, [mask] if save else []
-
-
-def packed_image(x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x and the filter as conv1 reads them packed, ahead of `y`."""
-    n, _, height, width = y.shape
-    packed = torch.empty(packed_image_shape(n, height, width), dtype=y.dtype, device=y.device)
-    return packed, launch_image_pack(x, weight, packed)
 
 
 def saved_like(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[Tensor]:

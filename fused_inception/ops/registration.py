@@ -76,10 +76,7 @@ def refuse_tangents(op: torch._ops.OpOverload, arguments: Sequence[Any]) -> None
         return
     for t in (t for argument in arguments for t in _tensors(argument)):
         if forward_ad.unpack_dual(t).tangent is not None:
-            raise RuntimeError(
-                f"forward-mode differentiation is not implemented for {op._name}; unfuse_ the "
-                "model first, or take the functions of fused_inception.reference"
-            )
+            raise _refusal("forward-mode differentiation is", op._name)
 
 
 def refuse_transforms(name: str) -> None:
@@ -89,10 +86,14 @@ def refuse_transforms(name: str) -> None:
         RuntimeError: one of torch.func is being taken.
     """
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"torch.func's gradients are not implemented for {name}; unfuse_ the model first, or "
-            "take the functions of fused_inception.reference"
-        )
+        raise _refusal("torch.func's gradients are", name)
+
+
+def _refusal(what: str, name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} not implemented for {name}; unfuse_ the model first, or take the functions of "
+        "fused_inception.reference"
+    )
 
 
 def _function(

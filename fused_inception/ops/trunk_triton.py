@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fused_inception.geometry import finished_together
 from fused_inception.kernels.finish import Unfinished, launch_finish
 from fused_inception.kernels.gradients import partial_bytes
 from fused_inception.ops import global_pool_triton, inception_triton, pooling_triton
@@ -16,10 +17,6 @@ from fused_inception.ops.trunk import CONVS, Trunk, of_modules
 from fused_inception.tuning import chosen, heuristic
 
 __all__ = ["Memory", "backward", "forward", "saved_like"]
-
-# partial sums of modules are finished together up to so many, about what a GPU's L2 cache holds:
-# where there are more a launch is a small part of a step, and they would stay in memory
-UNFINISHED_BYTES = 16 * 2**20
 
 
 def forward(
@@ -159,8 +156,9 @@ def backward(
     reached = _needs_of_modules(i, count, needs)
     packed = _packed(memory, reached, none.dtype)
     unfinished: list[Unfinished] = []
-    waiting = 0
-    for i, needs_of in reached.items():
+    sizes = [_partial_bytes(memory.modules[i]) for i in reached]
+    ends = finished_together(sizes)
+    for at, (i, needs_of) in enumerate(reached.items()):
         module = memory.modules[i]
         relu = None
         if i > 0 and needs_of[0] and i - 1 not in memory.trunk.pools:
@@ -174,14 +172,12 @@ def backward(
         )  # fmt: skip
         filter_grads[own], bias_grads[own] = found.parameters[:CONVS], found.parameters[CONVS:]
         unfinished += found.unfinished
-        waiting += _partial_bytes(module)
-        if waiting > UNFINISHED_BYTES:
+        if at in ends:
             launch_finish(unfinished, heuristic.finish_config())
-            unfinished, waiting = [], 0
+            unfinished = []
         dx = found.dx
         if i > 0 and needs_of[0]:
             masked = Masked(dx, found.sums) if relu is not None else memory.masked(i - 1, dx)
-    launch_finish(unfinished, heuristic.finish_config())
     return [dx if needs[0] else none, *filter_grads, *bias_grads]
 
 

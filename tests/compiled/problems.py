@@ -26,8 +26,9 @@ from fused_inception.kernels.gradients import (
 )
 from fused_inception.kernels.layout import PackedLayout
 from fused_inception.kernels.moments import Moments, merged_moments
-from fused_inception.kernels.packed_conv import launch_image_pack, launch_packed_wgrad
-from fused_inception.kernels.stem_conv import launch_stem_conv_fwd, packed_image_shape
+from fused_inception.kernels.stem import launch_image_pack
+from fused_inception.kernels.stem_conv import launch_stem_conv_fwd
+from fused_inception.kernels.stem_wgrad import launch_packed_wgrad
 from fused_inception.kernels.wgrad import PartialFilters
 from fused_inception.ops import (
     avg_pool_project_triton,
@@ -234,7 +235,6 @@ class PackedConvolution:
         x = torch.empty((self.batch, 3, self.side, self.side), device="meta")
         weight = torch.empty((self.c_out, 3, 7, 7), device="meta")
         z, _, packed = conv2d_bn_triton.saved_like(x.to(dtype), [weight], 2, 3)
-        packed = packed.view(packed_image_shape(self.batch, *z.shape[2:]))
         ops, target, pixels = problem_of(z)
         config = stem_conv_config(self.c_out, pixels, ops, target)
         tile, n_pixels = config.forward.block_m, z.numel() // z.shape[1]
