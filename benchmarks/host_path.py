@@ -29,11 +29,14 @@ from benchmarks.environment import environment
 from benchmarks.results import write
 from fused_inception import kernels, ops, tuning
 from fused_inception.geometry import GOOGLENET
+from fused_inception.ops import replay
 from fused_inception.tools.options import positive
 
 SIDE = 4  # of the maps: small allocations, which cost what they cost whatever their size
 TARGET = "sm_90"
 CALLS = 8  # of a round
+# one compiles, one finds that filters are kept, one records
+CALLS_UNTIL_REPLAYED = 3
 # innermost last: the time of a part is without the parts inside it
 PARTS = {
     "module": "modules, checks, autograd",
@@ -54,8 +57,9 @@ class Row:
     op: str
     direction: str
     launches: int
-    total_us: float
+    total_us: float  # of scripts that are run
     parts_us: dict[str, float]
+    replayed_us: float  # in all, where they are replayed
 
     @property
     def ours_us(self) -> float:
@@ -234,7 +238,12 @@ def measure(rounds: int, names: list[str] | None = None) -> Iterator[Row]:
                     run(state)
                 launches = len(launched)
                 total = microseconds(prepare, run, rounds)
-                yield Row(name, direction, launches, total, _parts(prepare, run, rounds))
+                parts = _parts(prepare, run, rounds)
+                with mock.patch.object(replay, "DEVICES", frozenset({"cpu"})):
+                    for _ in range(CALLS_UNTIL_REPLAYED):
+                        run(prepare())
+                    replayed = microseconds(prepare, run, rounds)
+                yield Row(name, direction, launches, total, parts, replayed)
 
 
 def _parts(prepare: Callable[[], Any], run: Callable[[Any], Any], rounds: int) -> dict[str, float]:
@@ -253,13 +262,16 @@ def _parts(prepare: Callable[[], Any], run: Callable[[Any], Any], rounds: int) -
 
 
 def table(rows: list[Row]) -> str:
-    """Microseconds of a call; the last column is of a launch."""
+    """Microseconds of a call, the last but one column of a launch; the last column is a call whose
+    script is replayed, all others one whose script is run."""
     head = f"{'operator':<27}{'direction':<10}{'launches':>9}{'total':>8}"
-    lines = [head + "".join(f"{part:>11}" for part in PARTS) + f"{'ours/launch':>13}"]
+    lines = [
+        head + "".join(f"{part:>11}" for part in PARTS) + f"{'ours/launch':>13}{'replayed':>10}"
+    ]
     for row in rows:
         parts = "".join(f"{row.parts_us[part]:>11.1f}" for part in PARTS)
         start = f"{row.op:<27}{row.direction:<10}{row.launches:>9}{row.total_us:>8.0f}"
-        lines.append(f"{start}{parts}{row.ours_us:>13.1f}")
+        lines.append(f"{start}{parts}{row.ours_us:>13.1f}{row.replayed_us:>10.0f}")
     return "\n".join(lines)
 
 

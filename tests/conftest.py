@@ -94,6 +94,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _scripts_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is replayed, as tests change what scripts depend on; those of replays say so."""
+    monkeypatch.setattr("fused_inception.ops.replay.DEVICES", frozenset())
+
+
 @pytest.fixture
 def nan_filled_empty() -> Iterator[None]:
     """`torch.empty` and its kin return NaN (or the largest integer): what stays unwritten shows."""

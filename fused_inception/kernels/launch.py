@@ -2,7 +2,7 @@
 launches."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,7 +17,10 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+# is told what was launched, None where Triton itself has to, over which grid, on what
+Watcher = Callable[[relaunch.Known | None, tuple[int, ...], tuple[Any, ...]], None]
 _only_described = ContextVar("_only_described", default=False)
+_watcher: ContextVar[Watcher | None] = ContextVar("_watcher", default=None)
 
 
 @contextlib.contextmanager
@@ -29,6 +32,21 @@ def only_described() -> Iterator[None]:
         yield
     finally:
         _only_described.reset(token)
+
+
+@contextlib.contextmanager
+def watched(by: Watcher) -> Iterator[None]:
+    """Inside the block, in this thread, `by` is told of each launch behind it."""
+    token = _watcher.set(by)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def is_watched() -> bool:
+    """Whether anybody has to be told of each launch."""
+    return launches.is_recording() or _watcher.get() is not None
 
 
 def run(
@@ -56,8 +74,17 @@ def run(
         if _only_described.get():
             return
         kernel.warmup(*args, grid=grid, **constants, num_warps=num_warps)
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        return
+    if is_current(device):
+        relaunch.launch(kernel, grid, args, constants, num_warps)
+    else:
         with torch.cuda.device(device):
             relaunch.launch(kernel, grid, args, constants, num_warps)
-    else:
-        relaunch.launch(kernel, grid, args, constants, num_warps)
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(relaunch.find(kernel, args, constants, num_warps), grid, args)
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether launches go to `device` as things are."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()

@@ -5,7 +5,7 @@ depends on a key that takes a few microseconds to put together. The key here is 
 Triton's, so a remembered kernel is the one that Triton would have found.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +25,26 @@ DEVICES = frozenset(
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """A compiled kernel and what Triton would launch it with."""
 
     kernel: Any  # alive, so that its id stays its own
-    driver: Any
     run: Callable[..., None]
     function: Any
     metadata: Any
     constants: tuple[Any, ...]  # as the signature has them, behind the run-time arguments
 
+    def launch(self, grid: tuple[int, ...], stream: int, args: Sequence[Any]) -> None:
+        """On the current device. Tensors of `args` may be addresses; tuples stay tuples."""
+        grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
+        # no metadata and no hooks: only hooks read the metadata
+        self.run(
+            grid_x, grid_y, grid_z, stream, self.function, self.metadata, None, None, None,
+            *args, *self.constants,
+        )  # fmt: skip
 
-_known: dict[tuple[Any, ...], _Known] = {}
+
+_known: dict[tuple[Any, ...], Known] = {}
 
 
 def device_of(args: tuple[Any, ...]) -> torch.device:
@@ -58,32 +66,53 @@ def launch(
 ) -> None:
     """`kernel[grid](*args, **constants, num_warps=num_warps)` on the current device, which is that
     of `args`."""
-    try:
-        key = _key(kernel, args, constants, num_warps)
-        known = None if key is None else _known.get(key)
-    except TypeError:  # an argument that has no rule below, a constant without a hash
-        key = known = None
-    if key is None:
-        kernel[grid](*args, **constants, num_warps=num_warps)
-        return
-    active = driver.active
-    if known is not None and known.driver is active:
-        grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
-        stream = active.get_current_stream(device_of(args).index)
-        # no metadata and no hooks: only hooks read the metadata
-        known.run(
-            grid_x, grid_y, grid_z, stream, known.function, known.metadata, None, None, None,
-            *args, *known.constants,
-        )  # fmt: skip
+    key, known = _look_up(kernel, args, constants, num_warps)
+    if known is not None:
+        known.launch(grid, stream_on(device_of(args)), args)
         return
     compiled = kernel[grid](*args, **constants, num_warps=num_warps)
     rest = kernel.arg_names[len(args) :]
     # None: a hook has stopped the compilation; other names: an argument has its default
-    if compiled is not None and constants.keys() == set(rest):
-        _known[key] = _Known(
-            kernel, active, compiled.run, compiled.function, compiled.packed_metadata,
+    if key is not None and compiled is not None and constants.keys() == set(rest):
+        _known[key] = Known(
+            kernel, compiled.run, compiled.function, compiled.packed_metadata,
             tuple(constants[name] for name in rest),
         )  # fmt: skip
+
+
+def find(
+    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], num_warps: int
+) -> Known | None:
+    """What `launch` would launch for such arguments; None where Triton has to see it."""
+    return _look_up(kernel, args, constants, num_warps)[1]
+
+
+def stream_on(device: torch.device) -> int:
+    """The current one."""
+    return driver.active.get_current_stream(device.index)
+
+
+def settings() -> tuple[Any, ...] | None:
+    """All settings of Triton's that a launch depends on; None where something must see launches."""
+    runtime = knobs.runtime
+    if (
+        _has_calls(runtime.launch_enter_hook)
+        or _has_calls(runtime.launch_exit_hook)
+        # Triton 3.6 knows it while it compiles only
+        or runtime.add_stages_inspection_hook is not None
+    ):
+        return None
+    return runtime.debug, knobs.compilation.instrumentation_mode, driver.active
+
+
+def _look_up(
+    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], num_warps: int
+) -> tuple[tuple[Any, ...] | None, Known | None]:
+    try:
+        key = _key(kernel, args, constants, num_warps)
+        return key, None if key is None else _known.get(key)
+    except TypeError:  # an argument that has no rule below, a constant without a hash
+        return None, None
 
 
 def _key(
@@ -104,18 +133,12 @@ def _key(
     # globals are constants of a kernel; Triton looks whether they are still what they were
     if kernel.pre_run_hooks or kernel.used_global_vals:
         return None
-    runtime = knobs.runtime
-    if (
-        _has_calls(runtime.launch_enter_hook)
-        or _has_calls(runtime.launch_exit_hook)
-        # Triton 3.6 knows it while it compiles only
-        or runtime.add_stages_inspection_hook is not None
-    ):
+    in_force = settings()
+    if in_force is None:
         return None
     return (
-        id(kernel), device, num_warps, kernel.debug or runtime.debug,
-        knobs.compilation.instrumentation_mode, tuple(constants), tuple(constants.values()),
-        *_kinds_of(args),
+        id(kernel), device, num_warps, kernel.debug, *in_force,
+        tuple(constants), tuple(constants.values()), *_kinds_of(args),
     )  # fmt: skip
 
 

@@ -14,10 +14,12 @@ from fused_inception.ops.registration import (
     register_autocast,
     register_autograd,
 )
+from fused_inception.ops.replay import replayed
 
 WINDOW = "int kernel, int stride, bool ceil_mode, int grid"
 
 
+@replayed
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -52,6 +54,7 @@ def _forward_fake(
     return y, [pooled] if save else []
 
 
+@replayed
 def _backward(
     dy: Tensor,
     y: Tensor,

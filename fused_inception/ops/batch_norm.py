@@ -31,6 +31,7 @@ from fused_inception.ops.registration import (
     register,
     register_autocast,
 )
+from fused_inception.ops.replay import replayed
 from fused_inception.ops.running import Running
 
 PARAMETERS = "Tensor[] filters, Tensor[] gammas, Tensor[] betas"
@@ -207,7 +208,7 @@ def _define(family: _Family) -> dict[str, torch._ops.OpOverload]:
             f"{family.name}_backward",
             f"(Tensor dy, Tensor x, Tensor[] saved, {PARAMETERS}, {geometry}bool[] needs)"
             " -> Tensor[]",
-            implementation=family.backward,
+            implementation=replayed(family.backward),
             fake=family.backward_fake,
         ),
         "eval": register(

@@ -18,6 +18,7 @@ from fused_inception.ops.registration import (
     register_autocast,
     register_autograd,
 )
+from fused_inception.ops.replay import replayed
 
 
 def why_not(weight: Tensor, stride: int, padding: int) -> str | None:
@@ -26,6 +27,7 @@ def why_not(weight: Tensor, stride: int, padding: int) -> str | None:
     return why_no_conv_kernel(c_in, kernel, stride, padding)
 
 
+@replayed
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -46,6 +48,7 @@ def _forward_fake(
     return y, [x.new_empty((n * height * width, align_up(c_out) // 8), dtype=torch.uint8)]
 
 
+@replayed
 def _backward(
     dy: Tensor,
     x: Tensor,

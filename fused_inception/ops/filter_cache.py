@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fused_inception.ops import replay
 from fused_inception.ops.nested import tensors_in
 
 Packed = tuple[torch.Tensor, torch.Tensor]
@@ -72,6 +73,7 @@ def kept(
         or any(t.is_inference() or type(t) not in _PLAIN for t in tensors)
     ):
         return make()
+    replay.refuse("filters are kept")
     key = (*options, *map(_identity, tensors))
     owner = id(tensors[0]), len(tensors), _stream_of(tensors[0].device)
     with _lock:

@@ -15,8 +15,10 @@ from fused_inception.ops.registration import (
     register_autocast,
     register_autograd,
 )
+from fused_inception.ops.replay import replayed
 
 
+@replayed
 def _forward(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
     from fused_inception.ops import global_pool_triton
 
@@ -28,6 +30,7 @@ def _forward_fake(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
     return empty_channels_last(n, c, 1, 1, dtype=x.dtype, device=x.device)
 
 
+@replayed
 def _backward(dy: Tensor, kept: Tensor | None, scale: float, x_shape: Sequence[int]) -> Tensor:
     from fused_inception.ops import global_pool_triton
 

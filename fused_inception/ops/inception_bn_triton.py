@@ -22,12 +22,14 @@ from fused_inception.ops.inception_triton import (
 )
 from fused_inception.ops.layout import dims_of, empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
+from fused_inception.ops.replay import replayed
 from fused_inception.ops.running import Running
 from fused_inception.tuning import chosen, dispatch, heuristic
 from fused_inception.tuning.chosen import norm_config
 from fused_inception.tuning.norm_heuristic import merge_config, statistics_config
 
 
+@replayed
 def forward(
     x: Tensor,
     filters: list[Tensor],

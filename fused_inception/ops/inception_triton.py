@@ -27,6 +27,7 @@ from fused_inception.ops.layout import (
     for_kernels,
 )
 from fused_inception.ops.problem import dims_of, problem_of
+from fused_inception.ops.replay import replayed
 from fused_inception.tuning import chosen, dispatch, heuristic
 
 Packed = tuple[torch.Tensor, torch.Tensor]
@@ -67,6 +68,7 @@ def forward(
     return forward_of_packed(x, dims, packed, save)
 
 
+@replayed
 def forward_of_packed(
     x: torch.Tensor, dims: InceptionDims, packed: Packed, save: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -19,6 +19,7 @@ from fused_inception.ops.registration import (
     register_autocast,
     register_autograd,
 )
+from fused_inception.ops.replay import replayed
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ def define(form: ModuleForm) -> tuple[torch._ops.OpOverload, torch._ops.OpOverlo
     op = register(
         form.name,
         "(Tensor x, Tensor[] filters, Tensor[] biases, bool save) -> (Tensor, Tensor[])",
-        implementation=form.forward,
+        implementation=replayed(form.forward),
         fake=form.forward_fake,
     )
     backward_op = register(
         f"{form.name}_backward",
         "(Tensor dy, Tensor x, Tensor[] saved, Tensor[] filters, Tensor[] biases, bool[] needs)"
         " -> Tensor[]",
-        implementation=form.backward,
+        implementation=replayed(form.backward),
         fake=form.backward_fake,
     )
 

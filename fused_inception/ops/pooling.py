@@ -22,6 +22,7 @@ from fused_inception.ops.registration import (
     register_autocast,
     register_autograd,
 )
+from fused_inception.ops.replay import replayed
 
 NORM = "int size, float alpha, float beta, float k"
 WINDOW = "int kernel, int stride, int padding, bool ceil_mode"
@@ -98,13 +99,13 @@ def _define(family: _Family) -> tuple[torch._ops.OpOverload, torch._ops.OpOverlo
     op = register(
         family.name,
         f"(Tensor x, {options}, bool save, str impl) -> (Tensor, Tensor[])",
-        implementation=family.forward,
+        implementation=replayed(family.forward),
         fake=family.forward_fake,
     )
     backward_op = register(
         f"{family.name}_backward",
         f"(Tensor dy, Tensor x, Tensor[] saved, SymInt[] x_shape, {options}, str impl) -> Tensor",
-        implementation=family.backward,
+        implementation=replayed(family.backward),
         fake=family.backward_fake,
     )
 

@@ -29,6 +29,7 @@ from fused_inception.ops.registration import (
     register_autocast,
     register_autograd,
 )
+from fused_inception.ops.replay import replayed
 
 NormNumbers = tuple[int, float, float, float]  # size, alpha, beta, k
 
@@ -91,6 +92,7 @@ def why_not(filters: Sequence[Tensor], stem: Stem) -> str | None:
     return why_no_pool_kernel(pool) or why_no_norm_kernel(norm)
 
 
+@replayed
 def _forward(
     x: Tensor,
     filters: list[Tensor],
@@ -131,6 +133,7 @@ def _forward_fake(
     return y, [pooled, index1, z, r, y2, index2, image]
 
 
+@replayed
 def _backward(
     dy: Tensor,
     x: Tensor | None,

@@ -5,6 +5,8 @@ Of its convolutions a plan may give the library the forward of conv1 and all of 
 gradients of conv1 come with that of its bias, and stay ours.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from fused_inception.kernels.stem_wgrad import StemMaps, launch_stem_finish, lau
 from fused_inception.ops import conv2d_triton, filter_cache, library_triton, pooling_triton
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad
 from fused_inception.ops.problem import problem_of
+from fused_inception.ops.replay import replayed
 from fused_inception.ops.stem import Stem
 from fused_inception.tuning import dispatch
 from fused_inception.tuning.chosen import (
@@ -54,27 +57,47 @@ def forward(
     """
     w1, w2, w3 = filters
     shape = _shape(filters, stem)
-    image: list[Tensor] = []
-    if save:
-        out_height, out_width = (stem.sides(side, shape.conv1.kernel)[0] for side in x.shape[2:])
-        to_pack = ImageToPack(x, w1, biases[0], out_height, out_width)
-        packed = launch_stem_pack(to_pack, w2, w3, biases[1:], x.dtype)
-        flat, b, image = packed.w, packed.b, [packed.image]
-        y1 = _convolve_image(to_pack, packed.image, packed.w1, b[shape.c2 + shape.c3 :], stem)
-    else:
-        # of its output only the pooled map is of use
-        y1, _ = conv2d_triton.forward(x, w1, biases[0], stem.stride, stem.padding, False)
+    if not save:
         flat, b = filter_cache.packed(
             [w2, w3], biases[1:], x.dtype,
             lambda: launch_pack([shape.packing], [w2, w3], biases[1:], x.dtype)[0], save=False,
         )  # fmt: skip
-    z, pooled_and_index = pooling_triton.max_pool2d_lrn(y1, *stem.norm1, stem.pool1, save)
-    del y1
+        return _inference(x, w1, biases[0], flat, b, shape, stem), []
+    out_height, out_width = (stem.sides(side, shape.conv1.kernel)[0] for side in x.shape[2:])
+    to_pack = ImageToPack(x, w1, biases[0], out_height, out_width)
+    packed = launch_stem_pack(to_pack, w2, w3, biases[1:], x.dtype)
+    image, b1 = packed.image, packed.b[shape.c2 + shape.c3 :]
+
+    def conv1() -> Tensor:
+        return _convolve_image(to_pack, image, packed.w1, b1, stem)
+
+    y, saved = _layers(conv1, packed.w, packed.b, shape, stem, save)
+    return y, [*saved, image]
+
+
+@replayed
+def _inference(
+    x: Tensor, w1: Tensor, b1: Tensor, flat: Tensor, b: Tensor, shape: StemShape, stem: Stem
+) -> Tensor:
+    """Of packed filters and biases `flat` and `b` of conv2 and conv3."""
+
+    def conv1() -> Tensor:
+        return conv2d_triton.forward(x, w1, b1, stem.stride, stem.padding, False)[0]
+
+    return _layers(conv1, flat, b, shape, stem, False)[0]
+
+
+def _layers(
+    conv1: Callable[[], Tensor], flat: Tensor, b: Tensor, shape: StemShape, stem: Stem, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """`forward` behind the packing, and what it saves but for the image. What conv1 gives is of use
+    to the first pool alone."""
+    z, pooled_and_index = pooling_triton.max_pool2d_lrn(conv1(), *stem.norm1, stem.pool1, save)
     packed2, packed3 = shape.packed(flat, backward=False)
     r = _convolve(z, packed2, b[: shape.c2], kernel=1)
     y2 = _convolve(r, packed3, b[shape.c2 : shape.c2 + shape.c3], kernel=3)
     y, index = pooling_triton.lrn_max_pool2d(y2, *stem.norm2, stem.pool2, save)
-    return y, [*pooled_and_index, z, r, y2, *index, *image] if save else []
+    return y, [*pooled_and_index, z, r, y2, *index]
 
 
 def backward(

@@ -27,6 +27,7 @@ from fused_inception.ops.registration import (
     register_autocast,
     register_autograd,
 )
+from fused_inception.ops.replay import replayed
 
 CONVS = 6  # of a module
 
@@ -89,6 +90,7 @@ def of_modules(flat: Sequence[Any]) -> list[list[Any]]:
     return [list(flat[i : i + CONVS]) for i in range(0, len(flat), CONVS)]
 
 
+@replayed
 def _forward(
     x: Tensor,
     filters: list[Tensor],
@@ -142,6 +144,7 @@ def _forward_fake(
     return like(y.shape[1], 1, 1) if trunk.mean else y, tapped, saved
 
 
+@replayed
 def _backward(
     dy: Tensor | None,
     d_taps: list[Tensor | None],

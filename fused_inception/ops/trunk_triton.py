@@ -6,13 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import finished_together
+from fused_inception.geometry import InceptionDims, finished_together
 from fused_inception.kernels.finish import Unfinished, launch_finish
 from fused_inception.kernels.gradients import partial_bytes
 from fused_inception.ops import global_pool_triton, inception_triton, pooling_triton
 from fused_inception.ops.inception_triton import Masked, ReluBelow, saved_like
 from fused_inception.ops.layout import channels_last
 from fused_inception.ops.problem import dims_of, problem_of
+from fused_inception.ops.replay import replayed
 from fused_inception.ops.trunk import CONVS, Trunk, of_modules
 from fused_inception.tuning import chosen, heuristic
 
@@ -35,15 +36,29 @@ def forward(
     Saved, module by module: what the module keeps, the winning taps of the pool behind it, 1 byte
     each, and the next one's input, unless it is a tapped output.
     """
-    tapped: list[Tensor] = []
-    saved: list[Tensor] = []
     modules = of_modules(filters)
     dims = [*map(dims_of, modules)]
     packed = inception_triton.packed_modules(
         dims, modules, of_modules(biases), x.dtype, save=save_from < len(modules)
     )
+    return _of_packed(x, dims, packed, kept, scale, trunk, save_from)
+
+
+@replayed
+def _of_packed(
+    x: Tensor,
+    dims: list[InceptionDims],
+    packed: list[inception_triton.Packed],
+    kept: Tensor | None,
+    scale: float,
+    trunk: Trunk,
+    save_from: int,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`forward`, with filters and biases of `packed_modules`."""
+    tapped: list[Tensor] = []
+    saved: list[Tensor] = []
     for i, of in enumerate(dims):
-        saves, next_saves = i >= save_from, save_from <= i + 1 < len(modules)
+        saves, next_saves = i >= save_from, save_from <= i + 1 < len(dims)
         x, kept_of_module = inception_triton.forward_of_packed(x, of, packed[i], saves)
         saved += kept_of_module
         if i in trunk.pools:

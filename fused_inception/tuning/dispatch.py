@@ -73,6 +73,11 @@ def recorded() -> Iterator[dict[str, Choice]]:
         _recorded = before
 
 
+def is_usual() -> bool:
+    """Whether tables decide, and nobody listens."""
+    return _forced is None and _recorded is None
+
+
 @contextlib.contextmanager
 def forced(parts: Collection[str]) -> Iterator[None]:
     """Inside the block the library computes `parts`, ours all others, whatever the tables say.

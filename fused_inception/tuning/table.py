@@ -39,6 +39,7 @@ _loaded: dict[str, dict[tuple[str, Key], "Entry"]] = {}
 _warned: set[Path] = set()
 _asked: list[tuple[str, Key]] | None = None
 _cached: list[Any] = []
+_generation = 0
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,10 @@ def is_ratio(value: object) -> bool:
 
 def reject(family: str, key: Key, target: Target, why: str) -> None:
     """Forget an entry that is of no use; the first one of a file is told in a warning."""
+    global _generation
     with _lock:
         entry = _entries(target.name).pop((family, key), None)
+        _generation += 1
     if entry is not None and entry.path is not None:
         which = f"entry {family} {list(key)}: {why}"
         _warn(entry.path, f"{which}; such entries are ignored")
@@ -151,7 +154,14 @@ def trying(family: str, key: Key, target: Target, fields: Mapping[str, Any]) -> 
         put(before)
 
 
+def generation() -> int | None:
+    """Another number whenever a choice may be another; None while somebody listens to `lookup`."""
+    return _generation if _asked is None else None
+
+
 def _forget_choices() -> None:
+    global _generation
+    _generation += 1
     for function in _cached:
         function.cache_clear()
 

@@ -1,0 +1,423 @@
+"""Scripts that are replayed: what they launch, and on which memory, is recorded once.
+
+A script of launches does the same for arguments that are alike: in Python that takes 20 to 50 us a
+launch. The second call with such arguments is recorded, those behind it only allocate and launch.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_inception.ops.problem import allows_tf32
+from fused_inception.tuning import dispatch, table
+
+# calls that are remembered of one script; more are of somebody whose sizes never repeat
+MOST = 256
+_ATEN = torch.ops.aten
+# operator -> whether what it makes is zero
+_FACTORIES = {
+    _ATEN.empty.memory_format: False,
+    _ATEN.empty_strided.default: False,
+    _ATEN.empty_like.default: False,
+    _ATEN.new_empty.default: False,
+    _ATEN.new_empty_strided.default: False,
+    _ATEN.zeros.default: True,
+    _ATEN.zeros_like.default: True,
+    _ATEN.new_zeros.default: True,
+}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_OPTIONS = (bool, int, str)
+_LISTS = (list, tuple, torch.Size)
+_UNKNOWN = object()
+# types of devices
+DEVICES = frozenset({"cuda"})
+
+
+class Address(NamedTuple):
+    """An argument of a launch that is a tensor: some bytes behind the start of a slot."""
+
+    slot: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that a script asks for."""
+
+    slot: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    zero: bool
+
+    def make(self, device: torch.device) -> Tensor:
+        """The memory."""
+        made = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device)
+        return made.zero_() if self.zero else made
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor that a script returns."""
+
+    slot: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int  # in elements
+    whole: bool  # the slot as it is
+
+
+@dataclass
+class Step:
+    """One launch, what is made ahead of it, and what is freed behind it."""
+
+    launch: Callable[[tuple[int, ...], int, Sequence[Any]], None]  # `relaunch.Known.launch`
+    grid: tuple[int, ...]
+    arguments: list[Any]
+    buffers: list[Buffer]
+    ends: list[int]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one call of a script did, for arguments that are like its own."""
+
+    device: torch.device
+    slots: int  # the arguments', then those that it makes
+    steps: list[Step]
+    rest: list[Buffer]  # of which no launch knows
+    outputs: Any
+
+    def replay(self, tensors: Sequence[Tensor]) -> Any:
+        """The same with these tensors."""
+        from fused_inception.kernels import launch, relaunch
+
+        device = self.device
+        if not launch.is_current(device):
+            with torch.cuda.device(device):
+                return self.replay(tensors)
+        stream = relaunch.stream_on(device)
+        memory: list[Any] = [*tensors, *[None] * (self.slots - len(tensors))]
+        for step in self.steps:
+            for buffer in step.buffers:
+                memory[buffer.slot] = buffer.make(device)
+            step.launch(step.grid, stream, addresses(step.arguments, memory))
+            for slot in step.ends:
+                memory[slot] = None
+        for buffer in self.rest:
+            memory[buffer.slot] = buffer.make(device)
+        return _filled(self.outputs, memory)
+
+
+def addresses(arguments: Sequence[Any], memory: Sequence[Any]) -> list[Any]:
+    """Arguments of a launch, with numbers in the place of tensors."""
+    # a loop in one expression: at every launch, over up to 120 tensors
+    return [
+        memory[a[0]].data_ptr() + a[1]
+        if type(a) is Address
+        else tuple(addresses(a, memory))
+        if type(a) is tuple
+        else a
+        for a in arguments
+    ]
+
+
+def _filled(outputs: Any, memory: Sequence[Any]) -> Any:
+    if type(outputs) is View:
+        held = memory[outputs.slot]
+        if outputs.whole:
+            return held
+        return held.as_strided(outputs.size, outputs.stride, outputs.offset)
+    if isinstance(outputs, list | tuple):
+        return type(outputs)(_filled(part, memory) for part in outputs)
+    return outputs
+
+
+class _CannotRecordError(Exception):
+    """Why a call cannot be replayed: it did what is no launch, or read memory of its own."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Watches one call of a script."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.why_not: str | None = None
+        self.never = False
+        self.made: list[tuple[Buffer, Tensor]] = []
+        self.steps: list[Step] = []
+        # storage -> slots in it; the storages stay, so that none is taken for another
+        self.slots_of: dict[int, list[int]] = {}
+        for slot, tensor in enumerate(tensors):
+            self._own(slot, tensor)
+
+    def _own(self, slot: int, tensor: Tensor) -> None:
+        self.slots_of.setdefault(tensor.untyped_storage()._cdata, []).append(slot)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _FACTORIES:
+            slot = len(self.tensors) + len(self.made)
+            size, stride = tuple(result.shape), result.stride()
+            made = Buffer(slot, size, stride, result.dtype, _FACTORIES[func])
+            self.made.append((made, result))
+            self._own(slot, result)
+        elif func._schema.is_mutable or not all(map(self._knows, _parts_of(result))):
+            self.refuse(f"{func} is no launch")
+        return result
+
+    def _knows(self, part: Any) -> bool:
+        return isinstance(part, Tensor) and part.untyped_storage()._cdata in self.slots_of
+
+    def refuse(self, why: str) -> None:
+        """The call cannot be replayed."""
+        self.why_not = self.why_not or why
+
+    def launched(self, launch: Any, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """As `launch.Watcher` has it."""
+        if launch is None:
+            self.refuse("Triton itself has to launch")
+            return
+        try:
+            self.steps.append(
+                Step(launch.launch, grid, [self._argument(arg) for arg in args], [], [])
+            )
+        except _CannotRecordError as error:
+            self.refuse(str(error))
+
+    def _argument(self, arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            return self._address(arg)
+        return tuple(map(self._argument, arg)) if type(arg) is tuple else arg
+
+    def _slot_of(self, tensor: Tensor) -> int:
+        """The only one that holds the start of `tensor`."""
+        found = self.slots_of.get(tensor.untyped_storage()._cdata, [])
+        if len(found) > 1:
+            found = [slot for slot in found if _holds(self._tensor(slot), tensor.data_ptr())]
+        if len(found) != 1:
+            raise _CannotRecordError("a tensor is neither an argument nor made on the way")
+        return found[0]
+
+    def _tensor(self, slot: int) -> Tensor:
+        count = len(self.tensors)
+        return self.tensors[slot] if slot < count else self.made[slot - count][1]
+
+    def _address(self, tensor: Tensor) -> Address:
+        slot = self._slot_of(tensor)
+        return Address(slot, tensor.data_ptr() - self._tensor(slot).data_ptr())
+
+    def _view(self, output: Any) -> Any:
+        if isinstance(output, list | tuple):
+            return type(output)(map(self._view, output))
+        if not isinstance(output, Tensor):
+            return output
+        slot = self._slot_of(output)
+        of = self._tensor(slot)
+        if slot < len(self.tensors) or of.dtype != output.dtype or of.storage_offset():
+            raise _CannotRecordError("an output is an argument, or of another dtype than made")
+        size, stride, offset = tuple(output.shape), output.stride(), int(output.storage_offset())
+        whole = (size, stride, offset) == (tuple(of.shape), of.stride(), 0)
+        return View(slot, size, stride, offset, whole)
+
+    def recording(self, outputs: Any) -> Recording:
+        """What the call did.
+
+        Raises:
+            _CannotRecordError: it cannot be replayed.
+        """
+        returned = self._view(outputs)
+        if self.why_not is not None:
+            raise _CannotRecordError(self.why_not)
+        kept = {view.slot for view in _parts_of(returned) if type(view) is View}
+        first: dict[int, Step] = {}
+        last: dict[int, Step] = {}
+        for step in self.steps:
+            for address in _parts_of(step.arguments):
+                if type(address) is Address:
+                    first.setdefault(address.slot, step)
+                    last[address.slot] = step
+        rest = []
+        for buffer, _ in self.made:
+            if buffer.slot in first:
+                first[buffer.slot].buffers.append(buffer)
+                if buffer.slot not in kept:
+                    last[buffer.slot].ends.append(buffer.slot)
+            elif buffer.slot in kept:
+                rest.append(buffer)
+        slots = len(self.tensors) + len(self.made)
+        return Recording(self.tensors[0].device, slots, self.steps, rest, returned)
+
+
+def _holds(tensor: Tensor, address: int) -> bool:
+    """Whether `address` lies between the first and the last element."""
+    if not tensor.numel():
+        return False
+    span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start <= address < start + (span + 1) * tensor.element_size()
+
+
+def _parts_of(value: Any) -> Iterator[Any]:
+    if type(value) in (list, tuple):
+        for part in value:
+            yield from _parts_of(part)
+    else:
+        yield value
+
+
+@dataclass
+class _Calls:
+    """What is known of the calls of one script."""
+
+    # by all that matters of the arguments: a recording, None where there can be none
+    of: dict[Any, Recording | None] = field(default_factory=dict)
+    seen: dict[Any, int] = field(default_factory=dict)
+    never: set[Any] = field(default_factory=set)  # options with which there is none, ever
+
+    def remember(self, key: Any, recording: Recording | None) -> None:
+        if len(self.of) >= MOST:
+            self.of.clear()
+        self.of[key] = recording
+
+    def is_first(self, key: Any) -> bool:
+        """Whether kernels of such a call may still have to be compiled."""
+        if len(self.seen) >= MOST:
+            self.seen.clear()
+        self.seen[key] = self.seen.get(key, 0) + 1
+        return self.seen[key] == 1
+
+
+_all_calls: list[_Calls] = []
+_recorder: ContextVar[_Recorder | None] = ContextVar("_recorder", default=None)
+
+
+def forget() -> None:
+    """Record anew, all scripts."""
+    for calls in _all_calls:
+        for known in (calls.of, calls.seen, calls.never):
+            known.clear()
+
+
+def replayed(script: Callable[..., Any]) -> Callable[..., Any]:
+    """`script`, replayed on GPUs where its arguments are like those of calls before: tensors of the
+    same shapes, strides, dtypes and alignments, everything else equal.
+
+    Its launches, and the memory between them, depend on nothing else. What does anything else than
+    launching on its arguments and on memory of its own is run as it is.
+    """
+    calls = _Calls()
+    _all_calls.append(calls)
+
+    @functools.wraps(script)
+    def run(*args: Any) -> Any:
+        options = tuple([a for a in args if type(a) in _OPTIONS])
+        if options in calls.never or not _may_replay(args):
+            return script(*args)
+        tensors: list[Tensor] = []
+        try:
+            key = _settings(), *[_kind_of(a, tensors) for a in args]
+        except _CannotRecordError:
+            return script(*args)
+        recording = calls.of.get(key, _UNKNOWN)
+        if isinstance(recording, Recording):
+            return recording.replay(tensors)
+        if recording is None or calls.is_first(key):
+            return script(*args)
+        recorder = _Recorder(tensors)
+        outputs = _watch(recorder, script, args)
+        try:
+            calls.remember(key, recorder.recording(outputs))
+        except _CannotRecordError:
+            calls.remember(key, None)
+            if recorder.never:
+                calls.never.add(options)
+        return outputs
+
+    return run
+
+
+def _may_replay(args: Sequence[Any]) -> bool:
+    """Whether tensors are a GPU's, and nobody watches what scripts do."""
+    first = next((t for a in args for t in _parts_of(a) if isinstance(t, Tensor)), None)
+    return (
+        first is not None
+        and first.device.type in DEVICES
+        and dispatch.is_usual()
+        and not _is_watched()
+    )
+
+
+def _is_watched() -> bool:
+    from fused_inception.kernels import launch
+
+    return launch.is_watched()
+
+
+def _watch(recorder: _Recorder, script: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """What the script returns."""
+    from fused_inception.kernels import launch
+
+    token = _recorder.set(recorder)
+    try:
+        with launch.watched(recorder.launched), recorder:
+            return script(*args)
+    finally:
+        _recorder.reset(token)
+
+
+def refuse(why: str) -> None:
+    """The call that is being recorded in this thread, if any, is never replayed, nor any with these
+    options."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.refuse(why)
+        recorder.never = True
+
+
+def _settings() -> tuple[Any, ...]:
+    """All that scripts depend on beside their arguments.
+
+    Raises:
+        _CannotRecordError: somebody must see what they do.
+    """
+    from fused_inception.kernels import relaunch
+
+    of_triton, generation = relaunch.settings(), table.generation()
+    if of_triton is None or generation is None:
+        raise _CannotRecordError("hooks of launches, or a listener to tables")
+    return *of_triton, generation, allows_tf32()
+
+
+def _kind_of(arg: Any, tensors: list[Tensor]) -> Any:
+    """All that a script can see of an argument without reading its memory; tensors are collected.
+
+    Raises:
+        _CannotRecordError: what it sees is unknown here.
+    """
+    kind = type(arg)
+    if kind in _PLAIN:
+        tensors.append(arg)
+        return arg.dtype, arg.shape, arg.stride(), arg.data_ptr() & 15, arg.device
+    if kind in _LISTS:
+        return tuple([_kind_of(part, tensors) for part in arg])
+    if kind in _OPTIONS or arg is None or kind is float:
+        return arg
+    if kind is dict:
+        return tuple([(name, _kind_of(part, tensors)) for name, part in arg.items()])
+    if is_dataclass(arg):
+        try:
+            hash(arg)
+        except TypeError:  # lists or dicts inside, of tensors perhaps
+            return kind, *[_kind_of(getattr(arg, f.name), tensors) for f in fields(arg)]
+        return arg
+    raise _CannotRecordError(f"no rule for a {kind.__name__}")
