@@ -206,17 +206,24 @@ def norm_vectors(
     return present
 
 
-def written_to(name: str, vectors: Sequence[Tensor]) -> None:
-    """Kernels, which know no strides, can write to these vectors.
+def written_to(means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
+    """Training can write to these: kernels know no strides, and one dtype a layer.
 
     Raises:
         ValueError: one is not contiguous.
+        TypeError: those of a layer differ in dtype.
     """
-    for t in vectors:
-        if not t.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, as training writes to them, got stride {t.stride(0)}"
-            )
+    for name, vectors in (("running_means", means), ("running_vars", variances)):
+        for t in vectors:
+            if not t.is_contiguous():
+                raise ValueError(
+                    f"{name} must be contiguous, as training writes to them, got stride "
+                    f"{t.stride(0)}"
+                )
+    for mean, var in zip(means, variances, strict=True):
+        if mean.dtype != var.dtype:
+            got = f"{_names([mean.dtype])} and {_names([var.dtype])}"
+            raise TypeError(f"running_means and running_vars must be of one dtype, got {got}")
 
 
 def norm_pair(first: str, a: Sequence[Tensor], second: str, b: Sequence[Tensor]) -> None:
@@ -249,23 +256,27 @@ def batch_counters(
         raise ValueError(
             f"batches_tracked must be {len(running)} tensors or all None, got {len(present)}"
         )
-    for t in present:
+    for t, mean in zip(present, running, strict=False):
         if t.dtype != torch.int64:
             raise TypeError(f"batches_tracked must be int64, got {_names([t.dtype])}")
+        if t.device != mean.device:
+            raise ValueError(f"batches_tracked must be on {mean.device}, got {t.device}")
     return present
 
 
-def batch_statistics(n: int, c: int, h: int, w: int) -> None:
-    """[N, C, H, W] has more than one value a channel.
+def batch_statistics(n: int, c: int, h: int, w: int, eps: float) -> None:
+    """[N, C, H, W] has more than one value a channel, and `eps` is positive, as PyTorch asks.
 
     Raises:
-        ValueError: it has one; PyTorch's words.
+        ValueError: it has one, PyTorch's words; eps is not.
     """
     if n * h * w == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, "
             f"got input size {torch.Size([n, c, h, w])}"
         )
+    if not eps > 0:
+        raise ValueError(f"eps must be positive in training, got {eps}")
 
 
 def stem_parameters(

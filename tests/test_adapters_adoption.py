@@ -56,6 +56,14 @@ def test_adopted_module_computes_the_same_and_goes_back(norm: str | None) -> Non
     torch.testing.assert_close(block(x), twin(x))
 
 
+def test_a_second_fuse_says_what_was_fused_before() -> None:
+    model = nn.Sequential(inception(None), inception("batch"))
+    assert str(fi.fuse_(model)).splitlines()[-1] == "2 fused, 0 skipped"
+    model.append(inception(None))
+    lines = str(fi.fuse_(model)).splitlines()
+    assert lines[-1] == "1 fused, 2 skipped, 2 of them fused before"
+
+
 def test_adopted_module_is_one_operator() -> None:
     block = inception(None)
     fi.Inception.adopt(block, None)

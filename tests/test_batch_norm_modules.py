@@ -158,3 +158,18 @@ def test_one_value_a_channel(kind: str, device: torch.device) -> None:
             module(x)
         assert all(layer.num_batches_tracked == 0 for layer in norms(module))
         torch.testing.assert_close(module.eval()(x), twin_of(module)(x))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_eps_of_zero(kind: str, backend: str, device: torch.device) -> None:
+    """An error in training, as PyTorch's; in eval a result."""
+    module = KINDS[kind]().to(device)
+    for layer in norms(module):
+        layer.eps = 0.0
+    x = torch.randn(2, DIMS.in_channels, 3, 3, device=device)
+    with fi.backend(backend):
+        with pytest.raises(ValueError, match=r"eps must be positive in training, got 0.0"):
+            module(x)
+        assert all(layer.num_batches_tracked == 0 for layer in norms(module))
+        torch.testing.assert_close(module.eval()(x), twin_of(module)(x))

@@ -70,6 +70,23 @@ SAVING: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], list[Tensor]]]]
 }
 
 
+def turned_round(t: Tensor) -> Tensor:
+    """Matrices by columns."""
+    return t.t().contiguous().t() if t.dim() == 2 else t
+
+
+@pytest.mark.parametrize("name", ["module", "module with BatchNorm", "convolution", "trunk"])
+def test_saved_matrices_come_back_by_columns(name: str) -> None:
+    """Masks and numbers of a channel."""
+    run, parameters = SAVING[name]()
+    x = torch.randn(2, 16, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    expected = gradients(lambda: run(x), [x, *parameters])
+    with torch.autograd.graph.saved_tensors_hooks(turned_round, lambda t: t):
+        got = gradients(lambda: run(x), [x, *parameters])
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", SAVING)
 def test_saved_maps_come_back_in_another_order(name: str) -> None:
     run, parameters = SAVING[name]()
@@ -174,6 +191,16 @@ def test_strided_norms() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     with fi.backend("triton"):
         torch.testing.assert_close(run(*strided), run(gamma, beta), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_statistics_of_two_dtypes_are_refused_where_they_are_written_to(backend: str) -> None:
+    x, w = torch.randn(2, 16, 6, 6).half(), torch.randn(16, 16, 3, 3).half()
+    running = torch.zeros(16).half(), torch.ones(16)
+    with fi.backend(backend):
+        with pytest.raises(TypeError, match=r"of one dtype, got float16 and float32"):
+            functional.conv2d_bn_relu(x, w, *running, padding=1, training=True)
+        functional.conv2d_bn_relu(x, w, *running, padding=1)
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -1,6 +1,7 @@
 """The commands train and predict: their results, their files and their errors."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -137,6 +138,13 @@ def test_interrupted_run_resumes_bit_identically(
     torch.rand(7)  # the state of the global generator does not matter
     monkeypatch.chdir(tmp_path / "run")
     assert main(["train", *resume]) == 0
+    assert_same_result(read(tmp_path / "run"), read(finished))
+
+
+def test_a_finished_run_says_so(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "all 2 epochs are finished: a larger --epochs goes on" in capsys.readouterr().out
     assert_same_result(read(tmp_path / "run"), read(finished))
 
 

@@ -38,6 +38,9 @@ class FusionReport:
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows]
         total = f"{len(self.fused)} {done}, {len(self.skipped)} skipped"
+        before = sum(why.startswith(ALREADY_FUSED) for why in self.skipped.values())
+        if before:
+            total += f", {before} of them fused before"
         if not rows:
             total = "nothing here that fuse_ knows"
         return "\n".join([*lines, total])

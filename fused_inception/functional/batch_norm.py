@@ -64,8 +64,8 @@ def inception_bn(
         [N, C_1 + C_3 + C_5 + C_p, H, W] in the dtype of `x`, exactly channels last.
 
     Raises:
-        ValueError: a shape or a device that does not fit; one value a channel in training; no
-            running statistics without training.
+        ValueError: a shape or a device that does not fit; one value a channel, or an eps that is
+            not positive, in training; no running statistics without training.
         TypeError: a dtype that does not fit, or float64 under the backend "triton".
         BackendError: the backend "triton" cannot run here.
 
@@ -87,7 +87,7 @@ def inception_bn(
         return _batch_norm.evaluate(
             "inception_bn", x, [*filters], *layers.parameters, *layers.running[:2], (eps,)
         )
-    checks.batch_statistics(x.shape[0], filters[0].shape[0], x.shape[2], x.shape[3])
+    checks.batch_statistics(x.shape[0], filters[0].shape[0], x.shape[2], x.shape[3], eps)
     if impl == "torch":
         running = Running(*layers.running, momentum, skip_nonfinite)
         return plain.inception_bn(x, filters, *layers.parameters, running, eps)
@@ -152,8 +152,8 @@ def conv2d_bn_relu(
         return _batch_norm.evaluate(
             "conv2d_bn_relu", x, [weight], *layers.parameters, *layers.running[:2], options
         )
-    sides = (conv_out(side, weight.shape[2], stride, padding) for side in x.shape[2:])
-    checks.batch_statistics(x.shape[0], weight.shape[0], *sides)
+    height, width = (conv_out(side, weight.shape[2], stride, padding) for side in x.shape[2:])
+    checks.batch_statistics(x.shape[0], weight.shape[0], height, width, eps)
     if impl == "torch":
         running = Running(*layers.running, momentum, skip_nonfinite)
         return plain.conv2d_bn_relu(x, [weight], *layers.parameters, running, eps, stride, padding)
@@ -205,8 +205,7 @@ def _norm_layers(
     )
     checks.norm_pair("running_means", means, "running_vars", variances)
     if training:
-        checks.written_to("running_means", means)
-        checks.written_to("running_vars", variances)
+        checks.written_to(means, variances)
     checks.norm_pair("gammas", scales, "betas", shifts)
     if not training and not means:
         raise ValueError("training=False needs running_means and running_vars, which are None")

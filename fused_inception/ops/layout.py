@@ -29,9 +29,10 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def as_saved(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that forward saved, maps again exactly channels last: hooks of saved tensors, such as
-    those of `save_on_cpu(pin_memory=True)`, may give them back in other strides."""
-    return [channels_last(t) if t.dim() == 4 else t for t in tensors]
+    """Tensors that forward saved, maps again exactly channels last, all else contiguous: hooks of
+    saved tensors, such as those of `save_on_cpu(pin_memory=True)`, may give them back in other
+    strides."""
+    return [channels_last(t) if t.dim() == 4 else t.contiguous() for t in tensors]
 
 
 def why_not_in_place(x: Tensor) -> str | None:

@@ -82,6 +82,8 @@ class Run:
         epochs, is_new = self.options.epochs, not self.folder.exists()
         print(headline(self.model, self.options, self.device))
         print(f"{len(self.data.train)} training and {len(self.data.test)} test images", flush=True)
+        if len(self.history) == epochs:
+            print(f"all {epochs} epochs are finished: a larger --epochs goes on", flush=True)
         try:
             writable_folder(self.folder)
             if self.device.type == "cuda" and len(self.history) < epochs:
