@@ -72,9 +72,9 @@ def _assumed(value: float, source: str) -> Figure:
 H200 = Device(
     name="NVIDIA H200",
     processors=_assumed(132, "data sheet"),
-    tensor_flops=_measured(790e12, "large bf16 GEMM, measured elsewhere; the data sheet says 989e12"),
+    tensor_flops=_measured(790e12, "large bf16 GEMM, measured elsewhere; data sheet: 989e12"),
     tf32_flops=_assumed(395e12, "half of the 16-bit rate, as in the data sheet"),
-    memory_rate=_measured(4.3e12, "copy inside the device, measured elsewhere; data sheet: 4.8e12"),
+    memory_rate=_measured(4.3e12, "copy on the device, measured elsewhere; data sheet: 4.8e12"),
     stream_rate=_assumed(8.0e12, "between 5.5e12 and 10e12; matters most of all that is assumed"),
     cache_bytes=_assumed(30e6, "half of 60 MB: each half of the chip keeps a copy of its own"),
     launch_seconds=_assumed(1.75e-6, "usual for CUDA graphs on this generation"),
