@@ -2,12 +2,14 @@
 may."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("triton")
 
@@ -310,6 +312,30 @@ def test_calls_that_never_repeat_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
     calls = replay._all_calls[-1]
     assert len(calls.of) <= 4
     assert len(calls.seen) <= 4
+
+
+def test_recording_keeps_no_memory() -> None:
+    """What a script frees is free, also while it is recorded, and nothing holds it later."""
+    alive: list[weakref.ref[Tensor]] = []
+    held = []
+
+    def script(x: Tensor) -> Tensor:
+        for _ in range(3):
+            scratch = torch.empty(1000)
+            alive.append(weakref.ref(scratch))
+            held.append(sum(of() is not None for of in alive))
+            storages.append(StorageWeakRef(scratch.untyped_storage()))
+            del scratch
+            held.append(sum(not of.expired() for of in storages))
+        return torch.empty_like(x)
+
+    storages: list[StorageWeakRef] = []
+    run = replay.replayed(script)
+    with replaying() as replays:
+        for _ in range(3):
+            run(torch.ones(4))
+    assert len(replays) == 1
+    assert held == [1, 0] * 6
 
 
 def test_buffers_live_no_longer_than_launches_need_them() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_inception.ops.problem import allows_tf32
@@ -151,26 +152,31 @@ class _Recorder(TorchDispatchMode):
         self.tensors = tensors
         self.why_not: str | None = None
         self.never = False
-        self.made: list[tuple[Buffer, Tensor]] = []
+        self.made: list[Buffer] = []
         self.steps: list[Step] = []
-        # storage -> slots in it; the storages stay, so that none is taken for another
+        self.starts: list[int] = []  # addresses of slots
+        # storage -> slots in it; weak references, so that memory is freed when the script frees it,
+        # and none is taken for another
         self.slots_of: dict[int, list[int]] = {}
-        for slot, tensor in enumerate(tensors):
-            self._own(slot, tensor)
+        self.storages: list[StorageWeakRef] = []
+        for tensor in tensors:
+            self._own(tensor)
 
-    def _own(self, slot: int, tensor: Tensor) -> None:
-        self.slots_of.setdefault(tensor.untyped_storage()._cdata, []).append(slot)
+    def _own(self, tensor: Tensor) -> None:
+        """The next slot."""
+        storage = tensor.untyped_storage()
+        self.slots_of.setdefault(storage._cdata, []).append(len(self.starts))
+        self.storages.append(StorageWeakRef(storage))
+        self.starts.append(tensor.data_ptr())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _FACTORIES:
-            slot = len(self.tensors) + len(self.made)
-            size, stride = tuple(result.shape), result.stride()
-            made = Buffer(slot, size, stride, result.dtype, _FACTORIES[func])
-            self.made.append((made, result))
-            self._own(slot, result)
+            slot, size, stride = len(self.starts), tuple(result.shape), result.stride()
+            self.made.append(Buffer(slot, size, stride, result.dtype, _FACTORIES[func]))
+            self._own(result)
         elif func._schema.is_mutable or not all(map(self._knows, _parts_of(result))):
             self.refuse(f"{func} is no launch")
         return result
@@ -202,31 +208,27 @@ class _Recorder(TorchDispatchMode):
     def _slot_of(self, tensor: Tensor) -> int:
         """The only one that holds the start of `tensor`."""
         found = self.slots_of.get(tensor.untyped_storage()._cdata, [])
-        if len(found) > 1:
-            found = [slot for slot in found if _holds(self._tensor(slot), tensor.data_ptr())]
+        if len(found) > 1:  # arguments, then: what is made has a storage of its own
+            found = [slot for slot in found if _holds(self.tensors[slot], tensor.data_ptr())]
         if len(found) != 1:
             raise _CannotRecordError("a tensor is neither an argument nor made on the way")
         return found[0]
 
-    def _tensor(self, slot: int) -> Tensor:
-        count = len(self.tensors)
-        return self.tensors[slot] if slot < count else self.made[slot - count][1]
-
     def _address(self, tensor: Tensor) -> Address:
         slot = self._slot_of(tensor)
-        return Address(slot, tensor.data_ptr() - self._tensor(slot).data_ptr())
+        return Address(slot, tensor.data_ptr() - self.starts[slot])
 
     def _view(self, output: Any) -> Any:
         if isinstance(output, list | tuple):
             return type(output)(map(self._view, output))
         if not isinstance(output, Tensor):
             return output
-        slot = self._slot_of(output)
-        of = self._tensor(slot)
-        if slot < len(self.tensors) or of.dtype != output.dtype or of.storage_offset():
+        slot, first = self._slot_of(output), len(self.tensors)
+        if slot < first or self.made[slot - first].dtype != output.dtype:
             raise _CannotRecordError("an output is an argument, or of another dtype than made")
+        made = self.made[slot - first]
         size, stride, offset = tuple(output.shape), output.stride(), int(output.storage_offset())
-        whole = (size, stride, offset) == (tuple(of.shape), of.stride(), 0)
+        whole = (size, stride, offset) == (made.size, made.stride, 0)
         return View(slot, size, stride, offset, whole)
 
     def recording(self, outputs: Any) -> Recording:
@@ -247,15 +249,14 @@ class _Recorder(TorchDispatchMode):
                     first.setdefault(address.slot, step)
                     last[address.slot] = step
         rest = []
-        for buffer, _ in self.made:
+        for buffer in self.made:
             if buffer.slot in first:
                 first[buffer.slot].buffers.append(buffer)
                 if buffer.slot not in kept:
                     last[buffer.slot].ends.append(buffer.slot)
             elif buffer.slot in kept:
                 rest.append(buffer)
-        slots = len(self.tensors) + len(self.made)
-        return Recording(self.tensors[0].device, slots, self.steps, rest, returned)
+        return Recording(self.tensors[0].device, len(self.starts), self.steps, rest, returned)
 
 
 def _holds(tensor: Tensor, address: int) -> bool:
