@@ -61,7 +61,7 @@ def googlenet_stem(
         TypeError: a dtype that does not fit, or float64 under the backend "triton".
         BackendError: the backend "triton" cannot run here.
 
-    Autograd saves, besides `x` and the parameters, on the Triton path the first pooled map before
+    Autograd saves, besides the parameters, on the Triton path the first pooled map before
     and after its norm, the outputs of conv2 and conv3 and one byte a pooled element; no ReLU mask:
     the gates are in these maps. conv1 reads a packed image, which is saved too, 16 elements for
     2 x 2 pixels, and `x` only where it needs a gradient. A double backward raises RuntimeError.

@@ -5,7 +5,7 @@ With g the gradient where the ReLU was open, h = (z - mean) / deviation, sums ov
     dbeta = sum g,  dgamma = sum g h,  dz = scale (g - dbeta / P - h dgamma / P)
 
 One launch leaves partial sums, the next adds them up, in fixed order and once in each program that
-needs them, and writes dz. Where tiles are many a launch between them adds up all.
+needs them, and writes dz. Where pixels are many a launch between them adds up all.
 """
 
 from collections.abc import Sequence

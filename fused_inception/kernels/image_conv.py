@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import sums_in_stages
+from fused_inception.geometry import STEM_CHANNELS, STEM_CONV, sums_in_stages
 from fused_inception.kernels.finish import launch_sum
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.tiles import finish_tile
@@ -48,7 +48,7 @@ class ImageConv:
     @property
     def packs(self) -> bool:
         """Whether it is conv1 of the network, which can read its image packed (`stem_conv`)."""
-        return self.c_in <= 3 and (self.kernel, self.stride, self.padding) == (7, 2, 3)
+        return self.c_in <= STEM_CHANNELS and (self.kernel, self.stride, self.padding) == STEM_CONV
 
 
 @triton.jit

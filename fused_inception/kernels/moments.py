@@ -1,6 +1,6 @@
 """Moments of raw convolution results, which BatchNorm's statistics are made of.
 
-The convolutions leave mean and sum of squared deviations of each tile of pixels
+The convolutions leave mean, what rounding left of it, and sum of squared deviations of each tile
 (`tiles.store_moments`). They are merged by Chan's rule, first the mean, then the deviations from
 it, never as E[x^2] - E[x]^2.
 """

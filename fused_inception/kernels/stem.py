@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_inception.geometry import align_up, conv_out
+from fused_inception.geometry import STEM_CONV, align_up, conv_out
 from fused_inception.kernels.image_conv import ImageConv, within_reach
 from fused_inception.kernels.launch import cdiv, run
 from fused_inception.kernels.pack import (
@@ -156,7 +156,7 @@ def launch_stem_pack(
 def launch_image_pack(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Fill `packed`, of `stem_conv.packed_image_shape` or flat, with an image of any strides;
     return conv1's filter packed, [C1, DEPTH], in the same dtype."""
-    sides = (conv_out(side, 7, 2, 3) for side in x.shape[2:])
+    sides = (conv_out(side, *STEM_CONV) for side in x.shape[2:])
     packed = packed.view(packed_image_shape(x.shape[0], *sides))
     programs, constants = pack_constants((), (), False, False, ELEMENTS)
     return _launch_pack(x, weight, packed, (packed, packed, (), ()), programs, constants)

@@ -23,7 +23,8 @@ def norm_config(slots: int, n_pixels: int, target: Target) -> NormConfig:
     """About four programs a processor, each of 64 channels at the most.
 
     Every program of a gradient adds up the partial sums of its channels again, which saves a launch
-    and stays small: 64 channels of `n_pixels / pixels` rows.
+    and stays small: 64 channels of about as many rows as a column has programs; above
+    `geometry.MANY_PIXELS` a launch adds them up first.
     """
     block_c = min(64, max(16, power_of_two(slots)))
     columns = math.ceil(slots / block_c)
