@@ -171,9 +171,10 @@ class ConvBlock(nn.Module):
         return F.relu(x, inplace=True)
 
     def train(self, mode: bool = True) -> "ConvBlock":
-        """As any module's. What is kept of filters is forgotten: whoever has written to parameters
-        through `.data`, which raises no version, sees that in the next evaluation."""
-        forget_filters()
+        """As any module's. With another mode what is kept of filters is forgotten: writes through
+        `.data`, which raise no version, are seen in the next evaluation."""
+        if mode != self.training:
+            forget_filters()
         return super().train(mode)
 
     @property
