@@ -172,7 +172,7 @@ def conv_filter(x: Tensor, weight: Tensor, stride: int, padding: int, *, casts: 
     """
     shape, c_in = weight.shape, x.shape[1]
     if len(shape) != 4 or shape[0] < 1 or shape[1] != c_in or shape[2] < 1 or shape[3] != shape[2]:
-        takes = f", this filter takes {shape[1]}" if len(shape) == 4 else ""
+        takes = f", this filter takes {shape[1]}" if len(shape) == 4 and shape[1] != c_in else ""
         raise ValueError(
             f"weight must be of shape [C_out, {c_in}, K, K], got {list(shape)}; "
             f"x has {c_in} channels{takes}"

@@ -89,5 +89,6 @@ def replaying() -> Iterator[list[replay.Recording]]:
         devices = frozenset({"cuda" if has_gpu else "cpu"})
         stack.enter_context(mock.patch.object(replay, "DEVICES", devices))
         stack.enter_context(mock.patch.object(replay.Recording, "replay", counted))
-        replay.forget()
+        stack.enter_context(mock.patch.object(replay, "_known", {}))
+        stack.enter_context(mock.patch.object(replay, "_never", set()))
         yield ran

@@ -308,10 +308,8 @@ def test_calls_that_never_repeat_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
         for n in range(1, 20):
             for _ in range(3):
                 run(torch.ones(n))
+        assert len(replay._known) <= 4
     assert len(replays) >= 10
-    calls = replay._all_calls[-1]
-    assert len(calls.of) <= 4
-    assert len(calls.seen) <= 4
 
 
 def test_recording_keeps_no_memory() -> None:

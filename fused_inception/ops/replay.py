@@ -7,7 +7,7 @@ launch. The second call with such arguments is recorded, those behind it only al
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_inception.ops.problem import allows_tf32
 from fused_inception.tuning import dispatch, table
 
-# calls that are remembered of one script; more are of somebody whose sizes never repeat
-MOST = 256
+# calls that are remembered; more are of somebody whose sizes never repeat
+MOST = 4096
 _ATEN = torch.ops.aten
 # operator -> whether what it makes is zero
 _FACTORIES = {
@@ -35,7 +35,7 @@ _FACTORIES = {
 _PLAIN = (Tensor, torch.nn.Parameter)
 _OPTIONS = (bool, int, str)
 _LISTS = (list, tuple, torch.Size)
-_UNKNOWN = object()
+_SEEN = object()
 # types of devices
 DEVICES = frozenset({"cuda"})
 
@@ -276,37 +276,12 @@ def _parts_of(value: Any) -> Iterator[Any]:
         yield value
 
 
-@dataclass
-class _Calls:
-    """What is known of the calls of one script."""
-
-    # by all that matters of the arguments: a recording, None where there can be none
-    of: dict[Any, Recording | None] = field(default_factory=dict)
-    seen: dict[Any, int] = field(default_factory=dict)
-    never: set[Any] = field(default_factory=set)  # options with which there is none, ever
-
-    def remember(self, key: Any, recording: Recording | None) -> None:
-        if len(self.of) >= MOST:
-            self.of.clear()
-        self.of[key] = recording
-
-    def is_first(self, key: Any) -> bool:
-        """Whether kernels of such a call may still have to be compiled."""
-        if len(self.seen) >= MOST:
-            self.seen.clear()
-        self.seen[key] = self.seen.get(key, 0) + 1
-        return self.seen[key] == 1
-
-
-_all_calls: list[_Calls] = []
+# script and all that matters of a call's arguments -> what was recorded, None where that cannot
+# be, _SEEN behind the first such call
+_known: dict[Any, Any] = {}
+# scripts with options with which nothing is recorded, ever
+_never: set[Any] = set()
 _recorder: ContextVar[_Recorder | None] = ContextVar("_recorder", default=None)
-
-
-def forget() -> None:
-    """Record anew, all scripts."""
-    for calls in _all_calls:
-        for known in (calls.of, calls.seen, calls.never):
-            known.clear()
 
 
 def replayed(script: Callable[..., Any]) -> Callable[..., Any]:
@@ -316,35 +291,42 @@ def replayed(script: Callable[..., Any]) -> Callable[..., Any]:
     Its launches, and the memory between them, depend on nothing else. What does anything else than
     launching on its arguments and on memory of its own is run as it is.
     """
-    calls = _Calls()
-    _all_calls.append(calls)
 
     @functools.wraps(script)
     def run(*args: Any) -> Any:
-        options = tuple([a for a in args if type(a) in _OPTIONS])
-        if options in calls.never or not _may_replay(args):
+        options = script, *[a for a in args if type(a) in _OPTIONS]
+        if options in _never or not _may_replay(args):
             return script(*args)
         tensors: list[Tensor] = []
         try:
-            key = _settings(), *[_kind_of(a, tensors) for a in args]
+            key = script, _settings(), *[_kind_of(a, tensors) for a in args]
         except _CannotRecordError:
             return script(*args)
-        recording = calls.of.get(key, _UNKNOWN)
-        if isinstance(recording, Recording):
-            return recording.replay(tensors)
-        if recording is None or calls.is_first(key):
+        known = _known.get(key)
+        if isinstance(known, Recording):
+            return known.replay(tensors)
+        if known is not _SEEN:
+            # the first call may have to compile kernels
+            if key not in _known:
+                _remember(key, _SEEN)
             return script(*args)
         recorder = _Recorder(tensors)
         outputs = _watch(recorder, script, args)
         try:
-            calls.remember(key, recorder.recording(outputs))
+            _remember(key, recorder.recording(outputs))
         except _CannotRecordError:
-            calls.remember(key, None)
+            _remember(key, None)
             if recorder.never:
-                calls.never.add(options)
+                _never.add(options)
         return outputs
 
     return run
+
+
+def _remember(key: Any, what: Any) -> None:
+    if len(_known) >= MOST:
+        _known.clear()
+    _known[key] = what
 
 
 def _may_replay(args: Sequence[Any]) -> bool:
