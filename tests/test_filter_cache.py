@@ -79,8 +79,10 @@ def test_after_other_memory_was_put_under_a_parameter(norm: str | None) -> None:
 
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("norm", [None, "batch"])
-def test_after_writes_through_data_between_evaluations(norm: str | None) -> None:
-    """A change between `train()` and `eval()` forgets what is kept; `eval()` again does not."""
+@pytest.mark.parametrize("training", [True, False])
+def test_after_writes_through_data(norm: str | None, training: bool) -> None:
+    """As steps of optimisers written by hand do: what was kept is forgotten where gradients are
+    recorded, in either mode; otherwise it is not."""
     module, x = block(norm), torch.randn(1, 8, 3, 3)
     backend = "torch" if norm else "triton"
     with torch.no_grad(), fi.backend(backend):
@@ -88,7 +90,9 @@ def test_after_writes_through_data_between_evaluations(norm: str | None) -> None
         for parameter in module.parameters():
             parameter.data.mul_(0.9).add_(torch.ones_like(parameter), alpha=0.1)
         torch.testing.assert_close(module.eval()(x), before, rtol=0, atol=0)
-        got = module.train().eval()(x)
+        with torch.enable_grad():
+            module.train(training)(x)
+        got = module.eval()(x)
         filter_cache.clear()
         torch.testing.assert_close(got, module(x), rtol=0, atol=0)
     assert not torch.equal(got, before)

@@ -1,13 +1,10 @@
-"""The layout in which an operator gets its input; filters in the layout that it reads are kept."""
+"""The layout in which an operator gets its input."""
 
 import torch
 from torch import Tensor
 
 from fused_inception.backend import Implementation
-from fused_inception.ops.filter_cache import clear as forget_filters
 from fused_inception.ops.layout import why_not_in_place
-
-__all__ = ["forget_filters", "settle"]
 
 
 def settle(x: Tensor, impl: Implementation) -> Tensor:

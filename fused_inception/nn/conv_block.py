@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_inception import functional
-from fused_inception.functional.layout import forget_filters
 from fused_inception.geometry import why_no_conv_kernel
 from fused_inception.nn.adoption import adopt
 from fused_inception.nn.batch_norm import (
@@ -169,13 +168,6 @@ class ConvBlock(nn.Module):
             x = self.bn(x)
             keep_finite(before)
         return F.relu(x, inplace=True)
-
-    def train(self, mode: bool = True) -> "ConvBlock":
-        """As any module's. With another mode what is kept of filters is forgotten: writes through
-        `.data`, which raise no version, are seen in the next evaluation."""
-        if mode != self.training:
-            forget_filters()
-        return super().train(mode)
 
     @property
     def is_fused(self) -> bool:

@@ -24,10 +24,10 @@ from fused_inception.ops.layout import (
     settle_all,
 )
 from fused_inception.ops.registration import (
+    begin_gradients,
     call,
     refuse_double_backward,
     refuse_tangents,
-    refuse_transforms,
     register,
     register_autocast,
 )
@@ -302,7 +302,7 @@ def train(
     parameters = (*filters, *gammas, *betas)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         if not torch.compiler.is_compiling():
-            refuse_transforms(f"fused_inception::{name}")
+            begin_gradients(f"fused_inception::{name}")
         return _Differentiable.apply(name, len(filters), running, options, x, *parameters)
     op = _OPERATORS[name]["forward"]
     if not torch.compiler.is_compiling():

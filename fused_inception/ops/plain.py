@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_inception.geometry import AvgWindow, Window
 from fused_inception.ops.layout import channels_last
-from fused_inception.ops.registration import autocasts, refuse_transforms
+from fused_inception.ops.registration import autocasts, begin_gradients
 from fused_inception.ops.running import Running
 
 
@@ -90,7 +90,7 @@ def _trained(name: str, tensors: list[Tensor]) -> list[Tensor]:
     """`tensors`, those that ask for a gradient behind `_Gradients`: all that come out of it ask."""
     at = [i for i, t in enumerate(tensors) if t.requires_grad]
     if at:
-        refuse_transforms(f"fused_inception.functional.{name}")
+        begin_gradients(f"fused_inception.functional.{name}")
         for i, t in zip(at, _Gradients.apply(name, *[tensors[i] for i in at]), strict=True):
             tensors[i] = t
     return tensors

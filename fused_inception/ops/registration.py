@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_inception.backend import constant_when_compiled
+from fused_inception.ops import filter_cache
 
 NAMESPACE = "fused_inception"
 # operator -> what it runs
@@ -59,7 +60,7 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     tensors = [t for argument in arguments for t in _tensors(argument)]
     if not any(t.requires_grad for t in tensors):
         return op(*arguments)
-    refuse_transforms(op._name)
+    begin_gradients(op._name)
     shape_of_output: list[int | None] = []
     flat = iter(_FUNCTIONS[op].apply(arguments, shape_of_output, *tensors))
     output = _restored(flat, shape_of_output)
@@ -79,14 +80,16 @@ def refuse_tangents(op: torch._ops.OpOverload, arguments: Sequence[Any]) -> None
             raise _refusal("forward-mode differentiation is", op._name)
 
 
-def refuse_transforms(name: str) -> None:
-    """Gradients here are PyTorch's own alone.
+def begin_gradients(name: str) -> None:
+    """Gradients are recorded from here on, PyTorch's own alone. They change parameters, be it by
+    writes through `.data`, so nothing that was made of parameters is kept.
 
     Raises:
         RuntimeError: one of torch.func is being taken.
     """
     if torch._C._are_functorch_transforms_active():
         raise _refusal("torch.func's gradients are", name)
+    filter_cache.clear()
 
 
 def _refusal(what: str, name: str) -> RuntimeError:
