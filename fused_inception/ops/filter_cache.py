@@ -60,10 +60,10 @@ def kept(
     same version), for parts of larger memory (`vector_to_parameters` puts new vectors under the
     same version) and shared memory (other processes count for themselves).
 
-    A step of an optimiser empties the cache, as fused ones raise no version, and so does an operator
-    whose gradients are recorded. Writes through `.data`, by collectives or by replays raise none
-    either: call `clear()` after those that nothing of both follows. Each CUDA stream has entries of
-    its own, made, read and freed in its order.
+    A step of an optimiser empties the cache, as fused ones raise no version, and so does an
+    operator whose gradients are recorded. Writes through `.data`, by collectives or by replays
+    raise none either: call `clear()` after those that neither of the two follows. Each CUDA stream
+    has entries of its own, made, read and freed in its order.
     """
     if (
         save
