@@ -81,7 +81,7 @@ def trunk_parameters(
             )
     if list(taps) != sorted(set(taps)):
         raise ValueError(f"taps must be in ascending order, each once, got {list(taps)}")
-    c_in, sides = x.shape[1], list(x.shape[2:])
+    c_in, sides = x.shape[1], (x.shape[2], x.shape[3])
     for number, module in enumerate(parameters):
         if len(module) != 2 * len(_NAMES):
             raise ValueError(
@@ -93,7 +93,7 @@ def trunk_parameters(
             if number in pools:
                 pool = pools[number]
                 window = _window(pool.kernel, pool.stride, pool.padding, pool.ceil_mode)
-                sides = [window.out(side) for side in sides]
+                sides = window.of_map(*sides)
         except (ValueError, TypeError) as error:
             raise type(error)(f"module {number}: {error}") from None
         c_in = sum(module[i].shape[0] for i in (0, 4, 8, 10))
@@ -373,8 +373,7 @@ def pool_window(
     if _side("dilation", dilation, 1) != 1:
         raise ValueError(f"dilation must be 1, got {dilation}")
     window = _window(kernel_size, stride, padding, ceil_mode)
-    for side in x.shape[2:]:
-        window.out(side)
+    window.of_map(*x.shape[2:])
     return window
 
 

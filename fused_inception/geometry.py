@@ -1,5 +1,7 @@
 """Numbers only: output sizes, paddings, the widths of an Inception module, its slices."""
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +23,10 @@ LARGEST_NORM = 32
 AUX_CHANNELS = 128  # filters of the 1x1 convolution in an auxiliary head
 # GoogLeNets: the paper's, torchvision's, and torchvision's with filters of 5x5
 VARIANTS = ("paper", "torchvision", "torchvision5x5")
-SMALLEST_WITH_HEADS = 47  # side of an image, in the paper's network with auxiliary heads
+
+
+class TooSmallError(ValueError):
+    """A window does not fit the map that it is to look at: the images are too small."""
 
 
 def align_up(n: int, multiple: int = ALIGN) -> int:
@@ -230,9 +235,9 @@ def check_googlenet(variant: str, image_size: int, aux_logits: bool) -> None:
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    if variant == "paper" and aux_logits and image_size < SMALLEST_WITH_HEADS:
+    if variant == "paper" and aux_logits and image_size < (least := smallest_image(variant, True)):
         raise ValueError(
-            f"image_size must be at least {SMALLEST_WITH_HEADS} with the paper's heads, "
+            f"image_size must be at least {least} with the paper's heads, "
             f"got {image_size}; aux_logits=False does without them"
         )
 
@@ -241,17 +246,28 @@ def googlenet_sizes(image_size: int, pool4_kernel: int = 3) -> GoogLeNetSizes:
     """Sides of the maps for images of side `image_size`; torchvision has a `pool4_kernel` of 2.
 
     Raises:
-        ValueError: the image is too small (below 31 for the paper's network, 15 for torchvision's).
+        TooSmallError: the image is smaller than `smallest_image`.
     """
-    try:
-        conv1 = conv_out(image_size, kernel=7, stride=2, padding=3)
-        maxpool1 = pool_out(conv1, kernel=3, stride=2, ceil_mode=True)
-        maxpool2 = pool_out(maxpool1, kernel=3, stride=2, ceil_mode=True)
-        maxpool3 = pool_out(maxpool2, kernel=3, stride=2, ceil_mode=True)
-        maxpool4 = pool_out(maxpool3, kernel=pool4_kernel, stride=2, ceil_mode=True)
-    except ValueError as error:
-        raise ValueError(f"GoogLeNet needs larger images than {image_size}: {error}") from None
+    conv1 = conv_out(image_size, kernel=7, stride=2, padding=3)
+    maxpool1 = pool_out(conv1, kernel=3, stride=2, ceil_mode=True)
+    maxpool2 = pool_out(maxpool1, kernel=3, stride=2, ceil_mode=True)
+    maxpool3 = pool_out(maxpool2, kernel=3, stride=2, ceil_mode=True)
+    maxpool4 = pool_out(maxpool3, kernel=pool4_kernel, stride=2, ceil_mode=True)
     return GoogLeNetSizes(conv1, maxpool1, maxpool2, maxpool3, maxpool4)
+
+
+@functools.cache
+def smallest_image(variant: str, heads: bool) -> int:
+    """Side of the smallest images that a GoogLeNet takes; with `heads`, in training with auxiliary
+    classifiers, too, of which torchvision's take any map."""
+    paper, side = variant == "paper", 0
+    while True:
+        side += 1
+        with contextlib.suppress(TooSmallError):
+            sizes = googlenet_sizes(side, pool4_kernel=3 if paper else 2)
+            if paper and heads:
+                aux_features(sizes.maxpool3)
+            return side
 
 
 def aux_features(map_size: int) -> int:
@@ -331,6 +347,15 @@ class Window:
         """Number of windows along a side, `pool_out`."""
         return pool_out(size, self.kernel, self.stride, self.padding, self.ceil_mode)
 
+    def of_map(self, height: int, width: int) -> tuple[int, int]:
+        """Number of windows along height and width; errors say both."""
+        try:
+            return self.out(height), self.out(width)
+        except TooSmallError as error:
+            raise TooSmallError(
+                f"{error}: the map to pool is {height}x{width}, larger images give a larger one"
+            ) from None
+
     def cells(self, size: int) -> int:
         """Number of cells, `stride` pixels from where a window begins, that cover a side."""
         return (size - 1 + self.padding) // self.stride - self.padding // self.stride + 1
@@ -407,7 +432,7 @@ def googlenet_dims(kernel_5x5: int = 5) -> dict[str, InceptionDims]:
 
 def _at_least_one(windows: int, size: int, kernel: int, padding: int) -> int:
     if windows < 1:
-        raise ValueError(
+        raise TooSmallError(
             f"a window of {kernel} does not fit a side of {size} with padding {padding}"
         )
     return windows

@@ -325,7 +325,7 @@ def test_unknown_names_and_small_images_are_refused():
         cost.network("paper", batch=0)
     with pytest.raises(ValueError, match="at least 47"):
         cost.network("paper", image_size=46)
-    with pytest.raises(ValueError, match="larger images than 30"):
+    with pytest.raises(ValueError, match="at least 31 for the paper network, got 30"):
         cost.network("paper", image_size=30, aux_logits=False)
     assert cost.network("paper", image_size=31, aux_logits=False).flops > 0
     assert cost.network("torchvision", image_size=15).flops > 0

@@ -81,10 +81,15 @@ def test_sizes_of_the_modules(name: str) -> None:
     assert googlenet_sizes(224).module(name) == MODULES[name]["side"]
 
 
-@pytest.mark.parametrize(("pool4_kernel", "smallest"), [(3, 31), (2, 15)])
-def test_smallest_image(pool4_kernel: int, smallest: int) -> None:
+@pytest.mark.parametrize(
+    ("variant", "pool4_kernel", "smallest", "with_heads"),
+    [("paper", 3, 31, 47), ("torchvision", 2, 15, 15), ("torchvision5x5", 2, 15, 15)],
+)
+def test_smallest_image(variant: str, pool4_kernel: int, smallest: int, with_heads: int) -> None:
+    assert geometry.smallest_image(variant, heads=False) == smallest
+    assert geometry.smallest_image(variant, heads=True) == with_heads
     assert googlenet_sizes(smallest, pool4_kernel).maxpool4 == 1
-    with pytest.raises(ValueError, match=f"larger images than {smallest - 1}"):
+    with pytest.raises(geometry.TooSmallError, match="does not fit a side of 1"):
         googlenet_sizes(smallest - 1, pool4_kernel)
 
 

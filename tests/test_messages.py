@@ -36,6 +36,25 @@ def test_images_to_transform_have_three_channels(library: Any, shape: tuple[int,
         network(torch.rand(shape))
 
 
+@pytest.mark.parametrize(
+    ("variant", "train", "smallest"),
+    [("paper", False, 31), ("paper", True, 47), ("torchvision", False, 15)],
+)
+def test_images_that_are_too_small(variant: str, train: bool, smallest: int) -> None:
+    """The network says how large they have to be, unless its layers are not its own any more."""
+    network = fi.googlenet(variant, num_classes=2, image_size=47, init_weights=False).train(train)
+    network(torch.rand(2, 3, smallest, smallest))
+    message = f"are too small: .* network takes {smallest}x{smallest} or more"
+    for height, width in ((smallest - 1, smallest), (smallest, smallest - 1), (smallest, 4)):
+        with pytest.raises(ValueError, match=f"^images of {height}x{width} {message}"):
+            network(torch.rand(2, 3, height, width))
+    network.maxpool3 = torch.nn.Identity()
+    network.eval()(torch.rand(2, 3, smallest - 1, smallest - 1))
+    network.maxpool3 = fi.MaxPool2d(9)
+    with pytest.raises(ValueError, match=r"a window of 9 .* the map to pool is 6x8, larger images"):
+        network(torch.rand(2, 3, 48, 64))
+
+
 @pytest.mark.parametrize("call", [fi.fuse_, fi.unfuse_], ids=lambda call: call.__name__)
 def test_no_module_to_change(call: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):

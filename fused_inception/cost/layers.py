@@ -11,6 +11,7 @@ from fused_inception.geometry import (
     googlenet_dims,
     googlenet_sizes,
     pool_out,
+    smallest_image,
 )
 
 AUX_HIDDEN = 1024  # hidden units of an auxiliary classifier
@@ -151,6 +152,10 @@ class Network:
         num_classes: int = 1000,
     ) -> None:
         check_googlenet(variant, image_size, aux_logits)
+        if image_size < (least := smallest_image(variant, heads=False)):
+            raise ValueError(
+                f"image_size must be at least {least} for the {variant} network, got {image_size}"
+            )
         paper = variant == "paper"
         self.variant = variant
         self.image_size = image_size

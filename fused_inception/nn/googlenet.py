@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_inception.geometry import check_googlenet, googlenet_dims, googlenet_sizes
+from fused_inception.geometry import (
+    TooSmallError,
+    check_googlenet,
+    googlenet_dims,
+    googlenet_sizes,
+    smallest_image,
+)
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock
 from fused_inception.nn.head import GlobalAvgPool2d
@@ -105,6 +111,24 @@ class GoogLeNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
         """[N, 3, H, W] -> [N, num_classes]; with heads and in training, `GoogLeNetOutputs`."""
+        if torch.compiler.is_compiling():
+            return self._layers(x)
+        # asked when a layer fails, not before: others may have been put in, for smaller images
+        try:
+            return self._layers(x)
+        except TooSmallError as error:
+            heads = self.training and self.aux1 is not None
+            least = smallest_image(self.variant, heads)
+            height, width = x.shape[2:]
+            if min(height, width) >= least:
+                raise
+            larger = least > smallest_image(self.variant, heads=False)
+            raise TooSmallError(
+                f'images of {height}x{width} are too small: the "{self.variant}" network takes '
+                f"{least}x{least} or more{', in training with auxiliary classifiers' * larger}"
+            ) from error
+
+    def _layers(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
         if self.transform_input:
             x = from_imagenet_to_half(x)
         heads = {"inception4a": self.aux1, "inception4d": self.aux2}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from fused_inception.backend import NAMES, backend, selected
-from fused_inception.geometry import SMALLEST_WITH_HEADS, VARIANTS, googlenet_sizes
+from fused_inception.geometry import VARIANTS, smallest_image
 from fused_inception.tools.errors import UserError
 
 RATES = {"sgd": 0.01, "adamw": 5e-4}
@@ -167,17 +167,16 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def _checked(options: Options) -> Options:
     side, paper = options.image_size, options.variant == "paper"
-    try:
-        googlenet_sizes(side, pool4_kernel=3 if paper else 2)
-    except ValueError:
+    least, with_heads = (smallest_image(options.variant, heads) for heads in (False, True))
+    if side < least:
         raise UserError(
             f"--image-size {side} is too small for the {options.variant} network: "
-            f"it takes {31 if paper else 15} or more"
-        ) from None
-    if paper and options.aux and side < SMALLEST_WITH_HEADS:
+            f"it takes {least} or more"
+        )
+    if options.aux and side < with_heads:
         raise UserError(
             f"--image-size {side} is too small for the auxiliary classifiers: "
-            f"take {SMALLEST_WITH_HEADS} or more, or --no-aux"
+            f"take {with_heads} or more, or --no-aux"
         )
     if not paper and options.batch_size == 1 and side < 47:
         raise UserError("--batch-size 1 with BatchNorm needs an --image-size of 47 or more")
