@@ -347,8 +347,12 @@ def test_module_of_the_network_costs_what_it_costs_alone():
 
 
 def test_info_prints_the_table(capsys):
-    assert main(["info", "--network", "paper", "--batch", "2", "--image-size", "224"]) == 0
-    text = capsys.readouterr().out
+    texts = []
+    for flag in ("--batch-size", "--batch"):  # the old name
+        assert main(["info", "--network", "paper", flag, "2", "--image-size", "224"]) == 0
+        texts.append(capsys.readouterr().out)
+    text, _ = texts
+    assert texts[0] == texts[1]
     lines = {line.split("  ")[0].rstrip(" *"): line.split() for line in text.splitlines()}
     assert lines["inception (4c)"][-4:] == ["463", "497.5", "100", "99.9"]
     assert "1,582,671,872 (+5.5%)" in text
@@ -366,5 +370,5 @@ def test_info_prints_the_table(capsys):
 def test_info_refuses_what_no_network_has(capsys):
     assert main(["info", "--network", "paper", "--image-size", "40"]) == 2
     assert "at least 47" in capsys.readouterr().err
-    assert main(["info", "--batch", "3"]) == 2
-    assert "--network" in capsys.readouterr().err
+    assert main(["info", "--batch-size", "3"]) == 2
+    assert "--batch-size, --image-size and --dtype" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from fused_inception.tools.network_table import report
 from fused_inception.tools.options import pick_backend, positive
 
 LIBRARIES = ("torch", "triton", "numpy", "pillow", "scikit-learn", "matplotlib", "tqdm")
-NETWORK_DEFAULTS: dict[str, Any] = {"batch": 32, "image_size": 224, "dtype": "bfloat16"}
+NETWORK_DEFAULTS: dict[str, Any] = {"batch_size": 32, "image_size": 224, "dtype": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("of the network").add_argument
     for flag, text in (
-        ("--batch", "images (default: 32)"),
+        # argparse takes the beginning of a name too: its old one, --batch
+        ("--batch-size", "images (default: 32)"),
         ("--image-size", "side (default: 224)"),
     ):
         add(flag, type=positive, default=argparse.SUPPRESS, help=text)
@@ -45,13 +46,15 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = {k: v for k, v in vars(arguments).items() if k in NETWORK_DEFAULTS}
     if arguments.network is not None:
         try:
-            lines = report(arguments.network, **{**NETWORK_DEFAULTS, **sizes}, device=H200)
+            settings = {**NETWORK_DEFAULTS, **sizes}
+            batch = settings.pop("batch_size")
+            lines = report(arguments.network, batch=batch, **settings, device=H200)
         except ValueError as error:
             raise UserError(str(error)) from None
         print("\n".join(lines))
         return 0
     if sizes:
-        raise UserError("--batch, --image-size and --dtype describe a network: add --network")
+        raise UserError("--batch-size, --image-size and --dtype describe a network: add --network")
     name = pick_backend(None).name
     own = _version("fused-inception", absent="in a checkout, not installed")
     print(f"fused_inception {own}, Python {platform.python_version()}")
