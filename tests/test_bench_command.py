@@ -14,7 +14,7 @@ from torch import nn
 
 import fused_inception as fi
 from fused_inception.__main__ import main
-from fused_inception.tools import bench, bench_rows, errors
+from fused_inception.tools import bench, errors
 from fused_inception.tools.timing import Spread, now
 
 HERE = f"{__name__}:"
@@ -70,10 +70,17 @@ def test_table_and_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each fused block beside the plain one on the same input, in a table, files and pictures."""
+@pytest.mark.parametrize(
+    ("mode", "timed"),
+    [("inference", ["forward"]), ("step", ["step"]), ("both", ["forward", "step"])],
+)
+def test_blocks(
+    mode: str, timed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each fused block beside the plain one on the same input, in the modes that were asked for, in
+    a table, files and pictures."""
     out = tmp_path / "out"
-    assert run("--model", HERE + "fused_net", "--batch-size", "2", "--mode", "step", "--blocks",
+    assert run("--model", HERE + "fused_net", "--batch-size", "2", "--mode", mode, "--blocks",
                "--out", str(out)) == 0  # fmt: skip
     printed = capsys.readouterr()
     rows = [line.split() for line in printed.out.splitlines()]
@@ -83,15 +90,19 @@ def test_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "batch 2, block 1" in printed.err
     blocks = json.loads((out / "bench.json").read_text())["blocks"]
     assert [(b["block"], b["mode"]) for b in blocks] == [
-        (name, mode) for name in "01" for mode in bench_rows.BLOCK_MODES
+        (name, of_block) for name in "01" for of_block in timed
     ]
+    (head,) = [row for row in rows if row[:2] == ["block", "class"]]
+    assert [name for name in ("forward", "step") if name in head] == timed
     for found in blocks:
         assert found["fused_milliseconds"] > 0
         assert found["eager_milliseconds"] > 0
-    # 256 pixels of two images, 3 -> 8 channels, 3x3
-    assert blocks[0]["flops"] == 2 * 2 * 256 * 27 * 8
+    # 256 pixels of two images, 3 -> 8 channels, 3x3; in a step those of the filters' gradients too
+    assert blocks[0]["flops"] == {"forward": 1, "step": 2}[timed[0]] * 2 * 2 * 256 * 27 * 8
     with open(out / "blocks.csv", newline="") as file:
-        assert [line["block"] for line in csv.DictReader(file)] == ["0", "0", "1", "1"]
+        assert [line["block"] for line in csv.DictReader(file)] == [
+            name for name in "01" for _ in timed
+        ]
     for picture in ("bench.png", "speedup.png", "roofline.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 

@@ -21,7 +21,7 @@ from fused_inception.adapters.plain import plain_twin
 from fused_inception.tools import sample
 from fused_inception.tools.bench_blocks import block_names, block_table, measure_blocks
 from fused_inception.tools.bench_pictures import draw_models, draw_rates, draw_speed_ups
-from fused_inception.tools.bench_rows import BlockResult, Result
+from fused_inception.tools.bench_rows import BLOCK_MODES, BlockResult, Result
 from fused_inception.tools.blocks import tensors_of
 from fused_inception.tools.checkpoint import write_atomically
 from fused_inception.tools.errors import UserError, require, writable_folder
@@ -120,7 +120,7 @@ def _measure(
                     results += measure(models, x, mode, arguments.seconds, replays)
                     bar.update()
                 if arguments.blocks:
-                    blocks += _blocks(models, x, arguments.seconds, bar)
+                    blocks += _blocks(models, x, arguments.seconds, modes, bar)
 
 
 def _report(
@@ -149,8 +149,10 @@ def _report(
         print(f"written: {', '.join(files)} in {arguments.out}")
 
 
-def _blocks(models: dict[str, nn.Module], x: Tensor, seconds: float, bar: Any) -> list[BlockResult]:
-    """Those of the fused model, each for a quarter of the time of a model."""
+def _blocks(
+    models: dict[str, nn.Module], x: Tensor, seconds: float, modes: Sequence[str], bar: Any
+) -> list[BlockResult]:
+    """Those of the fused model in the same modes, each for a quarter of the time of a model."""
     batch = x.shape[0]
     names = block_names(models["fused"])
     bar.total += len(names)
@@ -159,7 +161,8 @@ def _blocks(models: dict[str, nn.Module], x: Tensor, seconds: float, bar: Any) -
         bar.set_description(f"batch {batch}, block {name}")
         bar.update()
 
-    return measure_blocks(models["fused"], models["eager"], x, seconds / 4, done)
+    timed = [BLOCK_MODES[mode] for mode in modes]
+    return measure_blocks(models["fused"], models["eager"], x, seconds / 4, timed, done)
 
 
 def measure(

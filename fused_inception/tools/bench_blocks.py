@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_inception.adapters.fuse import survey
-from fused_inception.tools.bench_rows import BLOCK_MODES, BlockResult
+from fused_inception.tools.bench_rows import BlockResult
 from fused_inception.tools.blocks import fused_blocks, hooked, tensors_of
 from fused_inception.tools.costs import cost_of
 from fused_inception.tools.text import aligned
@@ -26,12 +26,15 @@ def measure_blocks(
     plain: nn.Module,
     x: Tensor,
     seconds: float,
+    modes: Sequence[str],
     done: Callable[[str], None] = lambda name: None,
 ) -> list[BlockResult]:
     """Each fused block of `fused` beside the block of the same name of `plain`, on the input that a
-    pass of `x` brings it; those that the pass does not reach are left out.
+    pass of `x` brings it, in training where a step is timed; those that the pass does not reach are
+    left out.
 
-    `seconds` is for each measurement; `done` is told of each block that is behind.
+    `seconds` is for each measurement; `modes` are of `BLOCK_MODES`' values; `done` is told of each
+    block that is behind.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -39,13 +42,12 @@ def measure_blocks(
         if name not in seen and isinstance(y, Tensor):
             seen[name] = z.detach(), y.detach()
 
-    with torch.no_grad(), hooked(fused.train(), block_names(fused), see):
+    with torch.no_grad(), hooked(fused.train("step" in modes), block_names(fused), see):
         fused(x)
-    plain.train()
     results = []
     for name, (z, y) in seen.items():
         blocks = {"fused": fused.get_submodule(name), "eager": plain.get_submodule(name)}
-        for mode in BLOCK_MODES:
+        for mode in modes:
             cost = cost_of(blocks["fused"], z, y, plan="fused", training=mode == "step")
             medians = _medians(blocks, z, mode, seconds)
             results.append(
@@ -97,13 +99,16 @@ def _work(block: nn.Module, z: Tensor, mode: str) -> Work:
 
 
 def block_table(results: Sequence[BlockResult]) -> list[str]:
-    """A line a block: milliseconds of both and their ratio, in each mode."""
-    rows = [["block", "class", "batch", "forward ms", "", "times", "step ms", "", "times"]]
-    rows.append(["", "", "", "fused", "eager", "as fast", "fused", "eager", "as fast"])
+    """A line a block: milliseconds of both and their ratio, in each mode that was timed."""
+    modes = list(dict.fromkeys(r.mode for r in results))
+    rows = [["block", "class", "batch"], ["", "", ""]]
+    for mode in modes:
+        rows[0] += [f"{mode} ms", "", "times"]
+        rows[1] += ["fused", "eager", "as fast"]
     found = {(r.block, r.batch, r.mode): r for r in results}
     for block, batch in dict.fromkeys((r.block, r.batch) for r in results):
-        row = [block, found[block, batch, BLOCK_MODES[0]].kind, str(batch)]
-        for mode in BLOCK_MODES:
+        row = [block, found[block, batch, modes[0]].kind, str(batch)]
+        for mode in modes:
             r = found[block, batch, mode]
             row += [f"{r.fused_milliseconds:.3f}", f"{r.eager_milliseconds:.3f}"]
             row.append(f"{r.times_as_fast:.2f}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_inception.tools.bench_rows import BLOCK_MODES, BlockResult, Result
+from fused_inception.tools.bench_rows import BlockResult, Result
 from fused_inception.tools.checkpoint import write_atomically
 
 DPI = 120
@@ -43,9 +43,10 @@ def draw_speed_ups(path: Path, title: str, results: Sequence[BlockResult]) -> No
     """How many times as fast as plain PyTorch a fused block is: a line a batch, a panel a mode."""
     blocks = list(dict.fromkeys(r.block for r in results))
     batches = sorted({r.batch for r in results})
-    figure = _figure(max(6.0, 1.5 + 0.45 * len(blocks)), 6.4, title)
-    panels = figure.subplots(len(BLOCK_MODES), 1, sharex=True)
-    for axes, mode in zip(panels, BLOCK_MODES, strict=True):
+    modes = list(dict.fromkeys(r.mode for r in results))
+    figure = _figure(max(6.0, 1.5 + 0.45 * len(blocks)), 1.4 + 2.5 * len(modes), title)
+    panels = figure.subplots(len(modes), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, mode in zip(panels, modes, strict=True):
         for batch in batches:
             some = [r for r in results if (r.mode, r.batch) == (mode, batch)]
             axes.plot(
@@ -67,13 +68,13 @@ def draw_rates(path: Path, title: str, results: Sequence[BlockResult]) -> None:
     axes = figure.subplots()
     counted = [r for r in results if r.flops and r.bytes]
     for who, marker in (("fused", "o"), ("eager", "x")):
-        for mode, colour in zip(BLOCK_MODES, ("C0", "C1"), strict=True):
+        for i, mode in enumerate(dict.fromkeys(r.mode for r in results)):
             some = [r for r in counted if r.mode == mode]
             seconds = [getattr(r, f"{who}_milliseconds") / 1e3 for r in some]
             axes.scatter(
                 [r.flops / r.bytes for r in some if r.flops and r.bytes],
                 [r.flops / s for r, s in zip(some, seconds, strict=True) if r.flops],
-                s=18, alpha=0.7, marker=marker, color=colour, label=f"{who}, {mode}",
+                s=18, alpha=0.7, marker=marker, color=f"C{i}", label=f"{who}, {mode}",
             )  # fmt: skip
     axes.set(xscale="log", yscale="log", ylabel="FLOP/s")
     axes.set_xlabel("FLOP by byte that the fused block's launches read and write")

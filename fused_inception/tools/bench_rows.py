@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-# of a block: forward without gradients; forward and backward with all of them
-BLOCK_MODES = ("forward", "step")
+# what is timed of a block in a mode of the model: forward without gradients; forward and backward
+# with all of them
+BLOCK_MODES = {"inference": "forward", "step": "step"}
 
 
 @dataclass(frozen=True)
