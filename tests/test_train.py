@@ -253,15 +253,19 @@ def test_image_folder_is_split_by_class(folder):
             assert image.shape == (3, 8, 8)
             assert abs(image.float().mean().item() - (230, 20)[label]) < 2
     assert sorted(label for _, label in (opened.test[i] for i in range(2))) == [0, 1]
+    (folder / "dark").rename(folder / "train")  # a class beside classes
+    assert data.open_data(f"imagefolder:{folder}", 8).classes == ("bright", "train")
 
 
-def test_image_folder_with_its_own_test_part(folder):
-    (folder.parent / "train").mkdir()
-    for name in ("bright", "dark"):
-        (folder / name).rename(folder.parent / "train" / name)
-    (folder.parent / "val" / "dark").mkdir(parents=True)
-    Image.new("L", (9, 9), 20).save(folder.parent / "val" / "dark" / "0.png")
-    opened = data.open_data(f"imagefolder:{folder.parent}", 8)
+@pytest.mark.parametrize("parts", ["train val", "train validation", "Training Testing"])
+def test_image_folder_with_its_own_test_part(parts, folder, tmp_path):
+    train, test = (tmp_path / "parts" / name for name in parts.split())
+    train.parent.mkdir()
+    folder.rename(train)
+    (test / "dark").mkdir(parents=True)
+    Image.new("L", (9, 9), 20).save(test / "dark" / "0.png")
+    opened = data.open_data(f"imagefolder:{train.parent}", 8)
+    assert opened.classes == ("bright", "dark")
     assert (len(opened.train), len(opened.test)) == (10, 1)
     assert opened.test[0][1] == opened.classes.index("dark")
 
@@ -315,6 +319,8 @@ def test_unsuitable_folders_are_one_line(folder, tmp_path, capsys):
     assert "has one image" in line(tmp_path / "one")
     Image.new("L", (9, 9)).save(tmp_path / "one" / "only" / "1.png")
     assert "at least two are needed" in line(tmp_path / "one")
+    (tmp_path / "one" / "only").rename(tmp_path / "one" / "Test")
+    assert "has Test and no train beside it: add that, or take image" in line(tmp_path / "one")
 
 
 def test_predict_refuses_what_it_cannot_read(finished, tmp_path, capsys):

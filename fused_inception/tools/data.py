@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader
 from fused_inception.tools.errors import UserError, require
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# folders that are parts of a data set, not classes, the first of them that there is
+TRAIN_PARTS = ("train", "training")
+TEST_PARTS = ("val", "valid", "validation", "test", "testing")
 TEST_FRACTION = 0.2
 SMALLEST_CROP = 0.7  # of the shorter side, when training on a folder of images
 SYNTHETIC_BATCHES = 20
@@ -204,12 +207,12 @@ def _image_folder(path: Path, size: int, flip: bool) -> Data:
     require("PIL")
     if not path.is_dir():
         raise UserError(f"no folder {path}: --data imagefolder:PATH needs PATH/<class>/<image>")
-    held_out = next((path / n for n in ("val", "valid", "test") if (path / n).is_dir()), None)
-    if held_out is not None and (path / "train").is_dir():
-        train, test = _class_files(path / "train"), _class_files(held_out)
+    parts = _parts(path)
+    if parts is not None:
+        train, test = (_class_files(part) for part in parts)
         unknown = sorted(set(test) - set(train))
         if unknown:
-            raise UserError(f"{held_out} has the class {unknown[0]!r}, which {path}/train lacks")
+            raise UserError(f"{parts[1]} has the class {unknown[0]!r}, which {parts[0]} lacks")
     else:
         train, test = _split(_class_files(path))
     if len(train) < 2:
@@ -224,12 +227,34 @@ def _image_folder(path: Path, size: int, flip: bool) -> Data:
     )
 
 
+def _parts(path: Path) -> tuple[Path, Path] | None:
+    """The folders to train and to test on; None where `path` has class folders."""
+    found = {f.name.lower(): f for f in _folders(path)}
+    train, test = (
+        next((found[name] for name in names if name in found), None)
+        for names in (TRAIN_PARTS, TEST_PARTS)
+    )
+    if train is not None and test is not None:
+        return train, test
+    one = train or test
+    # a train is a class of vehicles, too
+    if one is None or not found.keys() <= {*TRAIN_PARTS, *TEST_PARTS}:
+        return None
+    missing = (TEST_PARTS if test is None else TRAIN_PARTS)[0]
+    raise UserError(
+        f"{path} has {one.name} and no {missing} beside it: add that, or take imagefolder:{one}, "
+        "of which a part is held out"
+    )
+
+
+def _folders(path: Path) -> list[Path]:
+    return [f for f in sorted(path.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+
+
 def _class_files(path: Path) -> dict[str, list[Path]]:
     """Image files below each class folder, in the order of their names."""
     found = {}
-    for folder in sorted(path.iterdir()):
-        if not folder.is_dir() or folder.name.startswith("."):
-            continue
+    for folder in _folders(path):
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(f"no images in {folder}: looked for {', '.join(SUFFIXES)}")
