@@ -90,9 +90,37 @@ def test_gradients_of_torch_func_say_what_to_do(norm: str | None, backend: str) 
     def total(x: torch.Tensor) -> torch.Tensor:
         return module(x).sum()
 
-    message = r"torch.func's gradients are not implemented for fused_inception.*unfuse_ the model"
+    message = r"torch.func's .* are not implemented for fused_inception.*unfuse_ the model"
     with fi.backend(backend), pytest.raises(RuntimeError, match=message):
         torch.func.grad(total)(torch.rand(2, 16, 4, 4))
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("what", ["nchw", "channels last", "parameters", "gradients"])
+def test_vmap_says_what_to_do(norm: str | None, backend: str, what: str) -> None:
+    """Wherever it meets the first thing that has no rule: a layout, an operator, a gradient."""
+    module = fi.Inception(*WIDTHS, norm=norm).eval().requires_grad_(what == "gradients")
+    x = torch.rand(2, 2, 4, 4, 16).movedim(4, 2)
+    call: Any = torch.func.vmap(module)
+    arguments: tuple[Any, ...] = (x.contiguous() if what == "nchw" else x,)
+    if what == "parameters":
+        call = torch.func.vmap(
+            lambda p, x: torch.func.functional_call(module, p, (x,)), in_dims=(0, None)
+        )
+        arguments = {name: torch.stack([p, p]) for name, p in module.named_parameters()}, x[0]
+    with fi.backend(backend), pytest.raises(RuntimeError, match=r"vmap.*unfuse_ the model first"):
+        call(*arguments)
+
+
+def test_errors_of_a_copy_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def contiguous(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        fi.functional.max_pool2d(torch.rand(1, 2, 4, 4), 2)
 
 
 def test_tracing_by_fx_says_what_to_do() -> None:

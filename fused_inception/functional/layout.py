@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_inception.backend import Implementation
-from fused_inception.ops.layout import why_not_in_place
+from fused_inception.ops.layout import refuse_vmap, why_not_in_place
 
 
 def settle(x: Tensor, impl: Implementation) -> Tensor:
@@ -12,6 +12,10 @@ def settle(x: Tensor, impl: Implementation) -> Tensor:
 
     Channels that Triton has to pad are left to the operator, which does not keep the padded copy.
     """
-    if impl == "triton" and why_not_in_place(x) is None:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
+    try:
+        if impl == "triton" and why_not_in_place(x) is None:
+            return x
+        return x.contiguous(memory_format=torch.channels_last)
+    except RuntimeError:
+        refuse_vmap()
+        raise

@@ -25,7 +25,24 @@ def channels_last(x: Tensor) -> Tensor:
     if x.stride() == strides:
         return x
     # contiguous() leaves strides of sizes 0 and 1 as they are; elements are in order all the same
-    return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, strides)
+    try:
+        return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, strides)
+    except RuntimeError:
+        refuse_vmap()
+        raise
+
+
+def refuse_vmap() -> None:
+    """What failed was the layout of a tensor; of those of vmap none can be had.
+
+    Raises:
+        RuntimeError: vmap is at work.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "vmap is not implemented for fused blocks; unfuse_ the model first, or take the "
+            "functions of fused_inception.reference"
+        ) from None
 
 
 def as_saved(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -32,6 +32,9 @@ def register(
     torch.library.define(qualified, schema, lib=_library, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "default", implementation, lib=_library)
     torch.library.register_fake(qualified, fake, lib=_library)
+    # PyTorch's own way of batching, one by one, does without lists
+    if "Tensor[]" in schema:
+        _library.impl(qualified, _no_vmap(qualified), "FuncTorchBatched")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     IMPLEMENTATIONS[op] = implementation
     return op
@@ -88,8 +91,15 @@ def begin_gradients(name: str) -> None:
         RuntimeError: one of torch.func is being taken.
     """
     if torch._C._are_functorch_transforms_active():
-        raise _refusal("torch.func's gradients are", name)
+        raise _refusal("torch.func's transforms, such as grad and vmap, are", name)
     filter_cache.clear()
+
+
+def _no_vmap(name: str) -> Callable[..., NoReturn]:
+    def refuse(*arguments: Any) -> NoReturn:
+        raise _refusal("vmap is", name)
+
+    return refuse
 
 
 def _refusal(what: str, name: str) -> RuntimeError:
