@@ -123,6 +123,20 @@ def test_errors_of_a_copy_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) ->
         fi.functional.max_pool2d(torch.rand(1, 2, 4, 4), 2)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_scripting_says_what_to_do() -> None:
+    layers = [torch.nn.Conv2d(3, 16, 1), fi.reference.Inception(*WIDTHS), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers)
+    fi.fuse_(model)
+    own = fi.googlenet("torchvision", num_classes=2, init_weights=False)
+    for module, way in ((model, "unfuse_ the model first"), (own, "torch.compile can")):
+        with pytest.raises(RuntimeError, match=f"torch.jit.script cannot compile .* {way}"):
+            torch.jit.script(module)
+    fi.unfuse_(model)
+    torch.jit.script(model[:1])
+    assert [*model] == layers
+
+
 def test_tracing_by_fx_says_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"got Proxy: unfuse_ the model before torch.fx traces it"):
         torch.fx.symbolic_trace(fi.Inception(*WIDTHS))

@@ -1,11 +1,15 @@
 """Our own modules: those of the reference, which can be fused, and those that are fused."""
 
+from typing import NoReturn
+
 from torch import nn
 
 from fused_inception import reference
 from fused_inception.adapters.registry import Entry, Family, checked, entries, leaf
+from fused_inception.nn.adoption import origin_of
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock
+from fused_inception.nn.googlenet import GoogLeNet
 from fused_inception.nn.head import GlobalAvgPool2d
 from fused_inception.nn.inception import Inception
 from fused_inception.nn.inception_naive import InceptionNaive, change_inside_naive
@@ -23,6 +27,17 @@ FUSED: tuple[type[nn.Module], ...] = (
     MaxPool2d,
     MaxPoolLRN2d,
 )
+
+
+def _not_scriptable(module: nn.Module) -> NoReturn:
+    name = type(module).__name__
+    way = "torch.compile can" if origin_of(module) is None else "unfuse_ the model first"
+    raise RuntimeError(f"torch.jit.script cannot compile {name}, a fused block: {way}")
+
+
+# torch.jit.script calls it of each module before it compiles the first one
+for _cls in (*FUSED, GoogLeNet):
+    _cls.__prepare_scriptable__ = _not_scriptable  # type: ignore[attr-defined]
 
 
 def family() -> Family:
