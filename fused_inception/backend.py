@@ -20,6 +20,7 @@ NAMES = ("auto", "triton", "torch")
 OLDEST_CAPABILITY = (8, 0)
 _ASSUMED = "triton, assumed"
 ENVIRONMENT_VARIABLE = "FUSED_INCEPTION_BACKEND"
+_ENVIRONMENT_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 # looked for, not imported: the package must import without it
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -166,11 +167,9 @@ def why_no_triton(device: torch.device) -> str | None:
 
 def _environment() -> str:
     """The value of the environment variable; empty where it is not set."""
-    if not torch.compiler.is_compiling():
-        return os.environ.get(ENVIRONMENT_VARIABLE, "")
-    # Dynamo guards on a plain dict, so a later change recompiles; through os.environ's own methods
-    # it would not notice that the variable has appeared or gone
-    value = os.environ._data.get(os.environ.encodekey(ENVIRONMENT_VARIABLE))  # type: ignore[attr-defined]
+    # Dynamo guards on a plain dict, so a later change recompiles; through os.environ's own methods,
+    # which also take eight times as long, it would not notice that the variable appears or goes
+    value = os.environ._data.get(_ENVIRONMENT_KEY)  # type: ignore[attr-defined]
     return "" if value is None else os.environ.decodevalue(value)
 
 

@@ -241,8 +241,8 @@ def norm_pair(first: str, a: Sequence[Tensor], second: str, b: Sequence[Tensor])
 
 def batch_counters(
     counters: Sequence[Tensor | None], momentum: float | None, running: Sequence[Tensor]
-) -> list[Tensor]:
-    """The counters of batches, one for each running mean; none where all are None.
+) -> None:
+    """One counter of batches for each running mean, or none where no average is cumulative.
 
     Raises:
         ValueError: they are missing where a cumulative average needs them, or too few.
@@ -250,7 +250,7 @@ def batch_counters(
     """
     present = [t for t in counters if t is not None]
     if not running:
-        return []
+        return
     if not present and momentum is None:
         raise ValueError("momentum=None averages over all batches and needs batches_tracked")
     if present and len(present) != len(running):
@@ -262,7 +262,6 @@ def batch_counters(
             raise TypeError(f"batches_tracked must be int64, got {_names([t.dtype])}")
         if t.device != mean.device:
             raise ValueError(f"batches_tracked must be on {mean.device}, got {t.device}")
-    return present
 
 
 def batch_statistics(n: int, c: int, h: int, w: int, eps: float) -> None:

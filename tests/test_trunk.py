@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import fused_inception as fi
 from fused_inception import functional, reference
-from fused_inception.functional import trunk
 from fused_inception.geometry import InceptionDims, Window
 from fused_inception.ops import trunk as ops
 from tests.test_trunk_kernels import CASES, POOL, Case, of_modules, results
@@ -113,15 +112,6 @@ def test_arguments_that_fitted_once_are_checked_anew_when_they_change() -> None:
     with pytest.raises(ValueError, match="24 for module 0"):
         functional.inception_trunk(good[0], [good[1:]], **options)
     run(good)
-
-
-def test_descriptions_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trunk, "_MOST", 2)
-    monkeypatch.setattr(trunk, "_fitting", set())
-    x, *parameters = WIDE.tensors(torch.float32)
-    for n in range(1, 6):
-        functional.inception_trunk(x.expand(n, -1, -1, -1), of_modules(parameters), pools={})
-    assert 0 < len(trunk._fitting) <= 2
 
 
 def test_wrong_numbers_of_parameters_and_types() -> None:

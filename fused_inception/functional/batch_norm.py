@@ -1,7 +1,8 @@
 """Convolutions with BatchNorm and ReLU."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from fused_inception import checks
 from fused_inception.backend import resolve
 from fused_inception.functional.convolution import conv_implementation
+from fused_inception.functional.fitting import once
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import IMAGE_CHANNELS, conv_out
 from fused_inception.ops import batch_norm as _batch_norm
@@ -75,19 +77,17 @@ def inception_bn(
     double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    checks.inception_filters(x, filters, casts=autocasts(x))
-    layers = _norm_layers(
-        x, filters, running_means, running_vars, gammas, betas, training, momentum, batches_tracked
-    )
+    casts = autocasts(x)
+    vectors = running_means, running_vars, gammas, betas, batches_tracked
+    layers = _norm_layers(_check_module, x, filters, vectors, (training, momentum, eps), casts)
     impl = resolve(x)
-    x = settle(autocast(x), impl)
+    x = settle(autocast(x) if casts else x, impl)
     if not training:
         if impl == "torch":
             return plain.inception(x, *_folded([*filters], layers, eps))
         return _batch_norm.evaluate(
             "inception_bn", x, [*filters], *layers.parameters, *layers.running[:2], (eps,)
         )
-    checks.batch_statistics(x.shape[0], filters[0].shape[0], x.shape[2], x.shape[3], eps)
     if impl == "torch":
         running = Running(*layers.running, momentum, skip_nonfinite)
         return plain.inception_bn(x, filters, *layers.parameters, running, eps)
@@ -135,25 +135,22 @@ def conv2d_bn_relu(
     in eval as `conv2d_relu`. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    checks.conv_filter(x, weight, stride, padding, casts=autocasts(x))
-    layers = _norm_layers(
-        x, [weight], [running_mean], [running_var], [gamma], [beta],
-        training, momentum, [batches_tracked],
-    )  # fmt: skip
+    casts = autocasts(x)
+    vectors = (running_mean,), (running_var,), (gamma,), (beta,), (batches_tracked,)
+    options = training, momentum, eps, stride, padding
+    layers = _norm_layers(_check_conv, x, [weight], vectors, options, casts)
     impl = conv_implementation(x, weight, stride, padding)
-    x = autocast(x)
+    x = autocast(x) if casts else x
     if impl == "torch" or x.shape[1] > IMAGE_CHANNELS:
         x = settle(x, impl)
     if not training:
         if impl == "torch":
             filters, biases = _folded([weight], layers, eps)
             return plain.conv2d_relu(x, filters, biases[0], stride, padding)
-        options = (stride, padding, eps)
         return _batch_norm.evaluate(
-            "conv2d_bn_relu", x, [weight], *layers.parameters, *layers.running[:2], options
-        )
-    height, width = (conv_out(side, weight.shape[2], stride, padding) for side in x.shape[2:])
-    checks.batch_statistics(x.shape[0], weight.shape[0], height, width, eps)
+            "conv2d_bn_relu", x, [weight], *layers.parameters, *layers.running[:2],
+            (stride, padding, eps),
+        )  # fmt: skip
     if impl == "torch":
         running = Running(*layers.running, momentum, skip_nonfinite)
         return plain.conv2d_bn_relu(x, [weight], *layers.parameters, running, eps, stride, padding)
@@ -179,35 +176,88 @@ class _NormLayers(NamedTuple):
     running: tuple[list[Tensor], list[Tensor], list[Tensor]]  # means, variances, counters
 
 
+# means, variances, gammas, betas, counters
+_Vectors = Sequence[Sequence[Tensor | None]]
+
+
 def _norm_layers(
+    check: Callable[..., None],
     x: Tensor,
     filters: Sequence[Tensor],
-    running_means: Sequence[Tensor | None],
-    running_vars: Sequence[Tensor | None],
-    gammas: Sequence[Tensor | None],
-    betas: Sequence[Tensor | None],
+    vectors: _Vectors,
+    options: tuple[Any, ...],
+    casts: bool,
+) -> _NormLayers:
+    """What BatchNorm layers hold, behind `check`; empty lists where there is nothing.
+
+    options: training, momentum, eps, and what else `check` wants.
+    """
+    tensors = [x, *filters, *chain.from_iterable(vectors)]
+    lengths = tuple(map(len, (filters, *vectors)))
+    once(check, tensors, (lengths, options), x, filters, vectors, *options, casts=casts)
+    means, variances, scales, shifts, counters = (
+        [t for t in kind if t is not None] for kind in vectors
+    )
+    if not options[0]:
+        return _NormLayers((scales, shifts), (means, variances, []))
+    checks.written_to(means, variances)
+    return _NormLayers((scales, shifts), (means, variances, counters if means else []))
+
+
+def _check_module(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    vectors: _Vectors,
     training: bool,
     momentum: float | None,
-    batches_tracked: Sequence[Tensor | None],
-) -> _NormLayers:
-    """What BatchNorm layers hold, checked; empty lists where there is nothing."""
+    eps: float,
+    *,
+    casts: bool,
+) -> None:
+    checks.inception_filters(x, filters, casts=casts)
+    _check_norms(x, filters, vectors, training, momentum, casts)
+    if training:
+        n, _, h, w = x.shape
+        checks.batch_statistics(n, filters[0].shape[0], h, w, eps)
+
+
+def _check_conv(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    vectors: _Vectors,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    stride: int,
+    padding: int,
+    *,
+    casts: bool,
+) -> None:
+    checks.conv_filter(x, filters[0], stride, padding, casts=casts)
+    _check_norms(x, filters, vectors, training, momentum, casts)
+    if training:
+        c, _, k, _ = filters[0].shape
+        height, width = (conv_out(side, k, stride, padding) for side in x.shape[2:])
+        checks.batch_statistics(x.shape[0], c, height, width, eps)
+
+
+def _check_norms(
+    x: Tensor,
+    filters: Sequence[Tensor],
+    vectors: _Vectors,
+    training: bool,
+    momentum: float | None,
+    casts: bool,
+) -> None:
     widths = [weight.shape[0] for weight in filters]
-    named = {
-        "running_means": running_means,
-        "running_vars": running_vars,
-        "gammas": gammas,
-        "betas": betas,
-    }
-    casts = autocasts(x)
+    names = ("running_means", "running_vars", "gammas", "betas")
     means, variances, scales, shifts = (
-        checks.norm_vectors(x, name, vectors, widths, casts=casts)
-        for name, vectors in named.items()
+        checks.norm_vectors(x, name, kind, widths, casts=casts)
+        for name, kind in zip(names, vectors, strict=False)
     )
     checks.norm_pair("running_means", means, "running_vars", variances)
-    if training:
-        checks.written_to(means, variances)
     checks.norm_pair("gammas", scales, "betas", shifts)
-    if not training and not means:
+    if training:
+        checks.batch_counters(vectors[-1], momentum, means)
+    elif not means:
         raise ValueError("training=False needs running_means and running_vars, which are None")
-    counters = checks.batch_counters(batches_tracked, momentum, means) if training else []
-    return _NormLayers((scales, shifts), (means, variances, counters))

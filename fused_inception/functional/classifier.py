@@ -138,11 +138,12 @@ def adaptive_avg_pool2d_conv1x1_relu(
 
 
 def _pool_project(x: Tensor, weight: Tensor, bias: Tensor, pool: AvgWindow) -> Tensor:
-    checks.pointwise_parameters(x, weight, bias, casts=autocasts(x))
+    casts = autocasts(x)
+    checks.pointwise_parameters(x, weight, bias, casts=casts)
     impl = resolve(x)
     if impl == "triton":  # ATen asks nothing of the sides
         impl = where_it_has_kernels(impl, "pool", pool.why_no_kernel(*x.shape[2:]))
-    x = settle(autocast(x), impl)
+    x = settle(autocast(x) if casts else x, impl)
     if impl == "torch":
         return plain.avg_pool2d_conv1x1_relu(x, [weight], bias, pool)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_inception import checks
 from fused_inception.backend import Implementation, resolve, where_it_has_kernels
+from fused_inception.functional.fitting import once
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import IMAGE_CHANNELS
 from fused_inception.ops import conv2d as _conv2d
@@ -48,9 +49,14 @@ def conv2d_relu(
     the ATen path. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    checks.conv_parameters(x, weight, bias, stride, padding, casts=autocasts(x))
+    casts = autocasts(x)
+    once(
+        checks.conv_parameters,
+        *((x, weight, bias), (stride, padding), x, weight, bias, stride, padding),
+        casts=casts,
+    )
     impl = conv_implementation(x, weight, stride, padding)
-    x = autocast(x)
+    x = autocast(x) if casts else x
     if impl == "torch" or x.shape[1] > IMAGE_CHANNELS:
         x = settle(x, impl)
     if impl == "torch":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_inception import checks
 from fused_inception.backend import resolve
+from fused_inception.functional.fitting import once
 from fused_inception.functional.layout import settle
 from fused_inception.ops import inception as _inception
 from fused_inception.ops import inception_naive as _inception_naive
@@ -63,8 +64,10 @@ def inception(
     """
     filters, biases = [w1, w3r, w3, w5r, w5, wp], [b1, b3r, b3, b5r, b5, bp]
     checks.image_batch(x)
-    checks.inception_parameters(x, filters, biases, casts=autocasts(x))
-    return _module(_inception.inception, plain.inception, x, filters, biases)
+    casts = autocasts(x)
+    check = checks.inception_parameters
+    once(check, [x, *filters, *biases], None, x, filters, biases, casts=casts)
+    return _module(_inception.inception, plain.inception, x, filters, biases, casts)
 
 
 @measured
@@ -96,8 +99,11 @@ def inception_naive(
     """
     filters, biases = [w1, w3, w5], [b1, b3, b5]
     checks.image_batch(x)
-    checks.naive_parameters(x, filters, biases, casts=autocasts(x))
-    return _module(_inception_naive.inception_naive, plain.inception_naive, x, filters, biases)
+    casts = autocasts(x)
+    check = checks.naive_parameters
+    once(check, [x, *filters, *biases], None, x, filters, biases, casts=casts)
+    op, otherwise = _inception_naive.inception_naive, plain.inception_naive
+    return _module(op, otherwise, x, filters, biases, casts)
 
 
 def _module(
@@ -106,10 +112,11 @@ def _module(
     x: Tensor,
     filters: list[Tensor],
     biases: list[Tensor],
+    casts: bool,
 ) -> Tensor:
     """Run a form of the module."""
     impl = resolve(x)
-    x = settle(autocast(x), impl)
+    x = settle(autocast(x) if casts else x, impl)
     if impl == "torch":
         return otherwise(x, filters, biases)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))

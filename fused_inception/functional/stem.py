@@ -6,6 +6,7 @@ from torch import Tensor
 from fused_inception import checks
 from fused_inception.backend import resolve
 from fused_inception.functional.convolution import conv2d_relu
+from fused_inception.functional.fitting import once
 from fused_inception.functional.pooling import pool
 from fused_inception.geometry import STEM_NORM, STEM_POOL, Window
 from fused_inception.ops import pooling as _pooling
@@ -68,13 +69,20 @@ def googlenet_stem(
     """
     filters, biases = [w1, w2, w3], [b1, b2, b3]
     checks.image_batch(x)
-    checks.stem_parameters(x, filters, biases, stride, padding, (pool1, pool2), casts=autocasts(x))
+    casts, pools = autocasts(x), (pool1, pool2)
+    once(
+        checks.stem_parameters,
+        [x, *filters, *biases],
+        (stride, padding, pools),
+        *(x, filters, biases, stride, padding, pools),
+        casts=casts,
+    )
     for size in (norm1[0], norm2[0]):
         checks.norm_size(size)
     impl = resolve(x)
     stem = _stem.Stem(stride, padding, pool1, norm1, norm2, pool2)
     if impl == "triton" and _stem.why_not(filters, stem) is None:
-        x = autocast(x)
+        x = autocast(x) if casts else x
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))
         y, _ = call(_stem.googlenet_stem, x, filters, biases, stem.integers, stem.constants, save)
         return y

@@ -1,7 +1,6 @@
 """A run of Inception modules with biases."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from fused_inception.functional.classifier import (
     global_avg_pool2d,
     global_avg_pool2d_dropout,
 )
+from fused_inception.functional.fitting import once
 from fused_inception.functional.inception import inception
 from fused_inception.functional.layout import settle
 from fused_inception.functional.pooling import pool
@@ -21,10 +21,6 @@ from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import trunk as _trunk
 from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
-
-# descriptions of arguments that were found to fit, and how many are kept
-_fitting: set[tuple[Any, ...]] = set()
-_MOST = 256
 
 
 @measured
@@ -75,7 +71,14 @@ def inception_trunk(
     double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    _check(x, parameters, pools, taps)
+    casts = autocasts(x)
+    once(
+        checks.trunk_parameters,
+        [x, *(t for module in parameters for t in module)],
+        (tuple(map(len, parameters)), tuple(pools.items()), tuple(taps)),
+        *(x, parameters, pools, taps),
+        casts=casts,
+    )
     checks.probability(dropout)
     if dropout and not global_pool:
         raise ValueError(f"dropout is behind the global pool: without one it is 0, got {dropout}")
@@ -84,7 +87,7 @@ def inception_trunk(
     biases = [t for module in parameters for t in module[1::2]]
     trunk = _trunk.Trunk(dict(pools), tuple(taps), global_pool)
     if impl == "triton" and _trunk.why_not(filters, trunk) is None:
-        x = settle(autocast(x), impl)
+        x = settle(autocast(x) if casts else x, impl)
         kept, scale = None, 1.0
         if dropout:
             last = parameters[-1]
@@ -116,33 +119,3 @@ def _save_from(x: Tensor, parameters: Sequence[Sequence[Tensor]]) -> int:
         return 0
     needs = (any(t.requires_grad for t in module) for module in parameters)
     return next((i for i, need in enumerate(needs) if need), len(parameters))
-
-
-def _check(
-    x: Tensor,
-    parameters: Sequence[Sequence[Tensor]],
-    pools: Mapping[int, Window],
-    taps: Sequence[int],
-) -> None:
-    """`checks.trunk_parameters`, once for arguments of one description: a network has a hundred
-    parameters, and to describe them takes a third of the time."""
-    casts = autocasts(x)
-    if torch.compiler.is_compiling():
-        checks.trunk_parameters(x, parameters, pools, taps, casts=casts)
-        return
-    tensors = [x, *(t for module in parameters for t in module)]
-    # all that the checks read
-    description = (
-        tuple([len(module) for module in parameters]),
-        tuple([t.shape for t in tensors]),
-        tuple([t.dtype for t in tensors]),
-        tuple([t.device for t in tensors]),
-        tuple(pools.items()),
-        tuple(taps),
-        casts,
-    )
-    if description not in _fitting:
-        checks.trunk_parameters(x, parameters, pools, taps, casts=casts)
-        if len(_fitting) >= _MOST:
-            _fitting.clear()
-        _fitting.add(description)

@@ -14,14 +14,13 @@ TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked
 
 def mixture_of(norms: list[Any]) -> str | None:
     """Why BatchNorm layers cannot run as one operator: they differ; None where they do not."""
-    first = norms[0]
-    shared = _options(first), _present(first)
-    if any((_options(norm), _present(norm)) != shared for norm in norms):
-        for names, of in ((OPTIONS, _options), (TENSORS, _present)):
-            for name, *values in zip(names, *map(of, norms), strict=True):
+    options, (present, *others) = [*map(_options, norms)], [*map(_present, norms)]
+    if any(other != present for other in others) or options.count(options[0]) != len(norms):
+        for names, of in ((OPTIONS, options), (TENSORS, (present, *others))):
+            for name, *values in zip(names, *of, strict=True):
                 if any(value != values[0] for value in values):
                     return f"BatchNorm layers differ in {name}"
-    weight, bias, mean, variance, _ = shared[1]
+    weight, bias, mean, variance, _ = present
     if weight != bias:
         return "BatchNorm has one of weight and bias"
     if mean != variance:
@@ -83,4 +82,11 @@ def _present(norm: Any) -> tuple[bool, ...]:
 
 def _tensors(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
     """In the order of TENSORS."""
-    return tuple([tensor_of(norm, name) for name in TENSORS])
+    own, buffers = norm._parameters, norm._buffers
+    try:
+        return (
+            *(own["weight"], own["bias"]),
+            *(buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]),
+        )
+    except KeyError:  # wrappers keep them elsewhere
+        return tuple([tensor_of(norm, name) for name in TENSORS])

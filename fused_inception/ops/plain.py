@@ -16,44 +16,23 @@ from torch import Tensor
 
 from fused_inception.geometry import AvgWindow, Window
 from fused_inception.ops.layout import channels_last
+from fused_inception.ops.nested import tensors_in
 from fused_inception.ops.registration import autocasts, begin_gradients
 from fused_inception.ops.running import Running
 
 
-class _Gradients(torch.autograd.Function):
-    """The tensors themselves; their gradients once, those of filters in their own strides."""
+class _Strides(torch.autograd.Function):
+    """The tensors themselves; their gradients once, in the tensors' own strides."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.strides = [t.stride() if _is_dense(t) else None for t in tensors]
         ctx.set_materialize_grads(False)
         return tensors
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        settled = map(_in_strides, grads, ctx.strides)
-        # gradients are recorded where they are to be differentiated again
-        if torch.is_grad_enabled():
-            return None, *_Once.apply(ctx.name, *settled)
-        return None, *settled
-
-
-class _Once(torch.autograd.Function):
-    """Gradients of which there are none: the kernels have no second derivative either, so that what
-    runs here runs there."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.name = name
-        return grads
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(
-            f"double backward is not implemented for fused_inception.functional.{ctx.name}; "
-            f"fused_inception.reference.{ctx.name} has gradients of any order"
-        )
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(map(_in_strides, grads, ctx.strides))
 
 
 def _in_strides(grad: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
@@ -69,31 +48,85 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that no other can be taken of: the kernels have no second derivative either, so
+    that what runs here runs there."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, dy: Tensor, *sources: Tensor) -> Tensor:
+        ctx.name = name
+        return dy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            f"double backward is not implemented for fused_inception.functional.{ctx.name}; "
+            f"fused_inception.reference.{ctx.name} has gradients of any order"
+        )
+
+
 def _function(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What the functions here share: no autocast inside, as the caller has cast `x`; exact strides
-    of a map; gradients of x and of the filters as `_Gradients` has them."""
+    of a map, and of the gradients of x and of the filters; one derivative."""
 
     @wraps(of)
     def run(x: Tensor, filters: Sequence[Tensor] = (), *arguments: Any) -> Tensor:
         if autocasts(x):
             with torch.autocast(x.device.type, enabled=False):
                 return run(x, filters, *arguments)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            x, *filters = _trained(of.__name__, [x, *filters])
+        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        given = [x, *filters]
+        if trains:
+            x, *filters = _trained(of.__name__, given)
         y = of(x, [_as(w, x.dtype) for w in filters], *arguments)
-        return channels_last(y) if y.dim() == 4 else y
+        y = channels_last(y) if y.dim() == 4 else y
+        if trains and y.requires_grad:
+            _differentiate_once(of.__name__, y, given, arguments)
+        return y
 
     return run
 
 
 def _trained(name: str, tensors: list[Tensor]) -> list[Tensor]:
-    """`tensors`, those that ask for a gradient behind `_Gradients`: all that come out of it ask."""
-    at = [i for i, t in enumerate(tensors) if t.requires_grad]
+    """x and filters, behind `_Strides` where PyTorch might give their gradients other strides."""
+    if not any(t.requires_grad for t in tensors):
+        return tensors
+    begin_gradients(f"fused_inception.functional.{name}")
+    at = [
+        i for i, t in enumerate(tensors) if t.requires_grad and not _keeps_strides(t, summed=i == 0)
+    ]
     if at:
-        begin_gradients(f"fused_inception.functional.{name}")
-        for i, t in zip(at, _Gradients.apply(name, *[tensors[i] for i in at]), strict=True):
+        tensors = [*tensors]
+        for i, t in zip(at, _Strides.apply(*[tensors[i] for i in at]), strict=True):
             tensors[i] = t
     return tensors
+
+
+def _keeps_strides(t: Tensor, summed: bool) -> bool:
+    """Whether convolutions give the gradient of `t` its strides: where they are exactly channels
+    last. A sum of gradients is channels last only if nothing else would do."""
+    if t.dim() != 4 or (summed and t.is_contiguous()):
+        return False
+    _, c, h, w = t.shape
+    return t.stride() == (h * w * c, 1, w * c, c)
+
+
+def _differentiate_once(
+    name: str, y: Tensor, tensors: Sequence[Tensor], arguments: Sequence[Any]
+) -> None:
+    """Let the gradient of `y` be `_Once`, where it is to be differentiated: of all that `y` is made
+    of.
+
+    Of results of other layers it keeps no memory.
+    """
+    sources = [t if t.is_leaf else t[:0].clone() for t in tensors if t.requires_grad]
+
+    def once(dy: Tensor) -> Tensor | None:
+        if torch.is_grad_enabled():
+            return _Once.apply(name, dy, *sources, *tensors_in(arguments))
+        return None
+
+    y.register_hook(once)
 
 
 @_function

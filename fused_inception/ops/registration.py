@@ -194,7 +194,7 @@ def _autocast_rule(
     op: torch._ops.OpOverload, device_type: str, cast_first: bool
 ) -> Callable[..., Any]:
     def rule(x: Tensor, *args: Any) -> Any:
-        if cast_first:
+        if cast_first and autocasts(x):
             x = autocast(x)
         with torch.autocast(device_type, enabled=False):
             return op(x, *args)
@@ -204,13 +204,10 @@ def _autocast_rule(
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast casts `x`: it is on for the device, and `x` is floating but not float64."""
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return False
     device_type = x.device.type
-    return (
-        x.is_floating_point()
-        and x.dtype != torch.float64
-        and _has_autocast(device_type)
-        and torch.is_autocast_enabled(device_type)
-    )
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @constant_when_compiled
@@ -220,5 +217,5 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype that autocast gives it; `x` itself where autocast is off."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
+    """`x` in the dtype that autocast gives it, where it `autocasts`."""
+    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -1,0 +1,44 @@
+"""Arguments of one description are checked once."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+# descriptions of arguments that fit, and how many are kept
+_fitting: set[tuple[Hashable, ...]] = set()
+_MOST = 1024
+
+
+def once(
+    check: Callable[..., None],
+    tensors: Sequence[Tensor | None],
+    options: Hashable,
+    *arguments: object,
+    casts: bool,
+) -> None:
+    """`check(*arguments, casts=casts)`, unless that has passed for tensors like these and equal
+    options.
+
+    `check` may read no more of `arguments` than shapes, dtypes and devices of `tensors`, and
+    `options`. A network has a hundred parameters: to describe them takes a third of the time.
+    """
+    if torch.compiler.is_compiling():
+        check(*arguments, casts=casts)
+        return
+    description = (
+        *(check, options, casts),
+        tuple([None if t is None else t.shape for t in tensors]),
+        tuple([None if t is None else t.dtype for t in tensors]),
+        tuple([None if t is None else t.device for t in tensors]),
+    )
+    try:
+        if description in _fitting:
+            return
+    except TypeError:  # sizes of a tracer are no numbers
+        check(*arguments, casts=casts)
+        return
+    check(*arguments, casts=casts)
+    if len(_fitting) >= _MOST:
+        _fitting.clear()
+    _fitting.add(description)
