@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fused_inception import functional, reference
+from fused_inception.ops.layout import channels_last
 from tests.cases import SMALL, InceptionCase
-from tests.test_ops import in_public_order, pairs, step
+from tests.test_ops import exact_strides, in_public_order, pairs, step
 
 
 def test_saved_on_the_aten_path() -> None:
@@ -54,6 +55,71 @@ def test_double_backward_of_one_filter_is_an_error() -> None:
     )
     with pytest.raises(RuntimeError, match=r"double backward .*reference\.inception has"):
         torch.autograd.grad(dw.sum(), w)
+
+
+MADE_OF = ("upstream", "x", "filter", "gamma", "beta", "downstream")
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("by", MADE_OF)
+def test_no_gradient_has_another(by: str, linear: bool) -> None:
+    """Of all that the output is made of, by all that it is made of, and by the layers behind it,
+    whether these gradients depend on the output or not."""
+    torch.manual_seed(0)
+    upstream, downstream = (torch.tensor(1.5, requires_grad=True) for _ in range(2))
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    w, gamma, beta = (torch.randn(*s, requires_grad=True) for s in ((2, 3, 3, 3), (2,), (2,)))
+    y = functional.conv2d_bn_relu(
+        x * upstream, w, None, None, gamma, beta, padding=1, training=True
+    )
+    loss = (y * downstream if linear else (y * downstream).square()).sum()
+    made_of = dict(zip(MADE_OF, (upstream, x, w, gamma, beta, downstream), strict=True))
+    gradients = torch.autograd.grad(loss, [*made_of.values()][:-1], create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match=r"double backward .*reference\.conv2d_bn_relu has"):
+            torch.autograd.grad(gradient.sum(), made_of[by], retain_graph=True)
+
+
+@pytest.mark.parametrize("size", [(2, 1, 1), (1, 1, 3), (0, 2, 2), (2, 3, 2)], ids=str)
+def test_the_gradient_of_x_takes_its_strides(size: tuple[int, int, int]) -> None:
+    """Four branches read it: their gradients are summed, and the layout of a sum may be another."""
+    data = InceptionCase("", SMALL, *size).tensors(torch.float32)
+    x = channels_last(data.x).requires_grad_()
+    y = functional.inception(x, *pairs(data))
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert dx.stride() == x.stride() == exact_strides(*x.shape)
+
+
+def test_first_gradients_may_ask_for_a_graph() -> None:
+    data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32)
+    leaves = [t.requires_grad_() for t in in_public_order(data)]
+    found = [
+        torch.autograd.grad(
+            functional.inception(*leaves).square().sum(), leaves, create_graph=create_graph
+        )
+        for create_graph in (False, True)
+    ]
+    assert all(map(torch.equal, *found))
+
+
+def test_an_output_without_a_gradient() -> None:
+    """A function behind it may have none to give."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> None:
+            return None
+
+    data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32)
+    x = data.x.requires_grad_()
+    for create_graph in (False, True):
+        y = Nothing.apply(functional.inception(*in_public_order(data)))
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=create_graph, allow_unused=True)
+        assert dx is None or not dx.any()
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
