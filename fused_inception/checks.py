@@ -20,12 +20,12 @@ def image_batch(x: Tensor) -> None:
         kind = type(x).__name__
         hint = ": unfuse_ the model before torch.fx traces it" if kind == "Proxy" else ""
         raise TypeError(f"x must be a torch.Tensor, got {kind}{hint}")
-    if x.dim() != 4:
-        raise ValueError(f"x must have 4 dimensions [N, C, H, W], got {x.dim()}")
-    if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(
-            f"x must have channels, height and width of at least 1, got {list(x.shape)}"
-        )
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"x must have 4 dimensions [N, C, H, W], got {len(shape)}")
+    _, c, h, w = shape
+    if c < 1 or h < 1 or w < 1:
+        raise ValueError(f"x must have channels, height and width of at least 1, got {[*shape]}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be {_names(DTYPES)}, got {_names([x.dtype])}")
 
@@ -207,20 +207,25 @@ def norm_vectors(
     return present
 
 
-def written_to(means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
-    """Training can write to these: kernels know no strides, and one dtype a layer.
+def written_to(name: str, vectors: Sequence[Tensor]) -> None:
+    """Training can write to these: kernels know no strides.
 
     Raises:
         ValueError: one is not contiguous.
-        TypeError: those of a layer differ in dtype.
     """
-    for name, vectors in (("running_means", means), ("running_vars", variances)):
-        for t in vectors:
-            if not t.is_contiguous():
-                raise ValueError(
-                    f"{name} must be contiguous, as training writes to them, got stride "
-                    f"{t.stride(0)}"
-                )
+    for t in vectors:
+        if not t.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, as training writes to them, got stride {t.stride(0)}"
+            )
+
+
+def one_dtype(means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
+    """Mean and variance of a layer can be written in one launch.
+
+    Raises:
+        TypeError: they differ in dtype.
+    """
     for mean, var in zip(means, variances, strict=True):
         if mean.dtype != var.dtype:
             got = f"{_names([mean.dtype])} and {_names([var.dtype])}"
@@ -356,14 +361,15 @@ def probability(p: float) -> None:
 
 
 def pool_window(
-    x: Tensor,
+    height: int,
+    width: int,
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] | None,
     padding: int | Sequence[int],
     dilation: int | Sequence[int],
     ceil_mode: bool,
 ) -> Window:
-    """The square window that these options of a pool mean, if it fits `x`; no stride means one
+    """The square window that these options of a pool mean, if it fits the map; no stride means one
     window beside the other.
 
     Raises:
@@ -372,7 +378,7 @@ def pool_window(
     if _side("dilation", dilation, 1) != 1:
         raise ValueError(f"dilation must be 1, got {dilation}")
     window = _window(kernel_size, stride, padding, ceil_mode)
-    window.of_map(*x.shape[2:])
+    window.of_map(height, width)
     return window
 
 

@@ -209,6 +209,11 @@ class TestModule:
         assert self.head.is_fused
         assert torch.equal(self.head(self.x), self.want)
 
+    def test_another_block(self) -> None:
+        self.head.conv = torch.nn.Sequential(self.head.conv, torch.nn.Tanh())
+        assert not self.head.is_fused
+        assert not torch.allclose(self.head(self.x), self.want)
+
     def test_another_convolution(self) -> None:
         self.head.conv.conv = torch.nn.Conv2d(12, 128, 1, bias=False)
         assert not self.head.is_fused

@@ -200,7 +200,8 @@ def _norm_layers(
     )
     if not options[0]:
         return _NormLayers((scales, shifts), (means, variances, []))
-    checks.written_to(means, variances)
+    checks.written_to("running_means", means)
+    checks.written_to("running_vars", variances)
     return _NormLayers((scales, shifts), (means, variances, counters if means else []))
 
 
@@ -258,6 +259,7 @@ def _check_norms(
     checks.norm_pair("running_means", means, "running_vars", variances)
     checks.norm_pair("gammas", scales, "betas", shifts)
     if training:
+        checks.one_dtype(means, variances)
         checks.batch_counters(vectors[-1], momentum, means)
     elif not means:
         raise ValueError("training=False needs running_means and running_vars, which are None")

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fused_inception import checks
 from fused_inception.backend import resolve, where_it_has_kernels
+from fused_inception.functional.fitting import pool_window
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import AvgWindow
 from fused_inception.ops import avg_pool_project as _avg_pool_project
@@ -118,7 +119,7 @@ def avg_pool2d_conv1x1_relu(
     RuntimeError.
     """
     checks.image_batch(x)
-    window = checks.pool_window(x, kernel_size, stride, 0, 1, ceil_mode)
+    window = pool_window(x, kernel_size, stride, 0, 1, ceil_mode)
     pool = AvgWindow(window.kernel, window.stride, window.ceil_mode)
     return _pool_project(x, weight, bias, pool)
 

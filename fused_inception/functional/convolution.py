@@ -106,5 +106,8 @@ def parallel_conv1x1_relu(
 
 def conv_implementation(x: Tensor, weight: Tensor, stride: int, padding: int) -> Implementation:
     """`resolve`, and ATen where there is no kernel for this convolution."""
+    impl = resolve(x)
+    if impl == "torch":
+        return impl
     reason = _conv2d.why_not(weight, stride, padding)
-    return where_it_has_kernels(resolve(x), "convolution", reason)
+    return where_it_has_kernels(impl, "convolution", reason)

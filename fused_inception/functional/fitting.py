@@ -1,9 +1,13 @@
 """Arguments of one description are checked once."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
+
+from fused_inception import checks
+from fused_inception.geometry import Window
 
 # descriptions of arguments that fit, and how many are kept
 _fitting: set[tuple[Hashable, ...]] = set()
@@ -42,3 +46,25 @@ def once(
     if len(_fitting) >= _MOST:
         _fitting.clear()
     _fitting.add(description)
+
+
+_known_window = functools.lru_cache(_MOST, typed=True)(checks.pool_window)
+
+
+def pool_window(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    ceil_mode: bool,
+) -> Window:
+    """`checks.pool_window` of the map `x`."""
+    _, _, height, width = x.shape
+    arguments = height, width, kernel_size, stride, padding, dilation, ceil_mode
+    if not torch.compiler.is_compiling():
+        try:
+            return _known_window(*arguments)
+        except TypeError:  # lists, and sizes of a tracer, cannot be kept
+            pass
+    return checks.pool_window(*arguments)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fused_inception import checks
 from fused_inception.backend import resolve, where_it_has_kernels
+from fused_inception.functional.fitting import pool_window
 from fused_inception.functional.layout import settle
 from fused_inception.geometry import Window, why_no_norm_kernel, why_no_pool_kernel
 from fused_inception.ops import plain
@@ -51,7 +52,7 @@ def max_pool2d(
     `input`. A double backward raises RuntimeError.
     """
     checks.image_batch(input)
-    window = checks.pool_window(input, kernel_size, stride, padding, dilation, ceil_mode)
+    window = pool_window(input, kernel_size, stride, padding, dilation, ceil_mode)
     return pool(_pooling.max_pool2d, input, window)
 
 
@@ -114,7 +115,7 @@ def lrn_max_pool2d(
     """
     checks.image_batch(x)
     checks.norm_size(size)
-    window = checks.pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
+    window = pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
     return pool(_pooling.lrn_max_pool2d, x, window, size, alpha, beta, k)
 
 
@@ -140,17 +141,18 @@ def max_pool2d_lrn(
     """
     checks.image_batch(x)
     checks.norm_size(size)
-    window = checks.pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
+    window = pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
     return pool(_pooling.max_pool2d_lrn, x, window, size, alpha, beta, k)
 
 
 def pool(op: torch._ops.OpOverload, x: Tensor, window: Window | None, *norm: float) -> Tensor:
     """Run an operator of `ops.pooling`."""
     impl = resolve(x)
-    reason = None if window is None else why_no_pool_kernel(window.kernel)
-    if norm and reason is None:
-        reason = why_no_norm_kernel(int(norm[0]))
-    impl = where_it_has_kernels(impl, "pool", reason)
+    if impl == "triton":
+        reason = None if window is None else why_no_pool_kernel(window.kernel)
+        if norm and reason is None:
+            reason = why_no_norm_kernel(int(norm[0]))
+        impl = where_it_has_kernels(impl, "pool", reason)
     if impl == "torch" and window is not None and not norm:
         return plain.max_pool2d(settle(x, impl), (), window)
     options = [*norm]

@@ -98,13 +98,15 @@ class InceptionAux(nn.Module):
 
     def _features(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, features]: pool and convolution, flattened."""
-        if not self.is_fused:
+        # with BatchNorm the convolution block asks for itself what has changed in it
+        block: Any = self._modules["conv"]
+        if getattr(block, "norm", None) is not None or self._obstacle() is not None:
             if self.pool == "paper":
                 x = F.avg_pool2d(x, 5, stride=3, ceil_mode=True)
             else:
                 x = F.adaptive_avg_pool2d(x, ADAPTIVE_SIDE)
-            return torch.flatten(self.conv(x), 1)
-        conv: Any = self.conv.conv
+            return torch.flatten(block(x), 1)
+        conv: Any = block.conv
         if self.pool == "paper":
             return functional.avg_pool2d_conv1x1_relu(x, conv.weight, conv.bias, 5, 3, True)
         return functional.adaptive_avg_pool2d_conv1x1_relu(x, conv.weight, conv.bias, ADAPTIVE_SIDE)

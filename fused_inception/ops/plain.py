@@ -6,6 +6,7 @@ unfused layers cost: an operator of ours with a gradient of its own would keep a
 until its end, where PyTorch frees it map by map.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NoReturn
@@ -74,14 +75,14 @@ def _function(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if autocasts(x):
             with torch.autocast(x.device.type, enabled=False):
                 return run(x, filters, *arguments)
-        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        given = [x, *filters]
-        if trains:
-            x, *filters = _trained(of.__name__, given)
-        y = of(x, [_as(w, x.dtype) for w in filters], *arguments)
+        tensors, trains = [x, *filters], False
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            tensors, trains = _trained(of.__name__, tensors), True
+        x, *filters = tensors
+        y = of(x, [w if w.dtype == x.dtype else w.to(x.dtype) for w in filters], *arguments)
         y = channels_last(y) if y.dim() == 4 else y
         if trains and y.requires_grad:
-            _differentiate_once(of.__name__, y, given, arguments)
+            _differentiate_once(of.__name__, y, tensors, arguments)
         return y
 
     return run
@@ -89,11 +90,14 @@ def _function(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _trained(name: str, tensors: list[Tensor]) -> list[Tensor]:
     """x and filters, behind `_Strides` where PyTorch might give their gradients other strides."""
-    if not any(t.requires_grad for t in tensors):
+    needs = [t.requires_grad for t in tensors]
+    if True not in needs:
         return tensors
     begin_gradients(f"fused_inception.functional.{name}")
     at = [
-        i for i, t in enumerate(tensors) if t.requires_grad and not _keeps_strides(t, summed=i == 0)
+        i
+        for i, t in enumerate(tensors)
+        if needs[i] and not (_keeps_strides(t) and (i or not t.is_contiguous()))
     ]
     if at:
         tensors = [*tensors]
@@ -102,10 +106,10 @@ def _trained(name: str, tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def _keeps_strides(t: Tensor, summed: bool) -> bool:
+def _keeps_strides(t: Tensor) -> bool:
     """Whether convolutions give the gradient of `t` its strides: where they are exactly channels
-    last. A sum of gradients is channels last only if nothing else would do."""
-    if t.dim() != 4 or (summed and t.is_contiguous()):
+    last. The sum of several has them only if nothing else would do."""
+    if t.dim() != 4:
         return False
     _, c, h, w = t.shape
     return t.stride() == (h * w * c, 1, w * c, c)
@@ -115,18 +119,18 @@ def _differentiate_once(
     name: str, y: Tensor, tensors: Sequence[Tensor], arguments: Sequence[Any]
 ) -> None:
     """Let the gradient of `y` be `_Once`, where it is to be differentiated: of all that `y` is made
-    of.
+    of. What the graph itself has let go of, it does not depend on."""
+    sources = [*map(weakref.ref, tensors)]
 
-    Of results of other layers it keeps no memory.
-    """
-    sources = [t if t.is_leaf else t[:0].clone() for t in tensors if t.requires_grad]
+    def once(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        alive = [t for t in (source() for source in sources) if t is not None]
+        made_of = (*alive, *tensors_in(arguments))
+        return tuple(None if dy is None else _Once.apply(name, dy, *made_of) for dy in grads)
 
-    def once(dy: Tensor) -> Tensor | None:
-        if torch.is_grad_enabled():
-            return _Once.apply(name, dy, *sources, *tensors_in(arguments))
-        return None
-
-    y.register_hook(once)
+    node: Any = y.grad_fn
+    node.register_prehook(once)
 
 
 @_function

@@ -204,10 +204,15 @@ def _autocast_rule(
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast casts `x`: it is on for the device, and `x` is floating but not float64."""
-    if x.dtype == torch.float64 or not x.is_floating_point():
+    if not torch._C._is_any_autocast_enabled():
         return False
     device_type = x.device.type
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    return (
+        x.is_floating_point()
+        and x.dtype != torch.float64
+        and _has_autocast(device_type)
+        and torch.is_autocast_enabled(device_type)
+    )
 
 
 @constant_when_compiled
