@@ -113,21 +113,21 @@ def test_a_module_that_fits_speaks_for_no_other(wrong: str) -> None:
     functional.inception_bn(**good)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"padding": -1}, "padding must be at least 0"),
-        ({"stride": 0}, "stride must be at least 1"),
-        ({"weight": torch.randn(8, 16, 3, 5)}, "weight must be of shape"),
-        ({"weight": torch.randn(8, 16, 9, 9)}, "does not fit"),
-        ({"gamma": None}, "betas must come with gammas"),
-        ({"eps": -1e-3}, "eps must be positive"),
-        ({"batches_tracked": None, "momentum": None}, "momentum=None"),
-    ],
-    ids=str,
-)
-def test_a_convolution_that_fits_speaks_for_no_other(changes: dict[str, Any], message: str) -> None:
+WRONG_CONV: dict[str, tuple[dict[str, Any], str]] = {
+    "padding": ({"padding": -1}, "padding must be at least 0"),
+    "stride": ({"stride": 0}, "stride must be at least 1"),
+    "a filter that is no square": ({"weight": torch.zeros(8, 16, 3, 5)}, "weight must be of shape"),
+    "a large filter": ({"weight": torch.zeros(8, 16, 9, 9)}, "does not fit"),
+    "no gamma": ({"gamma": None}, "betas must come with gammas"),
+    "eps": ({"eps": -1e-3}, "eps must be positive"),
+    "no counter": ({"batches_tracked": None, "momentum": None}, "momentum=None"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_CONV)
+def test_a_convolution_that_fits_speaks_for_no_other(wrong: str) -> None:
     good = conv_arguments()
+    changes, message = WRONG_CONV[wrong]
     functional.conv2d_bn_relu(**good)
     with pytest.raises((ValueError, TypeError), match=message):
         functional.conv2d_bn_relu(**{**good, **changes})
