@@ -104,9 +104,7 @@ def resolve(x: Tensor) -> Implementation:
         TypeError: the backend is "triton" and `x` is float64.
         BackendError: the backend is "triton" and Triton cannot run on the device of `x`.
     """
-    name = selected()
-    # all that `choose` would ask about such a tensor
-    return "torch" if name == "auto" and x.is_cpu else choose(name, x.device, x.dtype)
+    return choose(selected(), x.device, x.dtype)
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Implementation:
