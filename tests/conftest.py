@@ -45,9 +45,10 @@ if not torch.cuda.is_available() and not EMULATED:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED and HAS_TRITON:
-    from tests import interpreter_bf16, interpreter_memory
+    from tests import interpreter_bf16, interpreter_memory, interpreter_speed
 
     interpreter_bf16.install()
+    interpreter_speed.install()
 
 if PARALLEL:
     torch.set_num_threads(1)
