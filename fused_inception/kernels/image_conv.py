@@ -326,7 +326,7 @@ def _image_conv_dgrad_kernel(
     tl.store(dx_ptr + dx_offs, acc.to(dx_ptr.dtype.element_ty), mask=dx_mask)
 
 
-def _sizes(shape: ImageConv, x: torch.Tensor, map_shape: torch.Size) -> tuple[int, ...]:
+def _sizes(x: torch.Tensor, map_shape: torch.Size) -> tuple[int, ...]:
     n, _, out_height, out_width = map_shape
     return (n * out_height * out_width, x.shape[2], x.shape[3], out_height, out_width)
 
@@ -363,11 +363,11 @@ def launch_image_conv_fwd(
     x: [N, C_IN, H, W] of any strides and floating dtype; weight contiguous in any floating dtype.
     """
     tile, x = config.forward, within_reach(x)
-    n_pixels = _sizes(shape, x, y.shape)[0]
+    n_pixels = _sizes(x, y.shape)[0]
     run(
         _image_conv_fwd_kernel,
         (cdiv(n_pixels, tile.block_m) * cdiv(shape.c_out, tile.block_n),),
-        (x, weight, bias, y, mask, moments, *_sizes(shape, x, y.shape), *x.stride()),
+        (x, weight, bias, y, mask, moments, *_sizes(x, y.shape), *x.stride()),
         dict(
             **_constants(shape, precision),
             Y_STRIDE=y.shape[1],
@@ -393,7 +393,7 @@ def launch_image_conv_wgrad(
     """Partial gradients [splits, positions + 1, C_OUT] in fp32, the bias behind the last
     position; where tiles are many their sum, by one more launch."""
     job, x = config.wgrad, within_reach(x)
-    sizes = _sizes(shape, x, dz.shape)
+    sizes = _sizes(x, dz.shape)
     chunk, splits = job.chunks(sizes[0])
     rows = shape.positions + 1
     out = torch.empty((splits, rows, shape.c_out), dtype=torch.float32, device=x.device)
