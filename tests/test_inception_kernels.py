@@ -351,12 +351,12 @@ def test_any_input_and_gradient_strides(layout: str, device: torch.device) -> No
 def test_pixels_beyond_two_to_the_31_elements(device: torch.device) -> None:
     """x as a slice of a tensor so large that element offsets of late pixels leave int32."""
     stride, pixels = 2**22, 2**9 + 8
+    # narrow: of wide rows offsets that are masked would overflow, those of taps beyond the filter
+    height, width = pixels // 8, 8
     storage = torch.empty(stride * pixels, dtype=torch.float16, device=device)
-    x = storage.as_strided(
-        (1, 8, 8, pixels // 8), (stride * pixels, 1, stride * (pixels // 8), stride)
-    )
+    x = storage.as_strided((1, 8, height, width), (stride * pixels, 1, stride * width, stride))
     dims = replace(EIGHTS, kernel_5x5=3)
-    p = problem(device, torch.float16, dims, 1, 8, pixels // 8)
+    p = problem(device, torch.float16, dims, 1, height, width)
     x.copy_(p.x)
     q = p._replace(x=x)
     dense = run(p)
