@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 PROVIDERS = ("fused", "eager", "eager-nchw")
 # enough that a median says something on shared processors
-MIN_ROUNDS = 20
+MIN_ROUNDS = 40
 # what `fuse_` may cost on a CPU, where nothing of ours is compiled: nothing but noise
 LEAST_ON_CPU = 0.97
 DIRECTIONS = ("inference", "step")

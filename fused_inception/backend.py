@@ -104,7 +104,15 @@ def resolve(x: Tensor) -> Implementation:
         TypeError: the backend is "triton" and `x` is float64.
         BackendError: the backend is "triton" and Triton cannot run on the device of `x`.
     """
-    return choose(selected(), x.device, x.dtype)
+    name = selected()
+    # what `choose` would say, without its strings and devices
+    if name == "auto" and _is_cpu(x):
+        return "torch"
+    return choose(name, x.device, x.dtype)
+
+
+def _is_cpu(x: Tensor) -> bool:
+    return x.is_cpu
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Implementation:

@@ -36,6 +36,7 @@ def kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # the module has the name of the class in it
     monkeypatch.setitem(resolve.__globals__, "choose", on_a_gpu)
+    monkeypatch.setitem(resolve.__globals__, "_is_cpu", lambda x: False)
     monkeypatch.setattr("fused_inception.tools.blocks.choose", on_a_gpu)
 
 

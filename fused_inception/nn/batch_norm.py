@@ -14,13 +14,15 @@ TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked
 
 def mixture_of(norms: list[Any]) -> str | None:
     """Why BatchNorm layers cannot run as one operator: they differ; None where they do not."""
-    options, (present, *others) = [*map(_options, norms)], [*map(_present, norms)]
-    if any(other != present for other in others) or options.count(options[0]) != len(norms):
-        for names, of in ((OPTIONS, options), (TENSORS, (present, *others))):
-            for name, *values in zip(names, *of, strict=True):
-                if any(value != values[0] for value in values):
-                    return f"BatchNorm layers differ in {name}"
-    weight, bias, mean, variance, _ = present
+    present = [*map(_present, norms)]
+    if len(norms) > 1:
+        options = [*map(_options, norms)]
+        if any(of.count(of[0]) != len(norms) for of in (options, present)):
+            for names, of in ((OPTIONS, options), (TENSORS, present)):
+                for name, *values in zip(names, *of, strict=True):
+                    if any(value != values[0] for value in values):
+                        return f"BatchNorm layers differ in {name}"
+    weight, bias, mean, variance, _ = present[0]
     if weight != bias:
         return "BatchNorm has one of weight and bias"
     if mean != variance:
