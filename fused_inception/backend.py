@@ -165,12 +165,7 @@ def why_no_triton(device: torch.device) -> str | None:
     """Why the kernels cannot run on a CUDA device, or should not; None where they can."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
-    capability = _capability(device.index)
-    if capability >= OLDEST_CAPABILITY:
-        return None
-    # older ones have no bf16 and TF32 units; Triton compiles for them, but without tensor cores
-    oldest, got = (".".join(map(str, of)) for of in (OLDEST_CAPABILITY, capability))
-    return f"kernels need a GPU of compute capability {oldest} or newer, got {got}"
+    return _why_too_old(device.index)
 
 
 def _environment() -> str:
@@ -196,12 +191,18 @@ def _interpreter_is_on() -> bool:
 
 
 @constant_when_compiled
-def _capability(index: int | None) -> tuple[int, int]:
-    return _capability_once(index)
+def _why_too_old(index: int | None) -> str | None:
+    # as a whole: torch.compile of torch 2.11 cannot compare what a constant function gives
+    capability = _capability(index)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    # older ones have no bf16 and TF32 units; Triton compiles for them, but without tensor cores
+    oldest, got = (".".join(map(str, of)) for of in (OLDEST_CAPABILITY, capability))
+    return f"kernels need a GPU of compute capability {oldest} or newer, got {got}"
 
 
 @functools.cache
-def _capability_once(index: int | None) -> tuple[int, int]:
+def _capability(index: int | None) -> tuple[int, int]:
     """Of a CUDA device; the oldest that will do where there is none, for tensors without data."""
     return (
         torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
