@@ -172,4 +172,7 @@ def test_an_eps_of_zero(kind: str, backend: str, device: torch.device) -> None:
         with pytest.raises(ValueError, match=r"eps must be positive in training, got 0.0"):
             module(x)
         assert all(layer.num_batches_tracked == 0 for layer in norms(module))
-        torch.testing.assert_close(module.eval()(x), twin_of(module)(x))
+        twin = twin_of(module.eval())
+        for layer in norms(twin):  # torch 2.11 takes no zero in eval either
+            layer.eps = 1e-30
+        torch.testing.assert_close(module(x), twin(x))

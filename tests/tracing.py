@@ -129,7 +129,8 @@ def peak_memory(run: Callable[[], Any]) -> int:
     """Most memory that `run` has allocated on the CPU at a time, beyond what there was before."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [ProfilerActivity.CPU]
+    with profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         run()
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
