@@ -107,9 +107,10 @@ def _trained(name: str, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _keeps_strides(t: Tensor) -> bool:
-    """Whether convolutions give the gradient of `t` its strides: where they are exactly channels
-    last. The sum of several has them only if nothing else would do."""
-    if t.dim() != 4:
+    """Whether convolutions give the gradient of `t` its strides: on a CPU where they are exactly
+    channels last; cuDNN has no channels last in fp64. The sum of several has them only if nothing
+    else would do."""
+    if not t.is_cpu or t.dim() != 4:
         return False
     _, c, h, w = t.shape
     return t.stride() == (h * w * c, 1, w * c, c)
