@@ -1,6 +1,6 @@
 """Convolutions with BatchNorm and ReLU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ def inception_bn(
     checks.image_batch(x)
     casts = autocasts(x)
     vectors = running_means, running_vars, gammas, betas, batches_tracked
-    layers = _norm_layers(_check_module, x, filters, vectors, (training, momentum, eps), casts)
+    layers = _norm_layers(x, filters, vectors, (training, momentum, eps), casts)
     impl = resolve(x)
     x = settle(autocast(x) if casts else x, impl)
     if not training:
@@ -138,7 +138,7 @@ def conv2d_bn_relu(
     casts = autocasts(x)
     vectors = (running_mean,), (running_var,), (gamma,), (beta,), (batches_tracked,)
     options = training, momentum, eps, stride, padding
-    layers = _norm_layers(_check_conv, x, [weight], vectors, options, casts)
+    layers = _norm_layers(x, [weight], vectors, options, casts)
     impl = conv_implementation(x, weight, stride, padding)
     x = autocast(x) if casts else x
     if impl == "torch" or x.shape[1] > IMAGE_CHANNELS:
@@ -181,20 +181,19 @@ _Vectors = Sequence[Sequence[Tensor | None]]
 
 
 def _norm_layers(
-    check: Callable[..., None],
     x: Tensor,
     filters: Sequence[Tensor],
     vectors: _Vectors,
     options: tuple[Any, ...],
     casts: bool,
 ) -> _NormLayers:
-    """What BatchNorm layers hold, behind `check`; empty lists where there is nothing.
+    """What BatchNorm layers hold, behind `_check`; empty lists where there is nothing.
 
-    options: training, momentum, eps, and what else `check` wants.
+    options: training, momentum, eps; of one convolution stride and padding, too.
     """
     tensors = [x, *filters, *chain.from_iterable(vectors)]
     lengths = tuple(map(len, (filters, *vectors)))
-    once(check, tensors, (lengths, options), x, filters, vectors, *options, casts=casts)
+    once(_check, tensors, (lengths, options), x, filters, vectors, *options, casts=casts)
     means, variances, scales, shifts, counters = (
         [t for t in kind if t is not None] for kind in vectors
     )
@@ -205,51 +204,23 @@ def _norm_layers(
     return _NormLayers((scales, shifts), (means, variances, counters if means else []))
 
 
-def _check_module(
+def _check(
     x: Tensor,
     filters: Sequence[Tensor],
     vectors: _Vectors,
     training: bool,
     momentum: float | None,
     eps: float,
-    *,
+    *geometry: int,
     casts: bool,
 ) -> None:
-    checks.inception_filters(x, filters, casts=casts)
-    _check_norms(x, filters, vectors, training, momentum, casts)
-    if training:
-        n, _, h, w = x.shape
-        checks.batch_statistics(n, filters[0].shape[0], h, w, eps)
-
-
-def _check_conv(
-    x: Tensor,
-    filters: Sequence[Tensor],
-    vectors: _Vectors,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    stride: int,
-    padding: int,
-    *,
-    casts: bool,
-) -> None:
-    checks.conv_filter(x, filters[0], stride, padding, casts=casts)
-    _check_norms(x, filters, vectors, training, momentum, casts)
-    if training:
-        c, _, k, _ = filters[0].shape
-        height, width = (conv_out(side, k, stride, padding) for side in x.shape[2:])
-        checks.batch_statistics(x.shape[0], c, height, width, eps)
-
-
-def _check_norms(
-    x: Tensor,
-    filters: Sequence[Tensor],
-    vectors: _Vectors,
-    training: bool,
-    momentum: float | None,
-    casts: bool,
-) -> None:
+    n, _, height, width = x.shape
+    if geometry:
+        checks.conv_filter(x, filters[0], *geometry, casts=casts)
+        side = filters[0].shape[2]
+        height, width = (conv_out(size, side, *geometry) for size in (height, width))
+    else:
+        checks.inception_filters(x, filters, casts=casts)
     widths = [weight.shape[0] for weight in filters]
     names = ("running_means", "running_vars", "gammas", "betas")
     means, variances, scales, shifts = (
@@ -261,5 +232,6 @@ def _check_norms(
     if training:
         checks.one_dtype(means, variances)
         checks.batch_counters(vectors[-1], momentum, means)
+        checks.batch_statistics(n, widths[0], height, width, eps)
     elif not means:
         raise ValueError("training=False needs running_means and running_vars, which are None")

@@ -120,7 +120,8 @@ def _differentiate_once(
     name: str, y: Tensor, tensors: Sequence[Tensor], arguments: Sequence[Any]
 ) -> None:
     """Let the gradient of `y` be `_Once`, where it is to be differentiated: of all that `y` is made
-    of. What the graph itself has let go of, it does not depend on."""
+    of and that the graph still holds. Where hooks of saved tensors keep x elsewhere, its sources
+    have PyTorch's second derivative."""
     sources = [*map(weakref.ref, tensors)]
 
     def once(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
