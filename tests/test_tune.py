@@ -1,5 +1,6 @@
 """The search for launches: candidates, pruning, measurement by a timer that a test brings."""
 
+import contextlib
 import math
 import time
 from dataclasses import asdict, replace
@@ -12,8 +13,9 @@ import torch
 import fused_inception as fi
 from fused_inception.__main__ import main
 from fused_inception.geometry import InceptionDims
+from fused_inception.tools import tune
 from fused_inception.tools.launch_bench import LaunchBench, library_speed_ups
-from fused_inception.tools.tune import Tuning
+from fused_inception.tools.tune import Tuning, problems_of
 from fused_inception.tuning import chosen, dispatch, search, table
 from fused_inception.tuning.chosen import Problem
 from fused_inception.tuning.configs import BranchesConfig, Tile
@@ -204,23 +206,23 @@ def test_whole_search_writes_a_table_that_launches_follow(
 
     origin = {"gpu": "a test's", "torch": "2.9", "triton": "3.6", "version": "1", "sources": "1f"}
 
-    def tune(*, again: bool, **changed: str) -> Tuning:
+    def tuned(*, again: bool, **changed: str) -> Tuning:
         tuning = Tuning(target, path, origin | changed, timer, 1)
         tuning.go(model, x, time.monotonic() + 600, again=again)
         return tuning
 
     with fi.backend("triton"), torch.no_grad():
-        found = tune(again=False)
+        found = tuned(again=False)
         assert {winner.problem.family for winner in found.winners} == {"pointwise", "branches"}
         assert found.left == 0
-        monkeypatch.setattr(Tuning, "_search", lambda self, problem, *_: begun.append(problem))
+        monkeypatch.setattr(Tuning, "_search", lambda self, problem, *_: not begun.append(problem))
         monkeypatch.setattr(Tuning, "_compare", lambda self, *_: None)
-        tune(again=False)
+        tuned(again=False)
         assert not begun
         # other kernels are other measurements, as are another GPU's and other versions'
         for changed in ({}, *({name: "another"} for name in origin)):
             begun.clear()
-            tune(again=not changed, **changed)
+            tuned(again=not changed, **changed)
             assert [problem.family for problem in begun] == ["pointwise", "branches"], changed
         with fi.record_launches() as launches:
             model(x)
@@ -269,6 +271,84 @@ def test_table_is_written_as_far_as_the_time_went(device: torch.device, own_tabl
     assert tuning.left == 3
     assert not path.exists()
     assert "run it again to go on" in str(tuning)
+
+
+@needs_triton
+def test_time_that_others_leave_goes_to_searches_that_were_cut(
+    device: torch.device, own_tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search ends with its share of the time, the library needs none."""
+    model = fi.Inception(8, 8, 8, 8, 8, 8, 8).to(device).eval()
+    x = torch.randn(1, 8, 4, 4, device=device)
+    order: list[str] = []
+    monkeypatch.setattr(Tuning, "_compare", lambda self, *_: order.append("library"))
+
+    def search_of(self: Tuning, problem: Problem, pairs: Any, in_time: Any) -> bool:
+        order.append(problem.family)
+        # the second time is over for one of them
+        return order.count(problem.family) == 2 and problem.family == "branches"
+
+    monkeypatch.setattr(Tuning, "_search", search_of)
+    tuning = Tuning(TARGETS["sm_90"], own_tables / "table.json", {}, lambda work: 1.0, 1)
+    with fi.backend("triton"), torch.no_grad():
+        tuning.go(model, x, time.monotonic() + 600, again=False)
+    first = {"pointwise", "branches"}
+    assert set(order[:2]) == set(order[-2:]) == first
+    assert order[2:-2] == ["library"]
+    assert tuning.left == 1
+
+
+def test_what_multiplies_most_is_searched_first() -> None:
+    problems = [problem_of(family, SM_90) for family in ("mask", "branches", "pointwise")]
+    most = [search.products(problem) for problem in problems]
+    assert most[0] == 0
+    assert most[2] > most[1] > 0
+    chosen.problems.update({(p.family, p.key): p for p in problems})
+    found = problems_of([(p.family, p.key) for p in problems])
+    assert [p.family for p in found] == ["pointwise", "branches", "mask"]
+
+
+def test_results_that_are_not_finite_are_a_failure() -> None:
+    """They agree with nothing, not even with themselves."""
+
+    class Unwritten(FakeCall):
+        def results(self, args: Any) -> list[torch.Tensor]:
+            return [torch.tensor([1.0, math.nan])]
+
+    calls: Any = [(Unwritten(), (torch.zeros(1),))]
+    bench = LaunchBench(BRANCHES, calls, lambda work: 0.5, 1)
+    assert search.search(BRANCHES, bench, always) is None
+    assert bench.error == "ArithmeticError: results are not finite"
+
+
+def test_a_library_that_fails_ends_no_search(
+    own_tables: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timer(work: Any) -> float:
+        raise RuntimeError("no plan for it")
+
+    path = own_tables / "table.json"
+    tuning = Tuning(SM_90, path, {}, timer, 1)
+    key = dispatch.module_key(ARGUMENTS["branches"][0], 2**15, Operands(2, "tf32"))
+    tuning._compare(key, [(FakeCall(), ())], always)  # type: ignore[list-item]
+    assert "not compared with the library: no plan for it" in capsys.readouterr().out
+    assert not tuning.plans
+    assert not path.exists()
+
+
+@needs_triton
+@pytest.mark.parametrize("failed", [[], ["pointwise: OSError: no clock"]])
+def test_launches_that_fail_are_its_exit_status(
+    failed: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it runs, and on what, is stood in for."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(tune, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(tune, "provenance", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(Tuning, "go", lambda self, *_, again: self.failed.extend(failed))
+    assert main(["tune", "--device", str(cpu), "--image-size", "64"]) == len(failed)
+    assert ("problems fail" in capsys.readouterr().out) == bool(failed)
 
 
 @needs_triton

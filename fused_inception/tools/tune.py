@@ -37,7 +37,7 @@ from fused_inception.tools.sources import launches_digest
 from fused_inception.tools.text import aligned
 from fused_inception.tools.timing import cudnn_search
 from fused_inception.tuning import chosen, dispatch, table
-from fused_inception.tuning.search import Winner, candidates, search
+from fused_inception.tuning.search import Winner, candidates, products, search
 from fused_inception.tuning.targets import Target, target_of
 
 # of the budget, for the choices between our kernels and the library's convolutions, and between
@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Search, or list; the exit status is 0, also where the time was not enough for all.
+    """Search, or list; the exit status is 1 where the heuristic's own launches fail, else 0, also
+    where the time was not enough for all.
 
     Raises:
         UserError: there is no CUDA device, or flags that do not fit the model.
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             tuning = Tuning(target, path, provenance(x.device), graph_seconds, processors())
             tuning.go(model, x, end, again=arguments.again)
     print(tuning)
-    return 0
+    return int(bool(tuning.failed))
 
 
 def listing(lookups: Lookups, target: Target) -> str:
@@ -108,10 +109,9 @@ def listing(lookups: Lookups, target: Target) -> str:
 
 
 def problems_of(lookups: Iterable[tuple[str, table.Key]]) -> list[chosen.Problem]:
-    """Those with a configuration, family by family."""
-    order = list(chosen.FAMILIES)
+    """Those with a configuration, the most products first: the time may not be enough for all."""
     found = [chosen.problems[lookup] for lookup in lookups if lookup[0] in chosen.FAMILIES]
-    return sorted(found, key=lambda problem: order.index(problem.family))
+    return sorted(found, key=lambda problem: -products(problem))
 
 
 def _compile(model: nn.Module, x: torch.Tensor) -> None:
@@ -177,11 +177,15 @@ class Tuning:
         first_end = second_end - DISPATCH_SHARE * left if keys else second_end
         total = len(todo) + len(keys) + len(whole)
         with tqdm(total=total, desc="tune", unit="problem") as bar:
-            for problem in todo:
+
+            def searched(problem: chosen.Problem, end: float) -> bool:
                 bar.set_postfix_str(problem.family)
                 pairs = [(call, calls[call]) for call in lookups[problem.family, problem.key]]
-                self._search(problem, pairs, _before(first_end))
-                bar.update()
+                done = self._search(problem, pairs, _before(end))
+                bar.update(done)
+                return done
+
+            cut = [problem for problem in todo if not searched(problem, first_end)]
             for _, key in keys:
                 bar.set_postfix_str(dispatch.FAMILY)
                 pairs = [(call, calls[call]) for call in lookups[dispatch.FAMILY, key]]
@@ -193,6 +197,8 @@ class Tuning:
                 bar.set_postfix_str(measured.FAMILY)
                 self._compare_whole(key, call, _before(end))
                 bar.update()
+            # in the time that the others did not need
+            self.left += sum(not searched(problem, end) for problem in cut)
         table.forget()
 
     def __str__(self) -> str:
@@ -233,16 +239,15 @@ class Tuning:
         problem: chosen.Problem,
         pairs: Sequence[tuple[Call, Arguments]],
         in_time: Callable[[], bool],
-    ) -> None:
+    ) -> bool:
+        """Whether nothing is left to do; what was begun is else begun anew."""
         bench = LaunchBench(problem, pairs, self.timer, self.workers)
         winner = search(problem, bench, in_time)
         if winner is None and bench.error is not None:
             self.failed.append(f"{problem.family}: {bench.error}")
-            return
+            return True
         if winner is None or not winner.complete:
-            # what was begun is begun anew
-            self.left += 1
-            return
+            return False
         self.winners.append(winner)
         facts = {
             "seconds": winner.seconds,
@@ -250,6 +255,7 @@ class Tuning:
             "tried": winner.tried,
         }
         self._write(problem.family, problem.key, asdict(winner.config), facts)
+        return True
 
     def _compare(
         self,
@@ -260,8 +266,13 @@ class Tuning:
         if not in_time():
             self.left += 1
             return
-        self.plans[key] = library_speed_ups(key, self.target, pairs, self.timer)
-        self._write(dispatch.FAMILY, key, self.plans[key], {})
+        try:
+            ratios = library_speed_ups(key, self.target, pairs, self.timer)
+        except RuntimeError as error:
+            print(f"{key[0]} is not compared with the library: {error}", flush=True)
+            return
+        self.plans[key] = ratios
+        self._write(dispatch.FAMILY, key, ratios, {})
 
     def _compare_whole(
         self, key: table.Key, call: measured.Call, in_time: Callable[[], bool]

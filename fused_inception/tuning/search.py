@@ -110,9 +110,15 @@ def candidates(problem: Problem) -> list[Any]:
     return [start, *(c for part in parts(start) for c in variants(problem, start, part))]
 
 
+def products(problem: Problem) -> int:
+    """Of the tiles of the heuristic's choice, padding included; 0 where there are none."""
+    config = FAMILIES[problem.family].by_heuristic(problem)
+    return sum(padded(config, extents_of(problem)).values())
+
+
 def padded(config: Any, extents: dict[str, Extents]) -> dict[str, int]:
     """Products of each tile's launch, those of the padding included."""
-    products = {}
+    found = {}
     for name, extent in extents.items():
         value = getattr(config, name)
         tile = value.tile if isinstance(value, WgradJob) else value
@@ -121,8 +127,8 @@ def padded(config: Any, extents: dict[str, Extents]) -> dict[str, int]:
         tail = getattr(config, "tail_n", 0) if name in ("gemm", "conv3", "forward") else 0
         wide, tail = split_width(columns, tile.block_n, tail)
         columns = wide * tile.block_n + tail
-        products[name] = align_up(rows, tile.block_m) * columns * align_up(depth, tile.block_k)
-    return products
+        found[name] = align_up(rows, tile.block_m) * columns * align_up(depth, tile.block_k)
+    return found
 
 
 def extents_of(problem: Problem) -> dict[str, Extents]:
