@@ -90,6 +90,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"emulated: {name}")
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module draws when it is imported is the same in every run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seed_of_a_module() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

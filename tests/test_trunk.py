@@ -132,12 +132,13 @@ def test_wrong_numbers_of_parameters_and_types() -> None:
 class TestChangesInAStage:
     """What its operator would pass over makes the layers compute one by one."""
 
-    x = torch.rand(1, 3, 48, 48)
+    # in fp64 no rounding turns a ReLU, and with it a gradient
+    x = torch.rand(1, 3, 48, 48, dtype=torch.float64)
 
     @pytest.fixture(autouse=True)
     def _network(self, monkeypatch: pytest.MonkeyPatch) -> None:
         options = {"num_classes": 3, "image_size": 48, "dropout": 0.0, "dropout_aux": 0.0}
-        self.network = fi.googlenet("paper", **options)
+        self.network = fi.googlenet("paper", **options).double()
         self.calls: list[dict[str, Any]] = []
         trunk = functional.inception_trunk
 
@@ -166,7 +167,7 @@ class TestChangesInAStage:
     def check(self, stage: int, reason: str) -> None:
         assert f"stage {stage}: layer by layer, {reason}" in self.network.extra_repr()
         for ours, before in zip(self.run(), self.before, strict=True):
-            torch.testing.assert_close(ours, before, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(ours, before, rtol=1e-9, atol=1e-12)
         assert len(self.calls) == 2
 
     @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ class TestChangesInAStage:
         plain = reference.googlenet(
             "paper", num_classes=3, image_size=48, dropout=0.0, dropout_aux=0.0
         )
-        plain.load_state_dict(self.network.state_dict())
+        plain.double().load_state_dict(self.network.state_dict())
         for name, network in (("ours", self.network), ("theirs", plain)):
 
             def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
@@ -208,13 +209,13 @@ class TestChangesInAStage:
 
             network.aux1.register_forward_pre_hook(hook)
             sum(o.sum() for o in network(self.x)).backward()
-        torch.testing.assert_close(found["ours"], found["theirs"], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found["ours"], found["theirs"], rtol=1e-9, atol=1e-12)
         self.check(4, "an auxiliary classifier has a hook")
 
     def test_hooks_of_all_modules(self) -> None:
         """As many layers are seen as of the reference."""
         seen: dict[str, set[str]] = {"ours": set(), "theirs": set()}
-        plain = reference.googlenet("paper", num_classes=3, image_size=48)
+        plain = reference.googlenet("paper", num_classes=3, image_size=48).double()
         for who, network in (("ours", self.network), ("theirs", plain)):
             names = {module: name for name, module in network.named_modules()}
             handle = nn.modules.module.register_module_forward_hook(
@@ -243,7 +244,7 @@ class TestChangesInAStage:
             assert len(self.calls) == calls
             self.network.avgpool.register_forward_hook(lambda *a: None)
         for ours, theirs in zip(*found, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
     def test_eval_asks_for_no_taps(self) -> None:
         self.calls.clear()
