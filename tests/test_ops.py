@@ -1,12 +1,14 @@
 """The registered operators: schema, fakes, autograd, autocast; numbers and compilation on ATen."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.geometry import InceptionDims
 from fused_inception.ops.global_pool import global_avg_pool2d, global_avg_pool2d_backward
@@ -177,6 +179,56 @@ def test_backward_without_saved_tensors_is_an_error(device: torch.device) -> Non
     y, _ = inception(data.x, data.filters, data.biases, False)
     with pytest.raises(RuntimeError, match="save=False"):
         y.sum().backward()
+
+
+class _Cut(torch.autograd.Function):
+    """What is ahead of it gets no gradient, not even zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return (None,) * len(gradients)
+
+
+WIDTHS = (16, 8, 8, 8, 8, 8, 8)
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "module": lambda: fi.Inception(*WIDTHS),
+    "module with BatchNorm": lambda: fi.Inception(*WIDTHS, norm="batch"),
+    "naive module": lambda: fi.InceptionNaive(16, 8, 8, 8),
+    "convolution": lambda: fi.ConvBlock(16, 8, kernel_size=3, padding=1),
+    "convolution with BatchNorm": lambda: fi.ConvBlock(16, 8, kernel_size=1, norm="batch"),
+    "max pool": lambda: fi.MaxPool2d(3, 2),
+    "global pool": lambda: fi.GlobalAvgPool2d(),
+    "norm": lambda: fi.LocalResponseNorm(5),
+    "auxiliary classifier": lambda: fi.InceptionAux(16, 4),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=on_triton)])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_without_a_gradient_there_are_none(block: str, backend: str, device: torch.device) -> None:
+    """As of PyTorch's own layers: neither zeros nor an error."""
+    module = BLOCKS[block]().to(device)
+    side = 14 if block == "auxiliary classifier" else 5
+    x = torch.randn(2, 16, side, side, device=device, requires_grad=True)
+    with fi.backend(backend):
+        (y,) = _Cut.apply(module(x))
+    y.sum().backward()
+    assert x.grad is None
+    assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=on_triton)])
+def test_stem_without_a_gradient_has_none(backend: str, device: torch.device) -> None:
+    shapes = (8, 3, 7, 7), (8,), (8, 8, 1, 1), (8,), (8, 8, 3, 3), (8,)
+    parameters = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    with fi.backend(backend):
+        y = functional.googlenet_stem(torch.randn(1, 3, 20, 20, device=device), *parameters)
+    _Cut.apply(y)[0].sum().backward()
+    assert all(p.grad is None for p in parameters)
 
 
 def test_double_backward_is_an_error() -> None:
