@@ -3,6 +3,7 @@
 import json
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 import fused_inception as fi
 from fused_inception.__main__ import main
-from fused_inception.tools import checkpoint, data, loop, options, parity, run
+from fused_inception.tools import checkpoint, data, loop, options, parity, train
+from tests.commands import fails_with, image_folder
 
 for extra in ("matplotlib", "PIL", "sklearn", "tqdm"):
     pytest.importorskip(extra)
@@ -27,6 +29,11 @@ def _short_measurement(monkeypatch):
     monkeypatch.setattr(parity, "SPEED_SECONDS", 0.0)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    return image_folder(tmp_path / "images")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Folder of an uninterrupted run of two epochs on digits."""
@@ -35,22 +42,6 @@ def finished(tmp_path_factory):
         monkeypatch.setattr(parity, "SPEED_SECONDS", 0.0)
         assert main(["train", *TWO_EPOCHS, "--out", str(out)]) == 0
     return out
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Class folders of dark and bright images in several modes and shapes; 5 of each class."""
-    root = tmp_path / "images"
-    for name, level in (("bright", 230), ("dark", 20)):
-        (root / name / "nested").mkdir(parents=True)
-        Image.new("RGB", (40, 30), (level, level, level)).save(root / name / "0.png")
-        Image.new("L", (17, 90), level).save(root / name / "1.JPG")
-        Image.new("RGBA", (50, 50), (level, level, level, 255)).save(root / name / "2.png")
-        Image.new("I;16", (50, 50), level * 256).save(root / name / "3.png")
-        Image.new("L", (9, 9), level).save(root / name / "nested" / "4.bmp")
-        (root / name / "notes.txt").write_text("not an image")
-    (root / ".cache").mkdir()
-    return root
 
 
 def read(out):
@@ -83,20 +74,6 @@ def interrupt_at(monkeypatch, step):
         return objective(outputs, labels)
 
     monkeypatch.setattr(loop, "objective", interrupted)
-
-
-def fails_with(capsys, arguments):
-    """The one line that a failing command prints."""
-    capsys.readouterr()
-    try:
-        status = main(arguments)
-    except SystemExit as error:  # argparse
-        status = error.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.err.count("\n") == 1
-    assert captured.err.endswith("\n")
-    return captured.err
 
 
 def test_run_writes_checkpoint_metrics_and_curves(finished):
@@ -209,6 +186,11 @@ def test_torchvision_variant_trains_with_heads(tmp_path, capsys):
         (["--resume", "nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["--resume"], "--resume needs"),
         (["--evaluate", "x", "--data", "synthetic"], "needs real images"),
+        (["--evaluate", "x", "--resume", "y"], "--evaluate writes nothing"),
+        (
+            ["--image-size", "16", "--variant", "torchvision", "--no-aux", "--batch-size", "1"],
+            "needs an --image-size of 47 or more",
+        ),
         (["--evaluate", "pyproject.toml"], "pyproject.toml is not a checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -233,41 +215,34 @@ def test_checkpoint_of_another_variant_is_refused(finished, capsys):
 
 
 def test_out_that_holds_a_run_is_refused(finished, capsys):
-    before = (finished / "checkpoint.pt").read_bytes()
+    weights = finished / "checkpoint.pt"
+    before = weights.read_bytes()
     assert "--resume" in fails_with(capsys, ["train", *TWO_EPOCHS, "--out", str(finished)])
-    assert (finished / "checkpoint.pt").read_bytes() == before
+    assert "is a file, not" in fails_with(capsys, ["train", *TWO_EPOCHS, "--out", str(weights)])
+    assert weights.read_bytes() == before
+
+
+def test_a_run_goes_on_with_its_classes_and_no_fewer_epochs(finished, folder, capsys):
+    resume = ["train", "--resume", str(finished)]
+    other = [*resume, "--data", f"imagefolder:{folder}"]
+    assert "was trained with --data digits" in fails_with(capsys, other)
+    assert "has finished 2 epochs" in fails_with(capsys, [*resume, "--epochs", "1"])
+
+
+def test_a_run_without_a_folder_gets_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, name in (("digits", "digits-paper-48px"), ("imagefolder:a/b", "b-paper-224px")):
+        given = options.from_flags({"data": source}, None, "", testing=False)
+        for number in ("", "-2", "-3"):
+            made = train._new_folder(None, given)
+            assert made == Path("runs") / f"{name}{number}"
+            made.mkdir(parents=True)
 
 
 def test_diverged_run_says_so_and_leaves_nothing(tmp_path, capsys):
     flags = [*SMALL, "--epochs", "1", "--lr", "1e30", "--out", str(tmp_path / "run")]
     assert "try a lower --lr" in fails_with(capsys, ["train", *flags])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_image_folder_is_split_by_class(folder):
-    opened = data.open_data(f"imagefolder:{folder}", 8)
-    assert opened.classes == ("bright", "dark")
-    assert (len(opened.train), len(opened.test)) == (8, 2)
-    for part in (opened.train, opened.test):
-        for image, label in (part[i] for i in range(len(part))):
-            assert image.shape == (3, 8, 8)
-            assert abs(image.float().mean().item() - (230, 20)[label]) < 2
-    assert sorted(label for _, label in (opened.test[i] for i in range(2))) == [0, 1]
-    (folder / "dark").rename(folder / "train")  # a class beside classes
-    assert data.open_data(f"imagefolder:{folder}", 8).classes == ("bright", "train")
-
-
-@pytest.mark.parametrize("parts", ["train val", "train validation", "Training Testing"])
-def test_image_folder_with_its_own_test_part(parts, folder, tmp_path):
-    train, test = (tmp_path / "parts" / name for name in parts.split())
-    train.parent.mkdir()
-    folder.rename(train)
-    (test / "dark").mkdir(parents=True)
-    Image.new("L", (9, 9), 20).save(test / "dark" / "0.png")
-    opened = data.open_data(f"imagefolder:{train.parent}", 8)
-    assert opened.classes == ("bright", "dark")
-    assert (len(opened.train), len(opened.test)) == (10, 1)
-    assert opened.test[0][1] == opened.classes.index("dark")
 
 
 def test_training_on_a_folder_and_predicting(folder, tmp_path, capsys):
@@ -306,23 +281,6 @@ def test_unreadable_training_image_is_one_line(workers, folder, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-def test_unsuitable_folders_are_one_line(folder, tmp_path, capsys):
-    def line(path):
-        return fails_with(capsys, ["train", "--data", f"imagefolder:{path}"])
-
-    assert "no class folders" in line(folder / "bright" / "nested")
-    (folder / "empty").mkdir()
-    assert "no images in" in line(folder)
-    (folder / "empty").rmdir()
-    (tmp_path / "one" / "only").mkdir(parents=True)
-    Image.new("L", (9, 9)).save(tmp_path / "one" / "only" / "0.png")
-    assert "has one image" in line(tmp_path / "one")
-    Image.new("L", (9, 9)).save(tmp_path / "one" / "only" / "1.png")
-    assert "at least two are needed" in line(tmp_path / "one")
-    (tmp_path / "one" / "only").rename(tmp_path / "one" / "Test")
-    assert "has Test and no train beside it: add that, or take image" in line(tmp_path / "one")
-
-
 def test_predict_refuses_what_it_cannot_read(finished, tmp_path, capsys):
     weights = str(finished / "checkpoint.pt")
     (tmp_path / "bad.png").write_bytes(b"not an image")
@@ -358,49 +316,6 @@ def test_defaults():
     assert (got.optimizer, got.lr, got.weight_decay) == ("sgd", 0.01, 2e-4)
     assert options.from_flags({"optimizer": "adamw"}, None, "", testing=False).lr == 5e-4
     assert options.from_flags({"data": "synthetic"}, None, "", testing=False).image_size == 224
-
-
-def test_digits_are_split_once():
-    opened = data.open_data("digits", 8)
-    assert (len(opened.train), len(opened.test)) == (1437, 360)
-    counts = torch.bincount(torch.tensor([opened.test[i][1] for i in range(360)]))
-    assert counts.min() >= 34
-    assert counts.max() <= 37
-    seen = {opened.train[i][0].numpy().tobytes() for i in range(1437)}
-    again = data.open_data("digits", 8)
-    assert all(torch.equal(opened.test[i][0], again.test[i][0]) for i in range(360))
-    assert not any(opened.test[i][0].numpy().tobytes() in seen for i in range(360))
-
-
-def test_order_depends_on_the_seed_alone():
-    opened = data.open_data("digits", 8)
-
-    def labels(seed):
-        batches = data.train_batches(opened.train, 32, seed=seed, limit=100)
-        assert (batches.images, batches.steps) == (96, 3)
-        return torch.cat([labels for _, labels in batches])
-
-    assert torch.equal(labels(1), labels(1))
-    assert not torch.equal(labels(1), labels(2))
-
-
-@pytest.mark.parametrize("images", [(40, 33), (5, 5), (7, 3), (16, 32), (17, 1)])
-def test_batch_sizes_are_those_of_an_epoch(images):
-    """What is compiled ahead is what runs."""
-    sets = [[(torch.zeros(3, 4, 4), 0)] * n for n in images]
-    found = set()
-    for training, batches in (
-        (True, data.train_batches(sets[0], 16, seed=0)),
-        (False, data.held_out_batches(sets[1], 16)),
-    ):
-        found |= {(training, len(labels)) for _, labels in batches}
-    assert set(run.batch_sizes(16, *images)) == found
-
-
-def test_limited_test_part_has_every_class(folder):
-    opened = data.open_data(f"imagefolder:{folder}", 8)
-    (batch,) = data.held_out_batches(opened.train, 8, limit=4)
-    assert batch[1].tolist() == [0, 0, 1, 1]
 
 
 def test_objective_weighs_the_heads():
