@@ -149,6 +149,22 @@ def test_some_frozen_layers_in_training(device: torch.device) -> None:
     assert all(n.num_batches_tracked == (0 if n in frozen else 2) for n in norms(module))
 
 
+def test_half_of_a_pair_is_plain_pytorch() -> None:
+    """A gamma without beta is computed, half of the statistics refused."""
+    x = torch.randn(2, DIMS.in_channels, 3, 3)
+    module = convolution()
+    module.bn.bias = None
+    assert "plain PyTorch: BatchNorm has one of weight and bias" in repr(module)
+    torch.testing.assert_close(module(x), twin_of(module)(x))
+    module.bn.running_var = None
+    assert "BatchNorm has one of" in repr(module)
+    for of in (module, twin_of(module)):
+        with pytest.raises(ValueError, match="running_mean and running_var must either both"):
+            of(x)
+    module.bn.weight = None
+    assert "plain PyTorch: BatchNorm has one of running_mean and running_var" in repr(module)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_value_a_channel(kind: str, device: torch.device) -> None:
     """PyTorch's error in training, before anything is counted; in eval a result."""

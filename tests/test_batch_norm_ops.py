@@ -326,6 +326,18 @@ def test_errors() -> None:
     means, variances = (torch.zeros(16), torch.ones(16))
     with pytest.raises(ValueError, match="needs batches_tracked"):
         functional.conv2d_bn_relu(p.x, p.filters[0], means, variances, training=True, momentum=None)
+    counters: list[Tensor | None] = [torch.zeros((), dtype=torch.int64)]
+    running = [torch.zeros_like(b) for b in p.biases]
+    for given, error in (
+        ([*counters, *[None] * 5], r"batches_tracked must be 6 tensors or all None, got 1"),
+        ([torch.zeros(())] * 6, "batches_tracked must be int64, got float32"),
+        ([torch.zeros((), dtype=torch.int64, device="meta")] * 6, "batches_tracked must be on "),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            functional.inception_bn(
+                p.x, p.filters, running, running, nothing, nothing, training=True,
+                batches_tracked=given,
+            )  # fmt: skip
     with pytest.raises(ValueError, match="filters must be 6, got 1"):
         functional.inception_bn(p.x, p.filters[:1], nothing, nothing, nothing, nothing)
 

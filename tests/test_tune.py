@@ -13,7 +13,7 @@ import torch
 import fused_inception as fi
 from fused_inception.__main__ import main
 from fused_inception.geometry import InceptionDims
-from fused_inception.tools import tune
+from fused_inception.tools import sources, tune
 from fused_inception.tools.launch_bench import LaunchBench, library_speed_ups
 from fused_inception.tools.tune import Tuning, problems_of
 from fused_inception.tuning import chosen, dispatch, search, table
@@ -349,6 +349,19 @@ def test_launches_that_fail_are_its_exit_status(
     monkeypatch.setattr(Tuning, "go", lambda self, *_, again: self.failed.extend(failed))
     assert main(["tune", "--device", str(cpu), "--image-size", "64"]) == len(failed)
     assert ("problems fail" in capsys.readouterr().out) == bool(failed)
+
+
+def test_provenance_says_what_was_measured_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a table's entries are gone on with by, and whence they came."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a test's")
+    monkeypatch.setattr("sys.argv", ["fused-inception", "tune", "--model", "paper"])
+    origin = tune.provenance(torch.device("cpu"))
+    assert origin["gpu"] == "a test's"
+    assert origin["torch"] == torch.__version__
+    assert origin["command"] == "python -m fused_inception tune --model paper"
+    assert len(origin["sources"]) == 16
+    monkeypatch.setattr(sources, "LAUNCHES", ("kernels", "ops"))
+    assert tune.provenance(torch.device("cpu"))["sources"] != origin["sources"]
 
 
 @needs_triton
