@@ -1,5 +1,6 @@
 """torch.compile over the kernels, each kind of operator in one graph: as without it."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -68,3 +69,29 @@ def test_parallel_convolutions(device: torch.device) -> None:
             strict=True,
         ):
             torch.testing.assert_close(ours, theirs)
+
+
+EXPORTED: dict[str, Callable[[], nn.Module]] = {
+    **MODULES,
+    "module": lambda: fi.Inception(8, 8, 8, 8, 8, 8, 8),
+    "norm-module": lambda: fi.Inception(8, 8, 8, 8, 8, 8, 8, norm="batch"),
+    "global-pool": lambda: fi.GlobalAvgPool2d(),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_for_any_batch(name: str, device: torch.device) -> None:
+    """`torch.export`, written and read: the operators are in it as they are."""
+    module = EXPORTED[name]().to(device).eval()
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    x, other = (torch.randn(n, 8, 5, 6, device=device) for n in (2, 3))
+    file = io.BytesIO()
+    with fi.backend("triton"), torch.no_grad():
+        program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
+        torch.export.save(program, file)
+        file.seek(0)
+        exported = torch.export.load(file).module()
+        with fi.record_launches() as launches:
+            got = exported(other)
+        torch.testing.assert_close(got, module(other))
+    assert launches

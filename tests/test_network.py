@@ -73,3 +73,14 @@ def test_odd_image_sizes(side: int) -> None:
         want = networks.exact(x)
     for name, ours, exact, theirs in zip(want._fields, got, want, baseline, strict=True):
         assert_within_l2(name, ours, exact, theirs)
+
+
+def test_export_for_any_batch() -> None:
+    """On a CPU into PyTorch's own operators: whoever loads it does without this library."""
+    network = fi.googlenet("torchvision", num_classes=3, image_size=48).eval()
+    x, other = torch.randn(2, 3, 48, 48), torch.randn(3, 3, 48, 48)
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    with fi.backend("torch"), torch.no_grad():
+        program = torch.export.export(network, (x,), dynamic_shapes=(batch,))
+        torch.testing.assert_close(program.module()(other), network(other))
+    assert "fused_inception" not in program.graph_module.code
