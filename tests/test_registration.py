@@ -1,17 +1,21 @@
 """`call` is its operator: outputs, gradients, and who else is asked on the way."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_inception as fi
 from fused_inception import functional
-from fused_inception.ops.global_pool import global_avg_pool2d
+from fused_inception.ops.global_pool import global_avg_pool2d, global_avg_pool2d_backward
 from fused_inception.ops.inception import inception
-from fused_inception.ops.registration import call
+from fused_inception.ops.registration import IMPLEMENTATIONS, call
 from tests.cases import SMALL, InceptionCase
 from tests.conftest import HAS_TRITON
 
@@ -74,8 +78,6 @@ def test_register_autograd_is_not_asked_in_eager_mode(device: torch.device) -> N
 
 def test_operators_stay_visible(device: torch.device) -> None:
     """To modes that count or trace: none of them is passed over."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     seen = []
 
     class Count(TorchDispatchMode):
@@ -90,6 +92,140 @@ def test_operators_stay_visible(device: torch.device) -> None:
         functional.global_avg_pool2d(x).sum().backward()
     ours = [op._opname for op in seen if op.namespace == "fused_inception"]
     assert ours == ["global_avg_pool2d", "global_avg_pool2d_backward"]
+
+
+class _Straight:
+    """How often implementations were called by the library itself, not by the dispatcher."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for op in (global_avg_pool2d, global_avg_pool2d_backward):
+            monkeypatch.setitem(IMPLEMENTATIONS, op, self._counting(IMPLEMENTATIONS[op]))
+
+    def _counting(self, implementation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            self.count += 1
+            return implementation(*arguments)
+
+        return run
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> _Straight:
+    return _Straight(monkeypatch)
+
+
+class _Subclass(Tensor):
+    """As those of distributed tensors: what it holds is elsewhere."""
+
+
+def test_nobody_on_the_way(straight: _Straight, device: torch.device) -> None:
+    x = torch.randn(2, 3, 4, 4, device=device)
+    want = x.mean((2, 3), keepdim=True)
+    with torch.no_grad():
+        torch.testing.assert_close(call(global_avg_pool2d, x, None, 1.0), want)
+    with torch.inference_mode():
+        torch.testing.assert_close(call(global_avg_pool2d, x, None, 1.0), want)
+    assert straight.count == 2
+    call(global_avg_pool2d, x.requires_grad_(), None, 1.0).sum().backward()
+    assert straight.count == 4
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1 / 16))
+
+
+def test_autocast_is_off_inside(straight: _Straight, device: torch.device) -> None:
+    """As the operator's rule has it."""
+    x = torch.randn(2, 3, 4, 4, device=device)
+    seen: list[torch.dtype] = []
+
+    def implementation(*_: Any) -> Tensor:
+        seen.append(torch.mm(x[0, 0], x[0, 0]).dtype)
+        return x
+
+    IMPLEMENTATIONS[global_avg_pool2d] = implementation  # of `straight`, which puts it back
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+        call(global_avg_pool2d, x, None, 1.0)
+        assert torch.mm(x[0, 0], x[0, 0]).dtype == torch.bfloat16
+    assert seen == [torch.float32]
+
+
+class _Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("watcher", "unseen"),
+    [
+        (_Functions, 1),  # to which `backward` is one function
+        (_Operators, 0),
+        (lambda: torch.profiler.profile(activities=[ProfilerActivity.CPU]), 0),
+    ],
+    ids=["function mode", "dispatch mode", "profiler"],
+)
+def test_who_watches_sees_operators(
+    watcher: Callable[[], Any], unseen: int, straight: _Straight, device: torch.device
+) -> None:
+    x = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
+    with watcher() as watching:
+        call(global_avg_pool2d, x, None, 1.0).sum().backward()
+        with torch.no_grad():
+            call(global_avg_pool2d, x, None, 1.0)
+    assert straight.count == unseen
+    if isinstance(watching, torch.profiler.profile):
+        names = {event.key for event in watching.key_averages()}
+        assert names >= {f"fused_inception::global_avg_pool2d{end}" for end in ("", "_backward")}
+
+
+def test_traces_hold_operators(straight: _Straight, device: torch.device) -> None:
+    x = torch.randn(2, 3, 4, 4, device=device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit's end
+        traced = torch.jit.trace(
+            lambda x: call(global_avg_pool2d, x, None, 1.0), (x,), check_trace=False
+        )
+    assert "fused_inception::global_avg_pool2d" in str(traced.graph)
+    other = torch.randn(5, 3, 4, 4, device=device)
+    torch.testing.assert_close(traced(other), other.mean((2, 3), keepdim=True))
+    assert straight.count == 0
+
+
+def test_tensors_that_are_not_what_they_seem(straight: _Straight, device: torch.device) -> None:
+    """Negated when they are read, without data, or of a class of their own."""
+    x = torch.randn(2, 3, 4, 4, device=device)
+    negated = torch.complex(x, x).conj().imag
+    assert negated.is_neg()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            call(global_avg_pool2d, negated, None, 1.0), -x.mean((2, 3), keepdim=True)
+        )
+        assert call(global_avg_pool2d, x.to("meta"), None, 1.0).shape == (2, 3, 1, 1)
+        assert type(call(global_avg_pool2d, x.as_subclass(_Subclass), None, 1.0)) is _Subclass
+    assert straight.count == 0
+
+
+def test_batches_of_vmap(straight: _Straight, device: torch.device) -> None:
+    """PyTorch takes them one by one, by its dispatcher."""
+    xs = torch.randn(3, 2, 3, 4, 4, device=device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is slow
+        got = torch.vmap(lambda x: call(global_avg_pool2d, x, None, 1.0))(xs)
+    torch.testing.assert_close(got, xs.mean((3, 4), keepdim=True))
+    assert straight.count == 0
+
+
+def test_double_backward_is_an_error_as_before(straight: _Straight, device: torch.device) -> None:
+    """Gradients that are to be differentiated are the operator's."""
+    x = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
+    y = call(global_avg_pool2d, x, None, 1.0).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    assert straight.count == 1
+    with pytest.raises(RuntimeError, match="double backward"):
+        dx.sum().backward()
 
 
 def test_hooks_of_accumulation_and_reuse_of_the_graph(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fused_inception.geometry import AvgWindow, align_up
 from fused_inception.ops.layout import channels_last, empty_channels_last, settle
 from fused_inception.ops.registration import (
+    call_below_autograd,
     refuse_double_backward,
     register,
     register_autocast,
@@ -120,8 +121,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
         raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
     weight, bias, y, pooled = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    gradients = avg_pool2d_conv1x1_relu_backward(
-        dy, y, pooled, weight, bias, ctx.shape, *ctx.window, needs
+    gradients = call_below_autograd(
+        avg_pool2d_conv1x1_relu_backward, dy, y, pooled, weight, bias, ctx.shape, *ctx.window, needs
     )
     settled = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*settled, *options)

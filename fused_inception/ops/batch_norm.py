@@ -26,6 +26,7 @@ from fused_inception.ops.layout import (
 from fused_inception.ops.registration import (
     begin_gradients,
     call,
+    call_below_autograd,
     refuse_double_backward,
     refuse_tangents,
     register,
@@ -250,7 +251,8 @@ class _Differentiable(torch.autograd.Function):
     ) -> Tensor:
         filters, gammas, betas = _thirds(parameters, layers)
         *geometry, _, _, _ = options
-        y, *saved = _OPERATORS[name]["forward"](x, filters, gammas, betas, *running, *options)
+        op = _OPERATORS[name]["forward"]
+        y, *saved = call_below_autograd(op, x, filters, gammas, betas, *running, *options)
         ctx.name, ctx.layers, ctx.geometry = name, layers, geometry
         ctx.parameters = len(parameters)
         ctx.save_for_backward(x, *parameters, *saved)
@@ -267,8 +269,14 @@ class _Differentiable(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[4:])
         # implementations ask for every gradient that there could be
         asked = needs + [False] * (1 + 3 * ctx.layers - len(needs))
-        gradients = _OPERATORS[ctx.name]["backward"](
-            dy, x, saved, *_thirds(parameters, ctx.layers), *ctx.geometry, asked
+        gradients = call_below_autograd(
+            _OPERATORS[ctx.name]["backward"],
+            dy,
+            x,
+            saved,
+            *_thirds(parameters, ctx.layers),
+            *ctx.geometry,
+            asked,
         )
         given = [g if need else None for g, need in zip(gradients, needs, strict=True)]
         return (*nothing, *given)
@@ -307,7 +315,7 @@ def train(
     op = _OPERATORS[name]["forward"]
     if not torch.compiler.is_compiling():
         refuse_tangents(op, (x, filters, gammas, betas))
-    return op(x, filters, gammas, betas, *running, *options)[0]
+    return call_below_autograd(op, x, filters, gammas, betas, *running, *options)[0]
 
 
 def evaluate(
@@ -328,4 +336,4 @@ def evaluate(
     op = _OPERATORS[name]["eval"]
     if not torch.compiler.is_compiling():
         refuse_tangents(op, (x, filters, gammas, betas))
-    return op(x, filters, gammas, betas, means, variances, *options)
+    return call_below_autograd(op, x, filters, gammas, betas, means, variances, *options)

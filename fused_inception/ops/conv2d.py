@@ -13,6 +13,7 @@ from fused_inception.ops.layout import (
     settle_all,
 )
 from fused_inception.ops.registration import (
+    call_below_autograd,
     refuse_double_backward,
     register,
     register_autocast,
@@ -89,7 +90,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
         raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
     x, weight, bias, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    gradients = conv2d_relu_backward(dy, x, saved, weight, bias, ctx.stride, ctx.padding, needs)
+    gradients = call_below_autograd(
+        conv2d_relu_backward, dy, x, saved, weight, bias, ctx.stride, ctx.padding, needs
+    )
     settled = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*settled, None, None, None)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_inception.ops.layout import empty_channels_last
 from fused_inception.ops.registration import (
+    call_below_autograd,
     refuse_double_backward,
     register,
     register_autocast,
@@ -53,7 +54,11 @@ def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, No
     if dy is None:
         return None, None, None
     (kept,) = ctx.saved_tensors
-    return global_avg_pool2d_backward(dy, kept, ctx.scale, ctx.shape), None, None
+    return (
+        call_below_autograd(global_avg_pool2d_backward, dy, kept, ctx.scale, ctx.shape),
+        None,
+        None,
+    )
 
 
 global_avg_pool2d = register(

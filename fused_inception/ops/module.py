@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_inception.ops.layout import as_saved, empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
+    call_below_autograd,
     refuse_double_backward,
     register,
     register_autocast,
@@ -108,7 +109,7 @@ def define(form: ModuleForm) -> tuple[torch._ops.OpOverload, torch._ops.OpOverlo
         (x,), saved, filters, biases = ([next(flat) for _ in range(n)] for n in ctx.counts)
         needs_x, needs_filters, needs_biases = ctx.needs_input_grad[:3]
         needs = [needs_x, *needs_filters, *needs_biases]
-        gradients = backward_op(dy, x, saved, filters, biases, needs)
+        gradients = call_below_autograd(backward_op, dy, x, saved, filters, biases, needs)
         dx, *rest = [
             gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
         ]

@@ -17,6 +17,7 @@ from fused_inception.geometry import Window
 from fused_inception.ops import pooling_aten
 from fused_inception.ops.layout import as_saved, empty_channels_last
 from fused_inception.ops.registration import (
+    call_below_autograd,
     refuse_double_backward,
     register,
     register_autocast,
@@ -117,7 +118,9 @@ def _define(family: _Family) -> tuple[torch._ops.OpOverload, torch._ops.OpOverlo
             raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
         saved = list(ctx.saved_tensors)
         x = saved.pop(0) if family.keeps_x else dy.new_empty(0)
-        return backward_op(dy, x, saved, ctx.shape, *ctx.options, ctx.impl), *nothing
+        return call_below_autograd(
+            backward_op, dy, x, saved, ctx.shape, *ctx.options, ctx.impl
+        ), *nothing
 
     register_autograd(op, differentiate, family.setup_context)
     refuse_double_backward(backward_op, f"fused_inception.reference.{family.name}")

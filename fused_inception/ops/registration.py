@@ -16,6 +16,10 @@ IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 # operator -> the same with its gradient, for eager calls
 _FUNCTIONS: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 # registrations live as long as this object
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -59,7 +63,7 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
         return op(*arguments)
     refuse_tangents(op, arguments)
     if not torch.is_grad_enabled():
-        return op(*arguments)
+        return call_below_autograd(op, *arguments)
     tensors = [t for argument in arguments for t in _tensors(argument)]
     if not any(t.requires_grad for t in tensors):
         return op(*arguments)
@@ -68,6 +72,43 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     flat = iter(_FUNCTIONS[op].apply(arguments, shape_of_output, *tensors))
     output = _restored(flat, shape_of_output)
     return output[0] if len(output) == 1 else tuple(output)
+
+
+def call_below_autograd(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """`op(*arguments)`, where its gradient is somebody else's or there is none; the first tensor is
+    as autocast wants it.
+
+    On its way to an implementation in Python the dispatcher boxes each tensor of each list twice,
+    which takes up to 100 us a call. Where nobody waits on that way, the implementation is called
+    itself.
+    """
+    if torch.compiler.is_compiling() or _is_awaited() or not _are_plain(arguments):
+        return op(*arguments)
+    if torch._C._is_any_autocast_enabled():
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return IMPLEMENTATIONS[op](*arguments)
+    return IMPLEMENTATIONS[op](*arguments)
+
+
+def _is_awaited() -> bool:
+    """Whether anything between an operator and its implementation acts, or wants to see it."""
+    return bool(
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _are_plain(arguments: Sequence[Any]) -> bool:
+    """Whether tensors are what they seem: no subclass, with data, not negated on reading."""
+    return all(
+        type(t) is torch.nn.Parameter or (type(t) is Tensor and not t.is_meta and not t.is_neg())
+        for argument in arguments
+        for t in _tensors(argument)
+    )
 
 
 def refuse_tangents(op: torch._ops.OpOverload, arguments: Sequence[Any]) -> None:
@@ -116,7 +157,7 @@ def _function(
     among its arguments, one by one, as autograd wants them."""
 
     def forward(ctx: Any, arguments: Any, shape: list[int | None], *_: Tensor) -> Any:
-        output = op(*arguments)
+        output = call_below_autograd(op, *arguments)
         setup_context(ctx, arguments, output)
         outputs = output if isinstance(output, tuple) else (output,)
         shape += map(_length, outputs)

@@ -24,6 +24,7 @@ from fused_inception.geometry import (
 )
 from fused_inception.ops.layout import as_saved, empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
+    call_below_autograd,
     refuse_double_backward,
     register,
     register_autocast,
@@ -185,8 +186,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
     filters, biases, saved = rest[:3], rest[3:6], rest[6:]
     needs_x, needs_filters, needs_biases = ctx.needs_input_grad[:3]
     needs = [needs_x, *needs_filters, *needs_biases]
-    gradients = googlenet_stem_backward(
-        dy, x, saved, filters, biases, ctx.integers, ctx.constants, needs
+    gradients = call_below_autograd(
+        googlenet_stem_backward, dy, x, saved, filters, biases, ctx.integers, ctx.constants, needs
     )
     dx, *rest = [
         gradient if need else None for gradient, need in zip(gradients, needs, strict=True)

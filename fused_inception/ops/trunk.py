@@ -22,6 +22,7 @@ from fused_inception.ops.layout import (
     settle_all,
 )
 from fused_inception.ops.registration import (
+    call_below_autograd,
     refuse_double_backward,
     register,
     register_autocast,
@@ -221,7 +222,8 @@ def _differentiate(
     )
     # without x any map does: no gradient is like it
     x = kept_x[0] if kept_x else saved[0]
-    gradients = inception_trunk_backward(
+    gradients = call_below_autograd(
+        inception_trunk_backward,
         dy, d_taps, x, tapped, saved, filters, biases, kept, ctx.scale, ctx.integers,
         ctx.save_from, needs,
     )  # fmt: skip
