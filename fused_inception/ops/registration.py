@@ -16,6 +16,7 @@ IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 # operator -> the same with its gradient, for eager calls
 _FUNCTIONS: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
 
+_PLAIN = {torch.nn.Parameter, int, float, bool, str, type(None)}
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
@@ -104,11 +105,17 @@ def _is_awaited() -> bool:
 
 def _are_plain(arguments: Sequence[Any]) -> bool:
     """Whether tensors are what they seem: no subclass, with data, not negated on reading."""
-    return all(
-        type(t) is torch.nn.Parameter or (type(t) is Tensor and not t.is_meta and not t.is_neg())
-        for argument in arguments
-        for t in _tensors(argument)
-    )
+    for argument in arguments:
+        parts = argument if isinstance(argument, list | tuple) else (argument,)
+        # a set of all, as up to 60 are parameters
+        others = {*map(type, parts)} - _PLAIN
+        if others and (others != {Tensor} or any(map(_is_no_memory, parts))):
+            return False
+    return True
+
+
+def _is_no_memory(part: Any) -> bool:
+    return type(part) is Tensor and (part.is_meta or part.is_neg())
 
 
 def refuse_tangents(op: torch._ops.OpOverload, arguments: Sequence[Any]) -> None:
