@@ -39,8 +39,7 @@ CALLS = 8  # of a round
 CALLS_UNTIL_REPLAYED = 3
 # innermost last: the time of a part is without the parts inside it
 PARTS = {
-    "module": "modules, checks, autograd",
-    "dispatch": "PyTorch's dispatcher, per operator",
+    "module": "modules, checks, autograd, operators",
     "script": "scripts and launchers: layouts, grids, constants",
     "config": "look-up of launch configurations",
     "allocation": "torch.empty and its kin",
@@ -154,8 +153,6 @@ def clocked(clock: Clock) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", timed))
         timed = clock.wrap("triton", relaunch.launch)
         stack.enter_context(mock.patch.object(relaunch, "launch", timed))
-        timed = clock.wrap("dispatch", torch._ops.OpOverload.__call__)
-        stack.enter_context(mock.patch.object(torch._ops.OpOverload, "__call__", timed))
         yield
 
 

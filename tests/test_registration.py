@@ -163,7 +163,7 @@ class _Operators(TorchDispatchMode):
     [
         (_Functions, 1),  # to which `backward` is one function
         (_Operators, 0),
-        (lambda: torch.profiler.profile(activities=[ProfilerActivity.CPU]), 0),
+        (lambda: torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True), 0),
     ],
     ids=["function mode", "dispatch mode", "profiler"],
 )

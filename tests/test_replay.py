@@ -269,6 +269,21 @@ def test_outputs_and_memory_of_a_replay() -> None:
     assert len({whole.data_ptr() for _, whole, _ in results}) == 4
 
 
+def test_memory_is_that_of_empty_strided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the short way of this PyTorch, and without it."""
+    guards = torch._C._dynamo.guards
+    assert replay._EMPTY["cpu"] is guards._empty_strided_cpu  # type: ignore[attr-defined]
+    made = [replay._EMPTY["cpu"]]
+    monkeypatch.delattr(guards, "_empty_strided_cpu")
+    made.append(replay._empty_on("cpu"))
+    for empty in made:
+        t = empty((2, 8, 4, 5), (160, 1, 40, 8), torch.bfloat16)
+        assert (t.shape, t.stride()) == ((2, 8, 4, 5), (160, 1, 40, 8))
+        assert (t.dtype, t.device, t.requires_grad) == (torch.bfloat16, torch.device("cpu"), False)
+        with torch.inference_mode():
+            assert empty((3,), (1,), torch.uint8).is_inference()
+
+
 def test_memory_of_two_arguments_in_one_storage() -> None:
     """Parameters that are parts of one vector are told apart, wherever they lie in the next."""
     x = torch.randn(SMALL).contiguous(memory_format=torch.channels_last)
