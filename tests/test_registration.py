@@ -115,6 +115,48 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> _Straight:
     return _Straight(monkeypatch)
 
 
+NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
+    "paper": lambda: fi.googlenet("paper", num_classes=2, image_size=47),
+    "torchvision": lambda: fi.googlenet("torchvision", num_classes=2, image_size=47),
+    "one by one": lambda: torch.nn.Sequential(
+        fi.ConvBlock(3, 8, kernel_size=7, stride=2, padding=3),
+        fi.MaxPool2d(3, 2),
+        fi.LocalResponseNorm(5, k=1),
+        fi.LRNMaxPool2d(5, 3, 2),
+        fi.MaxPoolLRN2d(5, 3, 2),
+        fi.InceptionNaive(8, 8, 8, 8),
+        fi.GlobalAvgPool2d(),
+    ),
+}
+
+
+@pytest.mark.usefixtures("launches_do_nothing")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_operator_goes_straight(
+    name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """In training and in inference, also under autocast."""
+    dispatched: list[str] = []
+    dispatch = torch._ops.OpOverload.__call__
+
+    def counted(op: Any, /, *args: Any, **kwargs: Any) -> Any:
+        dispatched.extend([op._opname] * (op.namespace == "fused_inception"))
+        return dispatch(op, *args, **kwargs)
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", counted)
+    network, x = NETWORKS[name]().to(device), torch.randn(2, 3, 47, 47, device=device)
+    for enabled in (False, True):
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+        with fi.backend("triton"), autocast, fi.record_launches() as launches:
+            outputs = network.train()(x)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            sum(y.float().sum() for y in outputs).backward()
+            with torch.no_grad():
+                network.eval()(x)
+        assert launches
+        assert not dispatched
+
+
 class _Subclass(Tensor):
     """As those of distributed tensors: what it holds is elsewhere."""
 
@@ -206,6 +248,23 @@ def test_tensors_that_are_not_what_they_seem(straight: _Straight, device: torch.
         assert call(global_avg_pool2d, x.to("meta"), None, 1.0).shape == (2, 3, 1, 1)
         assert type(call(global_avg_pool2d, x.as_subclass(_Subclass), None, 1.0)) is _Subclass
     assert straight.count == 0
+
+
+def test_what_an_operator_would_convert(straight: _Straight, device: torch.device) -> None:
+    """An integer where it takes a float, a tuple of tensors where it takes a list."""
+    data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32, device)
+    seen: list[Any] = []
+    run = IMPLEMENTATIONS[inception]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        x = data.x
+        torch.testing.assert_close(call(global_avg_pool2d, x, None, 1), x.mean((2, 3), True))
+        assert straight.count == 0
+        patch.setitem(IMPLEMENTATIONS, inception, lambda *args: seen.append(args) or run(*args))
+        lists = [*data.filters], [*data.biases]
+        for filters, biases in (lists, map(tuple, lists)):
+            y, _ = call(inception, x, filters, biases, False)
+            assert y.shape[1] == SMALL.out_channels
+    assert len(seen) == 1
 
 
 def test_batches_of_vmap(straight: _Straight, device: torch.device) -> None:

@@ -155,7 +155,8 @@ def pool(op: torch._ops.OpOverload, x: Tensor, window: Window | None, *norm: flo
         impl = where_it_has_kernels(impl, "pool", reason)
     if impl == "torch" and window is not None and not norm:
         return plain.max_pool2d(settle(x, impl), (), window)
-    options = [*norm]
+    # alpha, beta and k behind the size
+    options = [*norm[:1], *map(float, norm[1:])]
     if window is not None:
         options += [window.kernel, window.stride, window.padding, window.ceil_mode]
     save = torch.is_grad_enabled() and x.requires_grad

@@ -16,7 +16,10 @@ IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 # operator -> the same with its gradient, for eager calls
 _FUNCTIONS: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
 
-_PLAIN = {torch.nn.Parameter, int, float, bool, str, type(None)}
+# operator -> of each argument, or of what its lists hold, the types that it is, or tensors
+_KINDS: dict[torch._ops.OpOverload, list[set[type]]] = {}
+_SIZES = (tuple, torch.Size)
+_TYPES = {"Tensor": torch.nn.Parameter, "int": int, "float": float, "bool": bool, "str": str}
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
@@ -42,6 +45,10 @@ def register(
         _library.impl(qualified, _no_vmap(qualified), "FuncTorchBatched")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     IMPLEMENTATIONS[op] = implementation
+    _KINDS[op] = [
+        {type(None), *(kind for name, kind in _TYPES.items() if name in str(argument.type))}
+        for argument in op._schema.arguments
+    ]
     return op
 
 
@@ -83,7 +90,7 @@ def call_below_autograd(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     which takes up to 100 us a call. Where nobody waits on that way, the implementation is called
     itself.
     """
-    if torch.compiler.is_compiling() or _is_awaited() or not _are_plain(arguments):
+    if torch.compiler.is_compiling() or _is_awaited() or not _are_plain(op, arguments):
         return op(*arguments)
     if torch._C._is_any_autocast_enabled():
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
@@ -103,12 +110,14 @@ def _is_awaited() -> bool:
     )
 
 
-def _are_plain(arguments: Sequence[Any]) -> bool:
-    """Whether tensors are what they seem: no subclass, with data, not negated on reading."""
-    for argument in arguments:
-        parts = argument if isinstance(argument, list | tuple) else (argument,)
+def _are_plain(op: torch._ops.OpOverload, arguments: Sequence[Any]) -> bool:
+    """Whether tensors are what they seem (no subclass, with data, not negated on reading), and all
+    else of the types that the schema has, so that there is nothing to convert."""
+    for kinds, argument in zip(_KINDS[op], arguments, strict=True):
+        are_parts = isinstance(argument, list) or (type(argument) in _SIZES and int in kinds)
+        parts = argument if are_parts else (argument,)
         # a set of all, as up to 60 are parameters
-        others = {*map(type, parts)} - _PLAIN
+        others = {*map(type, parts)} - kinds
         if others and (others != {Tensor} or any(map(_is_no_memory, parts))):
             return False
     return True

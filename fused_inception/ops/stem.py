@@ -52,14 +52,14 @@ class Stem:
         windows = [
             n
             for w in (self.pool1, self.pool2)
-            for n in (w.kernel, w.stride, w.padding, w.ceil_mode)
+            for n in (w.kernel, w.stride, w.padding, int(w.ceil_mode))
         ]
         return [self.stride, self.padding, *windows, self.norm1[0], self.norm2[0]]
 
     @property
     def constants(self) -> list[float]:
         """Alpha, beta, k of both norms."""
-        return [*self.norm1[1:], *self.norm2[1:]]
+        return [*map(float, (*self.norm1[1:], *self.norm2[1:]))]
 
     @staticmethod
     def of(integers: Sequence[int], constants: Sequence[float]) -> "Stem":

@@ -53,9 +53,9 @@ class Trunk:
         windows = [
             n
             for at, w in self.pools.items()
-            for n in (at, w.kernel, w.stride, w.padding, w.ceil_mode)
+            for n in (at, w.kernel, w.stride, w.padding, int(w.ceil_mode))
         ]
-        return [self.mean, len(self.taps), *self.taps, *windows]
+        return [int(self.mean), len(self.taps), *self.taps, *windows]
 
     @staticmethod
     def of(integers: Sequence[int]) -> "Trunk":
@@ -224,7 +224,7 @@ def _differentiate(
     x = kept_x[0] if kept_x else saved[0]
     gradients = call_below_autograd(
         inception_trunk_backward,
-        dy, d_taps, x, tapped, saved, filters, biases, kept, ctx.scale, ctx.integers,
+        dy, [*d_taps], x, tapped, saved, filters, biases, kept, ctx.scale, ctx.integers,
         ctx.save_from, needs,
     )  # fmt: skip
     dx, *rest = [
