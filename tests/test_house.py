@@ -1,6 +1,7 @@
 """Who may import whom, how long files are, what kernels must state: held by reading the code."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -129,6 +130,17 @@ def test_imports_follow_the_table() -> None:
             if found.module.split(".")[0] in OUTSIDERS:
                 wrong.append(str(found))
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Nor in a circle of several, inside functions included."""
+    below: dict[str, set[str]] = {}
+    for path in sources("fused_inception"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        # whoever imports a package takes names that it has from others
+        below[name] = {f.module for f in imports(path)} if path.stem != "__init__" else set()
+    order = graphlib.TopologicalSorter(below)
+    order.prepare()  # raises CycleError, which names the modules
 
 
 def test_kernels_load_only_when_one_runs() -> None:

@@ -11,7 +11,7 @@ from benchmarks import products
 from benchmarks.padding import OPERANDS
 from benchmarks.products import Product
 from fused_inception.geometry import STEM_NORM, STEM_POOL, AvgWindow, InceptionDims, NaiveDims
-from fused_inception.ops.stem import Stem
+from fused_inception.ops.stages import Stem
 from fused_inception.tuning import conv_heuristic, heuristic, naive_heuristic
 from fused_inception.tuning.configs import (
     AvgPoolProjectConfig,

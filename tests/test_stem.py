@@ -13,6 +13,7 @@ from fused_inception import functional, reference
 from fused_inception.geometry import STEM_NORM, STEM_POOL, Window
 from fused_inception.nn import stem
 from fused_inception.ops import stem as ops
+from fused_inception.ops.stages import Stem as StemOptions
 from tests.test_gpu import Stem
 
 
@@ -49,10 +50,10 @@ def test_layer_by_layer(dtype: torch.dtype) -> None:
 def test_stems_without_an_operator(
     c_in: int, widths: tuple[int, int, int], pool1: Window, reason: str | None
 ) -> None:
-    stem = ops.Stem(2, 3, pool1, STEM_NORM, STEM_NORM, STEM_POOL)
+    stem = StemOptions(2, 3, pool1, STEM_NORM, STEM_NORM, STEM_POOL)
     why = ops.why_not(tensors(c_in, widths)[1::2], stem)
     assert why is None if reason is None else re.search(reason, why)
-    wide = ops.Stem(2, 3, STEM_POOL, STEM_NORM, (33, 1e-4, 0.75, 1.0), STEM_POOL)
+    wide = StemOptions(2, 3, STEM_POOL, STEM_NORM, (33, 1e-4, 0.75, 1.0), STEM_POOL)
     assert ops.why_not(tensors()[1::2], wide) == "size 33: kernels exist up to 32"
 
 

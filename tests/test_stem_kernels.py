@@ -18,6 +18,7 @@ from fused_inception.kernels.stem_conv import launch_stem_conv_fwd
 from fused_inception.launches import Launch
 from fused_inception.ops import pooling_triton, stem_triton
 from fused_inception.ops import stem as ops
+from fused_inception.ops.stages import Stem
 from fused_inception.tuning import dispatch
 from fused_inception.tuning.configs import MarchConfig, StemConvConfig, Tile, VectorConfig, WgradJob
 from fused_inception.tuning.conv_heuristic import PACKED_POSITIONS
@@ -389,9 +390,9 @@ def test_mixed_precision_and_layout_of_filter_gradients(device: torch.device) ->
 
 def test_operator_passes_opcheck(device: torch.device) -> None:
     inputs = TINY.tensors(torch.float32, device)
-    stem = ops.Stem(2, 3, **TINY.options)
+    stem = Stem(2, 3, **TINY.options)
     options = (stem.integers, stem.constants)
-    assert ops.Stem.of(*options) == stem
+    assert Stem.of(*options) == stem
     x, *parameters = [t.requires_grad_() for t in inputs]
     forward = (x, parameters[::2], parameters[1::2], *options, True)
     torch.library.opcheck(ops.googlenet_stem, forward)

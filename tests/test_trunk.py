@@ -12,6 +12,7 @@ import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.geometry import InceptionDims, Window
 from fused_inception.ops import trunk as ops
+from fused_inception.ops.stages import Trunk
 from tests.test_trunk_kernels import CASES, POOL, Case, of_modules, results
 
 WIDE = Case((InceptionDims(16, 8, 8, 16, 8, 8, 8), InceptionDims(40, 8, 8, 8, 8, 8, 8)), (1, 6, 6))
@@ -51,7 +52,7 @@ def test_trunks_without_an_operator(
 ) -> None:
     case = WIDE if dims is None else Case((dims, WIDE.dims[1]), WIDE.shape)
     filters = case.tensors(torch.float32)[1::2]
-    why = ops.why_not(filters, ops.Trunk(dict(pools), taps, True))
+    why = ops.why_not(filters, Trunk(dict(pools), taps, True))
     assert why is None if reason is None else re.search(reason, why or "")
 
 

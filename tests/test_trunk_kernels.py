@@ -15,6 +15,7 @@ from fused_inception import functional, reference
 from fused_inception.geometry import InceptionDims, Window
 from fused_inception.ops import pooling_triton
 from fused_inception.ops import trunk as ops
+from fused_inception.ops.stages import Trunk
 from fused_inception.tuning import dispatch
 from fused_inception.tuning.configs import MaskConfig
 from tests.tolerances import assert_within, assert_within_l2
@@ -44,8 +45,8 @@ class Case:
         return {"pools": self.pools, "taps": self.taps, "global_pool": self.mean}
 
     @property
-    def trunk(self) -> ops.Trunk:
-        return ops.Trunk(dict(self.pools), self.taps, self.mean)
+    def trunk(self) -> Trunk:
+        return Trunk(dict(self.pools), self.taps, self.mean)
 
     def tensors(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
         """x, then filters and biases in turn."""
@@ -337,8 +338,8 @@ def test_mixed_precision(device: torch.device) -> None:
 
 def test_operator_passes_opcheck(device: torch.device) -> None:
     inputs = TINY.tensors(torch.float32, device)
-    trunk = ops.Trunk({0: POOL, 2: Window(2, 2)}, (1, 3), False)
-    assert ops.Trunk.of(trunk.integers) == trunk
+    trunk = Trunk({0: POOL, 2: Window(2, 2)}, (1, 3), False)
+    assert Trunk.of(trunk.integers) == trunk
     kept = torch.rand(1, SECOND.out_channels, device=device) < 0.5
     options = (kept, 2.0, TINY.trunk.integers, 0)
     x, *parameters = [t.requires_grad_() for t in inputs]

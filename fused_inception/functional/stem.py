@@ -13,6 +13,7 @@ from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import stem as _stem
 from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
+from fused_inception.ops.stages import Stem
 
 
 @measured
@@ -80,7 +81,7 @@ def googlenet_stem(
     for size in (norm1[0], norm2[0]):
         checks.norm_size(size)
     impl = resolve(x)
-    stem = _stem.Stem(stride, padding, pool1, norm1, norm2, pool2)
+    stem = Stem(stride, padding, pool1, norm1, norm2, pool2)
     if impl == "triton" and _stem.why_not(filters, stem) is None:
         x = autocast(x) if casts else x
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *filters, *biases))

@@ -21,6 +21,7 @@ from fused_inception.ops import pooling as _pooling
 from fused_inception.ops import trunk as _trunk
 from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
+from fused_inception.ops.stages import Trunk
 
 
 @measured
@@ -85,7 +86,7 @@ def inception_trunk(
     impl = resolve(x)
     filters = [t for module in parameters for t in module[::2]]
     biases = [t for module in parameters for t in module[1::2]]
-    trunk = _trunk.Trunk(dict(pools), tuple(taps), global_pool)
+    trunk = Trunk(dict(pools), tuple(taps), global_pool)
     if impl == "triton" and _trunk.why_not(filters, trunk) is None:
         x = settle(autocast(x) if casts else x, impl)
         kept, scale = None, 1.0

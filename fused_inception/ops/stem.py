@@ -6,7 +6,6 @@ five operators that it stands for, and `functional.googlenet_stem` calls those.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from fused_inception.geometry import (
     NO_STEM_CONV,
     STEM_CHANNELS,
     STEM_CONV,
-    Window,
-    conv_out,
     why_no_norm_kernel,
     why_no_pool_kernel,
 )
@@ -31,54 +28,7 @@ from fused_inception.ops.registration import (
     register_autograd,
 )
 from fused_inception.ops.replay import replayed
-
-NormNumbers = tuple[int, float, float, float]  # size, alpha, beta, k
-
-
-@dataclass(frozen=True)
-class Stem:
-    """Options of the layers; schemas have them as integers and constants."""
-
-    stride: int  # of conv1
-    padding: int
-    pool1: Window
-    norm1: NormNumbers
-    norm2: NormNumbers
-    pool2: Window
-
-    @property
-    def integers(self) -> list[int]:
-        """All that are integers."""
-        windows = [
-            n
-            for w in (self.pool1, self.pool2)
-            for n in (w.kernel, w.stride, w.padding, int(w.ceil_mode))
-        ]
-        return [self.stride, self.padding, *windows, self.norm1[0], self.norm2[0]]
-
-    @property
-    def constants(self) -> list[float]:
-        """Alpha, beta, k of both norms."""
-        return [*map(float, (*self.norm1[1:], *self.norm2[1:]))]
-
-    @staticmethod
-    def of(integers: Sequence[int], constants: Sequence[float]) -> "Stem":
-        """The inverse of both."""
-        stride, padding, *windows, size1, size2 = integers
-        pool1, pool2 = (
-            Window(kernel, step, border, bool(ceil))
-            for kernel, step, border, ceil in (windows[:4], windows[4:])
-        )
-        alpha1, beta1, k1, alpha2, beta2, k2 = constants
-        return Stem(
-            stride, padding, pool1, (size1, alpha1, beta1, k1), (size2, alpha2, beta2, k2), pool2
-        )
-
-    def sides(self, side: int, kernel: int) -> tuple[int, int, int]:
-        """Sides behind conv1, pool1 and pool2 of an image's side; `kernel` is conv1's."""
-        first = conv_out(side, kernel, self.stride, self.padding)
-        second = self.pool1.out(first)
-        return first, second, self.pool2.out(second)
+from fused_inception.ops.stages import Stem
 
 
 def why_not(filters: Sequence[Tensor], stem: Stem) -> str | None:

@@ -26,7 +26,7 @@ from fused_inception.ops import conv2d_triton, filter_cache, library_triton, poo
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.replay import replayed
-from fused_inception.ops.stem import Stem
+from fused_inception.ops.stages import Stem
 from fused_inception.tuning import dispatch
 from fused_inception.tuning.chosen import (
     conv_config,

@@ -7,13 +7,12 @@ stands for, and `functional.inception_trunk` calls those.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_inception.geometry import ALIGN, Window, why_no_pool_kernel
+from fused_inception.geometry import ALIGN, why_no_pool_kernel
 from fused_inception.ops.layout import (
     as_saved,
     dims_of,
@@ -29,43 +28,7 @@ from fused_inception.ops.registration import (
     register_autograd,
 )
 from fused_inception.ops.replay import replayed
-
-CONVS = 6  # of a module
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """What stands behind the modules; schemas have it as integers.
-
-    Attributes:
-        pools: the max pool behind a module, by the module's number.
-        taps: numbers of the modules whose output the operator returns too.
-        mean: whether the global average pool is behind the last one.
-    """
-
-    pools: dict[int, Window]
-    taps: tuple[int, ...]
-    mean: bool
-
-    @property
-    def integers(self) -> list[int]:
-        """All of it; never an empty list, which autograd takes for one of tensors."""
-        windows = [
-            n
-            for at, w in self.pools.items()
-            for n in (at, w.kernel, w.stride, w.padding, int(w.ceil_mode))
-        ]
-        return [int(self.mean), len(self.taps), *self.taps, *windows]
-
-    @staticmethod
-    def of(integers: Sequence[int]) -> "Trunk":
-        """The inverse."""
-        mean, taps, *rest = integers
-        pools = {}
-        for i in range(taps, len(rest), 5):
-            at, kernel, stride, padding, ceil = rest[i : i + 5]
-            pools[at] = Window(kernel, stride, padding, bool(ceil))
-        return Trunk(pools, tuple(rest[:taps]), bool(mean))
+from fused_inception.ops.stages import CONVS, Trunk, of_modules
 
 
 def why_not(filters: Sequence[Tensor], trunk: Trunk) -> str | None:
@@ -84,11 +47,6 @@ def why_not(filters: Sequence[Tensor], trunk: Trunk) -> str | None:
     if trunk.mean and last in trunk.pools:
         return "the global pool is behind another pool"
     return None
-
-
-def of_modules(flat: Sequence[Any]) -> list[list[Any]]:
-    """Filters, biases or what belongs to them, six for each module."""
-    return [list(flat[i : i + CONVS]) for i in range(0, len(flat), CONVS)]
 
 
 @replayed

@@ -14,7 +14,7 @@ from fused_inception.ops.inception_triton import Masked, ReluBelow, saved_like
 from fused_inception.ops.layout import channels_last
 from fused_inception.ops.problem import dims_of, problem_of
 from fused_inception.ops.replay import replayed
-from fused_inception.ops.trunk import CONVS, Trunk, of_modules
+from fused_inception.ops.stages import CONVS, Trunk, of_modules
 from fused_inception.tuning import chosen, heuristic
 
 __all__ = ["Memory", "backward", "forward", "saved_like"]

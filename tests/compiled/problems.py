@@ -43,7 +43,7 @@ from fused_inception.ops import (
 )
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.running import Running
-from fused_inception.ops.stem import Stem as StemOptions
+from fused_inception.ops.stages import Stem as StemOptions
 from fused_inception.tuning import dispatch
 from fused_inception.tuning.chosen import stem_conv_config
 from fused_inception.tuning.conv_heuristic import packed_wgrad_config
