@@ -299,13 +299,18 @@ def test_time_that_others_leave_goes_to_searches_that_were_cut(
 
 
 def test_what_multiplies_most_is_searched_first() -> None:
-    problems = [problem_of(family, SM_90) for family in ("mask", "branches", "pointwise")]
+    families = ("mask", "stem_conv", "branches", "stem_wgrad", "pointwise")
+    problems = [problem_of(family, SM_90) for family in families]
     most = [search.products(problem) for problem in problems]
     assert most[0] == 0
-    assert most[2] > most[1] > 0
+    # 7x7 filters in 256 packed positions; their gradients, and those of the 1x1 and 576 x 192
+    assert most[1] == 2**17 * 64 * 256
+    assert most[3] == 2**17 * 64 * 256 + 2**15 * (64 * 64 + 640 * 256)
     chosen.problems.update({(p.family, p.key): p for p in problems})
     found = problems_of([(p.family, p.key) for p in problems])
-    assert [p.family for p in found] == ["pointwise", "branches", "mask"]
+    order = sorted(range(5), key=lambda i: -most[i])
+    assert [p.family for p in found] == [families[i] for i in order]
+    assert [p.family for p in found][-1] == "mask"
 
 
 def test_results_that_are_not_finite_are_a_failure() -> None:

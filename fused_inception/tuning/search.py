@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from fused_inception.geometry import InceptionDims, NaiveDims, align_up
 from fused_inception.tuning.chosen import FAMILIES, Problem
 from fused_inception.tuning.configs import Tile, WgradJob, split_width
+from fused_inception.tuning.conv_heuristic import PACKED_POSITIONS
 from fused_inception.tuning.limits import why_not
 
 # padded products of a tile, against those of the heuristic's
@@ -177,6 +178,19 @@ def extents_of(problem: Problem) -> dict[str, Extents]:
             "dgrad": (pixels, c_in, align_up(c_out)),
             "wgrad": (kernel * kernel * align_up(c_in), align_up(c_out), pixels),
         }
+    if problem.family == "stem_conv":
+        c_out, pixels, _ = problem.arguments
+        return {"forward": (pixels, c_out, PACKED_POSITIONS)}
+    if problem.family == "stem_wgrad":
+        (c1, c2, c3), pixels1, pixels, _ = problem.arguments
+        return {
+            "conv1": (PACKED_POSITIONS, c1, pixels1),
+            "conv2": (c1, c2, pixels),
+            "conv3": (9 * c2, c3, pixels),
+        }
+    if problem.family == "image_conv":
+        positions, c_out, pixels, _ = problem.arguments
+        return {"forward": (pixels, c_out, positions), "wgrad": (positions, c_out, pixels)}
     return {}
 
 
