@@ -12,7 +12,9 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -52,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := [name for name in wanted if find_spec(name) is None]:
         print(f"gpu_check needs {', '.join(missing)}, which this Python lacks", file=sys.stderr)
         return CANNOT
+    if missing_tools := _missing_tools():
+        print(f"gpu_check needs {missing_tools}, by which Triton launches kernels", file=sys.stderr)
+        return CANNOT
     if find_spec("pytest_benchmark") is None:
         _say("pytest-benchmark is missing: gpu_check does without, `pytest benchmarks/` needs it")
     # compiled kernels and the library's own choice are what is asked about
@@ -69,6 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end = time.time() + left * share_of(options.parts[i:])
         statuses.append(run(PARTS[name], what(name, options), session, end, options.out))
     return next((s for s in (FAILED, CANNOT, CUT) if s in statuses), PASSED)
+
+
+def _missing_tools() -> str:
+    """What Triton's launcher is built with and this machine lacks."""
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    lacking = [] if any(shutil.which(name) for name in compilers if name) else ["a C compiler"]
+    lacking += [] if header.exists() else [f"{header} (the package python3-dev)"]
+    return " and ".join(lacking)
 
 
 def share_of(names: Sequence[str]) -> float:
@@ -132,15 +146,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--budget-s", type=float, default=540.0, help="seconds for all (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder of the JSON files")
     add("--tests", nargs="+", help="parity: test files; default: those with tests of the device")
-    add("--workers", type=int, default=max(1, min(8, cores // 2)), help="parity: processes")
+    add("--workers", type=int, default=max(1, min(14, cores - 2)), help="parity: processes")
     title = "kernels, modules, network; --dtype and --batches also tune"
     timing = parser.add_argument_group(title).add_argument
     timing("--dtype", type=_some(DTYPES), default=["bf16"], help="default: bf16")
     timing("--batches", type=_numbers, default=[256, 32, 1, 8, 128], help="default: 256,32,1,8,128")
     timing("--cases", type=_some(cases), help="names with commas; default: all")
     timing("--families", type=_some(FAMILIES), default=list(FAMILIES),
-           help="plain: eager, torch.compile; tuned: max-autotune; others: eager NCHW, ours with "
-           "library convolutions; tuned-others: max-autotune's variants; default: all")  # fmt: skip
+           help="quick: ours, eager; plain: and torch.compile; tuned: max-autotune; others: eager "
+           "NCHW, ours with library convolutions; tuned-others: max-autotune's variants; "
+           "default: all")  # fmt: skip
     add("--seconds", type=float, default=0.5, help="of a provider and direction, of a ceiling")
     add("--providers", type=_some(PROVIDERS), help="profile: names with commas; default: all")
     add(

@@ -48,8 +48,8 @@ def run(
 
     Returns:
         "complete", "outcomes" by test, "counts" of them, "failures" with messages, "unfinished"
-        tests, the "slowest", and what the processes printed where one of them did not end as it
-        should.
+        tests, the "slowest", the "warnings" with how often each came, and what the processes
+        printed where one of them did not end as it should.
     """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{i}.jsonl" for i in range(workers)]
@@ -121,6 +121,7 @@ def summarise(
         "unreadable": [{"file": e["test"], "message": e["message"]} for e in _once(unreadable)],
         "unfinished": [t for share in shares for t in _unfinished(share) if t not in died],
         "slowest": [{"test": test, "seconds": outcomes[test]["seconds"]} for test in slowest],
+        "warnings": Counter(e["message"] for e in events if e["event"] == "warning"),
         "outcomes": outcomes,
     }
 
@@ -143,6 +144,8 @@ def _start(
     own = [f"--parity-log={log}", f"--parity-share={share}", f"--parity-end={end}"]
     own.append(f"--parity-done={done}")
     plain = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    # what PyTorch and its libraries warn of on some device is told, and fails no kernel's test
+    plain += ["-W", "default"]
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.parity_plugin", *plain, *own]
     with output.open("wb") as file:
         return subprocess.Popen(
@@ -151,8 +154,10 @@ def _start(
 
 
 def _environment() -> dict[str, str]:
-    """Without what would change which tests run, or how: all options stand in the command."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    """Without what would change which tests run, or how: all options stand in the command. The
+    cores are the processes', which compile on one each."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return own | {"OMP_NUM_THREADS": "1"}
 
 
 def _told(

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ class _Log:
             self._write(
                 event="unreadable", test=report.nodeid, message=str(report.longrepr)[-3000:]
             )
+
+    def pytest_warning_recorded(
+        self, warning_message: warnings.WarningMessage, nodeid: str
+    ) -> None:
+        text = f"{warning_message.category.__name__}: {warning_message.message}"
+        self._write(event="warning", test=nodeid, message=text[:1000])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write(event="started", test=nodeid, at=time.time())

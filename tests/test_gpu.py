@@ -40,8 +40,8 @@ def step(module: fi.Inception, x: Tensor) -> list[Tensor]:
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """Inside, any operation that waits for the GPU raises."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

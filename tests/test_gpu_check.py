@@ -14,12 +14,12 @@ import torch
 
 from benchmarks import gpu_check, results
 from benchmarks.environment import environment
-from benchmarks.gpu import profiles, sanitize, small_shapes, supervisor, timings
-from benchmarks.gpu.parts import Part, Turn
+from benchmarks.gpu import sanitize, small_shapes, supervisor, timings, worker
+from benchmarks.gpu.parts import Item, Part, Turn
 from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.table import PARTS
 from benchmarks.harness import Subject
-from benchmarks.problems import CASES, Problem
+from benchmarks.problems import CASES
 from benchmarks.providers import PROVIDERS
 from fused_inception import backend, record_launches
 from fused_inception.tools import sources
@@ -155,6 +155,31 @@ def test_no_item_is_started_that_would_not_end(tmp_path: Path) -> None:
     assert "good" not in Record.read(record.path).items
 
 
+def test_the_last_seconds_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the first item took: what the next one finds until the end is kept."""
+    names = ["compiles", "short", "late"]
+    record = Record.begin(tmp_path / "fake.json", "fake", {"names": names}, SESSION)
+    clock = [time.time()]
+    monkeypatch.setattr(worker.time, "time", lambda: clock[0])
+    monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
+
+    def run(seconds: float) -> dict[str, Any]:
+        clock[0] += seconds
+        return {}
+
+    found = [
+        Item(name, lambda turn, seconds=seconds: run(seconds))
+        for name, seconds in zip(names, (200.0, 25.0, 1.0), strict=True)
+    ]
+    end = clock[0] + 250.0
+    status = worker.main(
+        {"fake": Part("fake", "", lambda options, device: found)},
+        ["fake", str(record.path), f"--end={end}", "--device=cpu"],
+    )
+    assert status == worker.TIME_SPENT
+    assert [*Record.read(record.path).items] == ["compiles", "short"]
+
+
 def test_an_item_that_is_not_ready_goes_on(tmp_path: Path) -> None:
     status, content = check(tmp_path, "stepwise")
     assert (status, states(content)) == (gpu_check.CUT, {"stepwise": "cut"})
@@ -224,6 +249,15 @@ def test_what_a_part_needs_is_asked_for_first(
     for part, needs in (("parity", "pytest"), ("tune", "tqdm")):
         assert gpu_check.main(["--only", part, "--out", str(tmp_path / "out")]) == gpu_check.CANNOT
         assert f"needs triton, {needs}, which" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_check.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert gpu_check.main(["--only", "network", "--out", str(tmp_path / "out")]) == gpu_check.CANNOT
+    header = tmp_path / "Python.h"
+    assert f"needs a C compiler and {header} (the" in capsys.readouterr().err
+    header.touch()
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name if name == "gcc" else None)
+    assert gpu_check._missing_tools() == ""
     assert not (tmp_path / "out").exists()
 
 
@@ -247,14 +281,16 @@ def test_every_part_has_its_options() -> None:
 
 
 def test_what_matters_most_is_measured_first() -> None:
-    """Tests, then the paper's network at 256, 32 and 1 against eager, compile and max-autotune."""
+    """Tests, then the paper's network at 256, 32 and 1 against eager, compile and max-autotune;
+    against eager alone before anything waits for torch.compile."""
     options = gpu_check._parse(["--out", "x"])
     assert options.parts[:2] == ["parity", "network"]
     items = PARTS["network"].items(gpu_check.what("network", options), torch.device("cuda"))
     keys = [item.key for item in items]
-    first = [f"paper bf16 batch {n} {f}" for f in ("plain", "tuned") for n in (256, 32, 1)]
+    families = ("quick", "plain", "tuned")
+    first = [f"paper bf16 batch {n} {f}" for f in families for n in (256, 32, 1)]
     assert keys[: len(first)] == first
-    assert keys[len(first)] == "paper bf16 batch 8 plain"
+    assert keys[len(first)] == "paper bf16 batch 8 quick"
     halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
     assert [{key.split()[0] for key in half} for half in halves] == [{"paper"}, {"torchvision"}]
     assert {*timings.FAMILIES["plain"], *timings.FAMILIES["tuned"]} == {
@@ -303,25 +339,6 @@ def test_timed_rows_of_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
         f"compile, {direction}" for direction in ("forward", "backward", "step")
     ]
     assert "ZeroDivisionError" in facts["failures"][0]
-
-
-def test_profiles_of_every_step_come_before_searches() -> None:
-    """Those of ours, eager and plain torch.compile, then of their graphs."""
-    items = profiles.items({"providers": None}, torch.device("cuda"))
-    names = [item.key.split()[-1] for item in items]
-    plain = ["fused", "eager", "compile"]
-    assert names[:9] == 3 * plain
-    assert names[9:18] == [f"{name}-graph" for _ in range(3) for name in plain]
-    assert len({item.key for item in items}) == len(items) == 3 * len(PROVIDERS)
-
-
-def test_profile_lists_what_runs() -> None:
-    facts = profiles.run(Problem("kernels", "global_avg_pool2d", 1, "fp32", CPU), "step", "eager")
-    kernels = {row["kernel"]: row for row in facts["kernels"]}
-    assert kernels["aten::mean"]["count"] == 1
-    times = [row["us"] for row in facts["kernels"]]
-    assert times == sorted(times, reverse=True)
-    assert facts["device_us"] == pytest.approx(sum(times), rel=0.01)
 
 
 # finds nothing as memcheck, and much as any other tool

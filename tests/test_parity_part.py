@@ -40,6 +40,22 @@ def some_tests(folder: Path) -> list[str]:
     return [str(path)]
 
 
+def test_warnings_are_told_and_fail_nothing(tmp_path: Path) -> None:
+    """What PyTorch says of a device is not known before; the project's own tests end with it."""
+    path = tmp_path / "test_some.py"
+    path.write_text(
+        "import pytest, warnings\n"
+        "@pytest.fixture\n"
+        "def device(): ...\n"
+        "@pytest.mark.parametrize('i', range(2))\n"
+        "def test_warns(device, i): warnings.warn('Plan failed with an error')\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    facts = correctness.run([str(path)], 1, turn(90))
+    assert (facts["counts"], facts["failures"]) == ({"passed": 2, "not run": 0}, [])
+    assert facts["warnings"] == {"UserWarning: Plan failed with an error": 2}
+
+
 def test_parity_goes_on_behind_what_kills_it(tmp_path: Path) -> None:
     """Failures with their messages; no outcome is measured twice."""
     facts = correctness.run(some_tests(tmp_path), 1, turn(90))

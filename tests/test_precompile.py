@@ -1,10 +1,12 @@
 """`precompile` finds what a step launches without running it, and leaves it in Triton's cache."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,29 @@ def run_compiling(code: str, folder: Path, *arguments: str) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_triton
+@pytest.mark.parametrize(("version", "built"), [("3.6.0", True), ("3.7.1", False)])
+def test_launchers_of_triton_3_6_are_built_too(
+    monkeypatch: pytest.MonkeyPatch, version: str, built: bool
+) -> None:
+    """A C program for each signature, which a first launch would wait for."""
+    import triton
+    from triton.backends.nvidia import driver
+
+    from fused_inception.kernels.ahead import Specialisation
+
+    found: list[Any] = []
+    kernel = types.SimpleNamespace(src="source", metadata="metadata")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(driver, "CudaLauncher", lambda *facts: found.append(facts))
+    monkeypatch.setattr(Specialisation, "compile", lambda self: kernel)
+    target = ("cuda", 90, 32)
+    spec = Specialisation("module", "kernel", target, (), (), (), ())
+    spec.compile_for_launch()
+    dataclasses.replace(spec, target=("hip", "gfx942", 64)).compile_for_launch()
+    assert found == ([("source", "metadata")] if built else [])
 
 
 COMPILE = """
