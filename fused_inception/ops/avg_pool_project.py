@@ -9,11 +9,10 @@ from torch import Tensor
 from fused_inception.geometry import AvgWindow, align_up
 from fused_inception.ops.layout import channels_last, empty_channels_last, settle
 from fused_inception.ops.registration import (
-    call_below_autograd,
-    refuse_double_backward,
-    register,
-    register_autocast,
+    needed_gradients,
+    refuse_unsaved,
     register_autograd,
+    register_with_backward,
 )
 from fused_inception.ops.replay import replayed
 
@@ -117,33 +116,25 @@ def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
     options = (None,) * 5
     if dy is None:
         return (None, None, None, *options)
-    if not ctx.saves:
-        raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
+    refuse_unsaved(ctx.saves)
     weight, bias, y, pooled = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    gradients = call_below_autograd(
-        avg_pool2d_conv1x1_relu_backward, dy, y, pooled, weight, bias, ctx.shape, *ctx.window, needs
+    saved = y, pooled, weight, bias, ctx.shape
+    gradients = needed_gradients(
+        avg_pool2d_conv1x1_relu_backward, dy, *saved, *ctx.window, needs=needs
     )
-    settled = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-    return (*settled, *options)
+    return (*gradients, *options)
 
 
-avg_pool2d_conv1x1_relu = register(
+avg_pool2d_conv1x1_relu, avg_pool2d_conv1x1_relu_backward = register_with_backward(
     "avg_pool2d_conv1x1_relu",
     f"(Tensor x, Tensor weight, Tensor bias, {WINDOW}, bool save) -> (Tensor, Tensor[])",
-    implementation=_forward,
-    fake=_forward_fake,
-)
-avg_pool2d_conv1x1_relu_backward = register(
-    "avg_pool2d_conv1x1_relu_backward",
     "(Tensor dy, Tensor y, Tensor pooled, Tensor weight, Tensor bias, SymInt[] x_shape,"
     f" {WINDOW}, bool[] needs) -> Tensor[]",
-    implementation=_backward,
-    fake=_backward_fake,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    cast_first=True,
 )
 register_autograd(avg_pool2d_conv1x1_relu, _differentiate, _setup_context)
-refuse_double_backward(
-    avg_pool2d_conv1x1_relu_backward, "fused_inception.reference.avg_pool2d_conv1x1_relu"
-)
-register_autocast(avg_pool2d_conv1x1_relu, cast_first=True)
-register_autocast(avg_pool2d_conv1x1_relu_backward, cast_first=False)

@@ -13,11 +13,10 @@ from fused_inception.ops.layout import (
     settle_all,
 )
 from fused_inception.ops.registration import (
-    call_below_autograd,
-    refuse_double_backward,
-    register,
-    register_autocast,
+    needed_gradients,
+    refuse_unsaved,
     register_autograd,
+    register_with_backward,
 )
 from fused_inception.ops.replay import replayed
 
@@ -86,32 +85,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
 def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 6
-    if not ctx.saves:
-        raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
+    refuse_unsaved(ctx.saves)
     x, weight, bias, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    gradients = call_below_autograd(
-        conv2d_relu_backward, dy, x, saved, weight, bias, ctx.stride, ctx.padding, needs
+    geometry = ctx.stride, ctx.padding
+    gradients = needed_gradients(
+        conv2d_relu_backward, dy, x, saved, weight, bias, *geometry, needs=needs
     )
-    settled = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-    return (*settled, None, None, None)
+    return (*gradients, None, None, None)
 
 
-conv2d_relu = register(
+conv2d_relu, conv2d_relu_backward = register_with_backward(
     "conv2d_relu",
     "(Tensor x, Tensor weight, Tensor bias, int stride, int padding, bool save)"
     " -> (Tensor, Tensor[])",
-    implementation=_forward,
-    fake=_forward_fake,
-)
-conv2d_relu_backward = register(
-    "conv2d_relu_backward",
     "(Tensor dy, Tensor x, Tensor[] saved, Tensor weight, Tensor bias, int stride, int padding,"
     " bool[] needs) -> Tensor[]",
-    implementation=_backward,
-    fake=_backward_fake,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    cast_first=True,
 )
 register_autograd(conv2d_relu, _differentiate, _setup_context)
-refuse_double_backward(conv2d_relu_backward, "fused_inception.reference.conv2d_relu")
-register_autocast(conv2d_relu, cast_first=True)
-register_autocast(conv2d_relu_backward, cast_first=False)

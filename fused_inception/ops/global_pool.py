@@ -11,10 +11,8 @@ from torch import Tensor
 from fused_inception.ops.layout import empty_channels_last
 from fused_inception.ops.registration import (
     call_below_autograd,
-    refuse_double_backward,
-    register,
-    register_autocast,
     register_autograd,
+    register_with_backward,
 )
 from fused_inception.ops.replay import replayed
 
@@ -61,19 +59,14 @@ def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, No
     )
 
 
-global_avg_pool2d = register(
+global_avg_pool2d, global_avg_pool2d_backward = register_with_backward(
     "global_avg_pool2d",
     "(Tensor x, Tensor? kept, float scale) -> Tensor",
-    implementation=_forward,
-    fake=_forward_fake,
-)
-global_avg_pool2d_backward = register(
-    "global_avg_pool2d_backward",
     "(Tensor dy, Tensor? kept, float scale, SymInt[] x_shape) -> Tensor",
-    implementation=_backward,
-    fake=_backward_fake,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    cast_first=False,
 )
 register_autograd(global_avg_pool2d, _differentiate, _setup_context)
-refuse_double_backward(global_avg_pool2d_backward, "fused_inception.reference.global_avg_pool2d")
-register_autocast(global_avg_pool2d, cast_first=False)
-register_autocast(global_avg_pool2d_backward, cast_first=False)

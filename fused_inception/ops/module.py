@@ -14,11 +14,10 @@ from torch import Tensor
 
 from fused_inception.ops.layout import as_saved, empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
-    call_below_autograd,
-    refuse_double_backward,
-    register,
-    register_autocast,
+    needed_gradients,
+    refuse_unsaved,
     register_autograd,
+    register_with_backward,
 )
 from fused_inception.ops.replay import replayed
 
@@ -85,38 +84,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
 
 def define(form: ModuleForm) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """Register the operator of `form` and its backward."""
-    op = register(
+    op, backward_op = register_with_backward(
         form.name,
         "(Tensor x, Tensor[] filters, Tensor[] biases, bool save) -> (Tensor, Tensor[])",
-        implementation=replayed(form.forward),
-        fake=form.forward_fake,
-    )
-    backward_op = register(
-        f"{form.name}_backward",
         "(Tensor dy, Tensor x, Tensor[] saved, Tensor[] filters, Tensor[] biases, bool[] needs)"
         " -> Tensor[]",
-        implementation=replayed(form.backward),
-        fake=form.backward_fake,
+        forward=replayed(form.forward),
+        forward_fake=form.forward_fake,
+        backward=replayed(form.backward),
+        backward_fake=form.backward_fake,
+        cast_first=True,
     )
 
     def differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
         count = ctx.convolutions
         if dy is None:
             return None, [None] * count, [None] * count, None
-        if not ctx.saves:
-            raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
+        refuse_unsaved(ctx.saves)
         flat = iter(ctx.saved_tensors)
         (x,), saved, filters, biases = ([next(flat) for _ in range(n)] for n in ctx.counts)
         needs_x, needs_filters, needs_biases = ctx.needs_input_grad[:3]
         needs = [needs_x, *needs_filters, *needs_biases]
-        gradients = call_below_autograd(backward_op, dy, x, saved, filters, biases, needs)
-        dx, *rest = [
-            gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
-        ]
+        dx, *rest = needed_gradients(backward_op, dy, x, saved, filters, biases, needs=needs)
         return dx, rest[:count], rest[count:], None
 
     register_autograd(op, differentiate, _setup_context)
-    refuse_double_backward(backward_op, f"fused_inception.reference.{form.name}")
-    register_autocast(op, cast_first=True)
-    register_autocast(backward_op, cast_first=False)
     return op, backward_op

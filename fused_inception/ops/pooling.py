@@ -18,10 +18,9 @@ from fused_inception.ops import pooling_aten
 from fused_inception.ops.layout import as_saved, empty_channels_last
 from fused_inception.ops.registration import (
     call_below_autograd,
-    refuse_double_backward,
-    register,
-    register_autocast,
+    refuse_unsaved,
     register_autograd,
+    register_with_backward,
 )
 from fused_inception.ops.replay import replayed
 
@@ -97,25 +96,22 @@ class _Family:
 
 def _define(family: _Family) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     options = family.options_schema
-    op = register(
+    op, backward_op = register_with_backward(
         family.name,
         f"(Tensor x, {options}, bool save, str impl) -> (Tensor, Tensor[])",
-        implementation=replayed(family.forward),
-        fake=family.forward_fake,
-    )
-    backward_op = register(
-        f"{family.name}_backward",
         f"(Tensor dy, Tensor x, Tensor[] saved, SymInt[] x_shape, {options}, str impl) -> Tensor",
-        implementation=replayed(family.backward),
-        fake=family.backward_fake,
+        forward=replayed(family.forward),
+        forward_fake=family.forward_fake,
+        backward=replayed(family.backward),
+        backward_fake=family.backward_fake,
+        cast_first=False,
     )
 
     def differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Tensor | None, ...]:
         nothing = [None] * (len(ctx.options) + 2)
         if dy is None:
             return None, *nothing
-        if not ctx.saves:
-            raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
+        refuse_unsaved(ctx.saves)
         saved = list(ctx.saved_tensors)
         x = saved.pop(0) if family.keeps_x else dy.new_empty(0)
         return call_below_autograd(
@@ -123,9 +119,6 @@ def _define(family: _Family) -> tuple[torch._ops.OpOverload, torch._ops.OpOverlo
         ), *nothing
 
     register_autograd(op, differentiate, family.setup_context)
-    refuse_double_backward(backward_op, f"fused_inception.reference.{family.name}")
-    register_autocast(op, cast_first=False)
-    register_autocast(backward_op, cast_first=False)
     return op, backward_op
 
 

@@ -52,6 +52,29 @@ def register(
     return op
 
 
+def register_with_backward(
+    name: str,
+    schema: str,
+    backward_schema: str,
+    *,
+    forward: Callable[..., Any],
+    forward_fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    cast_first: bool,
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Define an operator and, as `name_backward`, that of its gradients, which has none itself;
+    `cast_first` as in `register_autocast`."""
+    op = register(name, schema, implementation=forward, fake=forward_fake)
+    backward_op = register(
+        f"{name}_backward", backward_schema, implementation=backward, fake=backward_fake
+    )
+    refuse_double_backward(backward_op, f"fused_inception.reference.{name}")
+    register_autocast(op, cast_first=cast_first)
+    register_autocast(backward_op, cast_first=False)
+    return op, backward_op
+
+
 def register_autograd(
     op: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
@@ -96,6 +119,24 @@ def call_below_autograd(op: torch._ops.OpOverload, *arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return IMPLEMENTATIONS[op](*arguments)
     return IMPLEMENTATIONS[op](*arguments)
+
+
+def needed_gradients(
+    backward_op: torch._ops.OpOverload, *arguments: Any, needs: list[bool]
+) -> list[Tensor | None]:
+    """What `backward_op(*arguments, needs)` gives; None where not needed."""
+    gradients = call_below_autograd(backward_op, *arguments, needs)
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def refuse_unsaved(saves: bool) -> None:
+    """The gradient of a call that was told not to save for it.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    if not saves:
+        raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
 
 
 def _is_awaited() -> bool:

@@ -21,11 +21,10 @@ from fused_inception.geometry import (
 )
 from fused_inception.ops.layout import as_saved, empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
-    call_below_autograd,
-    refuse_double_backward,
-    register,
-    register_autocast,
+    needed_gradients,
+    refuse_unsaved,
     register_autograd,
+    register_with_backward,
 )
 from fused_inception.ops.replay import replayed
 from fused_inception.ops.stages import Stem
@@ -130,37 +129,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
 def _differentiate(ctx: Any, dy: Tensor | None, dsaved: Any) -> tuple[Any, ...]:
     if dy is None:
         return None, [None] * 3, [None] * 3, None, None, None
-    if not ctx.saves:
-        raise RuntimeError("the operator ran with save=False and kept nothing for its backward")
+    refuse_unsaved(ctx.saves)
     x, *rest = ctx.saved_tensors
     filters, biases, saved = rest[:3], rest[3:6], rest[6:]
     needs_x, needs_filters, needs_biases = ctx.needs_input_grad[:3]
     needs = [needs_x, *needs_filters, *needs_biases]
-    gradients = call_below_autograd(
-        googlenet_stem_backward, dy, x, saved, filters, biases, ctx.integers, ctx.constants, needs
+    options = ctx.integers, ctx.constants
+    dx, *rest = needed_gradients(
+        googlenet_stem_backward, dy, x, saved, filters, biases, *options, needs=needs
     )
-    dx, *rest = [
-        gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
-    ]
     return dx, rest[:3], rest[3:], None, None, None
 
 
 _OPTIONS = "int[] integers, float[] constants"
 
-googlenet_stem = register(
+googlenet_stem, googlenet_stem_backward = register_with_backward(
     "googlenet_stem",
     f"(Tensor x, Tensor[] filters, Tensor[] biases, {_OPTIONS}, bool save) -> (Tensor, Tensor[])",
-    implementation=_forward,
-    fake=_forward_fake,
-)
-googlenet_stem_backward = register(
-    "googlenet_stem_backward",
     "(Tensor dy, Tensor? x, Tensor[] saved, Tensor[] filters, Tensor[] biases,"
     f" {_OPTIONS}, bool[] needs) -> Tensor[]",
-    implementation=_backward,
-    fake=_backward_fake,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    cast_first=True,
 )
 register_autograd(googlenet_stem, _differentiate, _setup_context)
-refuse_double_backward(googlenet_stem_backward, "fused_inception.reference.googlenet_stem")
-register_autocast(googlenet_stem, cast_first=True)
-register_autocast(googlenet_stem_backward, cast_first=False)

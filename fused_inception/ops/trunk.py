@@ -21,11 +21,9 @@ from fused_inception.ops.layout import (
     settle_all,
 )
 from fused_inception.ops.registration import (
-    call_below_autograd,
-    refuse_double_backward,
-    register,
-    register_autocast,
+    needed_gradients,
     register_autograd,
+    register_with_backward,
 )
 from fused_inception.ops.replay import replayed
 from fused_inception.ops.stages import CONVS, Trunk, of_modules
@@ -180,33 +178,25 @@ def _differentiate(
     )
     # without x any map does: no gradient is like it
     x = kept_x[0] if kept_x else saved[0]
-    gradients = call_below_autograd(
+    dx, *rest = needed_gradients(
         inception_trunk_backward,
         dy, [*d_taps], x, tapped, saved, filters, biases, kept, ctx.scale, ctx.integers,
-        ctx.save_from, needs,
+        ctx.save_from, needs=needs,
     )  # fmt: skip
-    dx, *rest = [
-        gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
-    ]
     return dx, rest[:convs], rest[convs:], *options
 
 
 _OPTIONS = "Tensor? kept, float scale, int[] integers, int save_from"
 
-inception_trunk = register(
+inception_trunk, inception_trunk_backward = register_with_backward(
     "inception_trunk",
     f"(Tensor x, Tensor[] filters, Tensor[] biases, {_OPTIONS}) -> (Tensor, Tensor[], Tensor[])",
-    implementation=_forward,
-    fake=_forward_fake,
-)
-inception_trunk_backward = register(
-    "inception_trunk_backward",
     "(Tensor? dy, Tensor?[] d_taps, Tensor x, Tensor[] tapped, Tensor[] saved, Tensor[] filters,"
     f" Tensor[] biases, {_OPTIONS}, bool[] needs) -> Tensor[]",
-    implementation=_backward,
-    fake=_backward_fake,
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    cast_first=True,
 )
 register_autograd(inception_trunk, _differentiate, _setup_context)
-refuse_double_backward(inception_trunk_backward, "fused_inception.reference.inception_trunk")
-register_autocast(inception_trunk, cast_first=True)
-register_autocast(inception_trunk_backward, cast_first=False)
