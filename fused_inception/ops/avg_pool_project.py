@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fused_inception.geometry import AvgWindow, align_up
-from fused_inception.ops.layout import channels_last, empty_channels_last, settle
+from fused_inception.ops.layout import empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
     needed_gradients,
     refuse_unsaved,
@@ -71,13 +70,8 @@ def _backward(
     window, shape = AvgWindow(kernel, stride, ceil_mode, grid), tuple(x_shape)
     from fused_inception.ops import avg_pool_project_triton
 
-    dx, dw, db = avg_pool_project_triton.backward(dy, y, pooled, weight, bias, shape, window, needs)
-    empty = dy.new_empty(0)
-    return [
-        channels_last(dx) if needs[0] else empty,
-        settle(dw, weight) if needs[1] else empty,
-        settle(db, bias) if needs[2] else empty,
-    ]
+    gradients = avg_pool_project_triton.backward(dy, y, pooled, weight, bias, shape, window, needs)
+    return settle_all(gradients, dy, (weight, bias), needs)
 
 
 def _backward_fake(
@@ -93,13 +87,7 @@ def _backward_fake(
     grid: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    n, c, h, w = x_shape
-    empty = dy.new_empty(0)
-    return [
-        empty_channels_last(n, c, h, w, dtype=dy.dtype, device=dy.device) if needs[0] else empty,
-        torch.empty_like(weight) if needs[1] else empty,
-        torch.empty_like(bias) if needs[2] else empty,
-    ]
+    return gradients_like(dy.new_empty(x_shape), (weight, bias), needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:

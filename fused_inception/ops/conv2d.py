@@ -2,16 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fused_inception.geometry import align_up, conv_out, why_no_conv_kernel
-from fused_inception.ops.layout import (
-    channels_last,
-    empty_channels_last,
-    gradients_like,
-    settle_all,
-)
+from fused_inception.geometry import why_no_conv_kernel
+from fused_inception.ops.layout import empty_channels_last, gradients_like, settle_all
 from fused_inception.ops.registration import (
     needed_gradients,
     refuse_unsaved,
@@ -39,13 +33,11 @@ def _forward(
 def _forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    n, _, height, width = x.shape
-    c_out, _, k, _ = weight.shape
-    height, width = (conv_out(side, k, stride, padding) for side in (height, width))
-    y = empty_channels_last(n, c_out, height, width, dtype=x.dtype, device=x.device)
-    if not save:
-        return y, []
-    return y, [x.new_empty((n * height * width, align_up(c_out) // 8), dtype=torch.uint8)]
+    from fused_inception.ops import conv2d_triton
+
+    shape = conv2d_triton.map_shape(x, weight, stride, padding)
+    y = empty_channels_last(*shape, dtype=x.dtype, device=x.device)
+    return y, conv2d_triton.saved_like(x, weight, stride, padding) if save else []
 
 
 @replayed
@@ -61,9 +53,8 @@ def _backward(
 ) -> list[Tensor]:
     from fused_inception.ops import conv2d_triton
 
-    dx, *rest = conv2d_triton.backward(dy, x, saved, weight, bias, stride, padding, needs)
-    dx = channels_last(dx) if needs[0] else dx
-    return settle_all([dx, *rest], x, (weight, bias), needs)
+    gradients = conv2d_triton.backward(dy, x, saved, weight, bias, stride, padding, needs)
+    return settle_all(gradients, x, (weight, bias), needs)
 
 
 def _backward_fake(
