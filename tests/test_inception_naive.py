@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.geometry import NaiveDims
-from fused_inception.ops.inception_naive import inception_naive, inception_naive_backward
+from fused_inception.ops.inception import inception_naive, inception_naive_backward
 from tests.cases import NAIVE_CASES, InceptionCase, InceptionTensors
 from tests.conftest import HAS_TRITON
 from tests.tolerances import assert_within

@@ -10,7 +10,6 @@ from fused_inception.backend import resolve
 from fused_inception.functional.fitting import once
 from fused_inception.functional.layout import settle
 from fused_inception.ops import inception as _inception
-from fused_inception.ops import inception_naive as _inception_naive
 from fused_inception.ops import plain
 from fused_inception.ops.measured import measured
 from fused_inception.ops.registration import autocast, autocasts, call
@@ -102,7 +101,7 @@ def inception_naive(
     casts = autocasts(x)
     check = checks.naive_parameters
     once(check, [x, *filters, *biases], None, x, filters, biases, casts=casts)
-    op, otherwise = _inception_naive.inception_naive, plain.inception_naive
+    op, otherwise = _inception.inception_naive, plain.inception_naive
     return _module(op, otherwise, x, filters, biases, casts)
 
 
