@@ -2,14 +2,12 @@
 
 import os
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fused_inception.tools.sources import digest
+from fused_inception.tools.sources import answer_of, digest, version_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_FACTS = (
@@ -32,8 +30,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "pytest_benchmark": _version("pytest-benchmark"),
+        "triton": version_of("triton"),
+        "pytest_benchmark": version_of("pytest-benchmark"),
         "commit": _commit(),
         "package": digest(ROOT / "fused_inception"),
         "tests": digest(ROOT / "tests"),
@@ -66,33 +64,16 @@ def gpu_facts(device: torch.device) -> dict[str, str] | None:
     answers: dict[str, str] = {}
     for facts in GPU_FACTS:
         query = f"--query-gpu={','.join(facts)}"
-        answer = _ask("nvidia-smi", f"--id={which}", query, "--format=csv,noheader")
+        answer = answer_of("nvidia-smi", f"--id={which}", query, "--format=csv,noheader")
         if answer is not None:
             answers.update(zip(facts, answer.split(", "), strict=True))
     return answers or None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _commit() -> str | None:
     """The checkout's commit, marked where tracked files differ from it; None outside of git."""
-    commit = _ask("git", "rev-parse", "HEAD")
+    commit = answer_of("git", "rev-parse", "HEAD")
     if commit is None:
         return None
-    changed = _ask("git", "status", "--porcelain", "--untracked-files=no", "--", "fused_inception")
+    changed = answer_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".")
     return f"{commit} and changes" if changed else commit
-
-
-def _ask(*command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

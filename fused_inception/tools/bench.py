@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fused_inception.tools.checkpoint import write_atomically
 from fused_inception.tools.errors import UserError, require, writable_folder
 from fused_inception.tools.options import positive
 from fused_inception.tools.precompile import precompile
+from fused_inception.tools.sources import version_of
 from fused_inception.tools.text import aligned
 from fused_inception.tools.timing import (
     Spread,
@@ -290,17 +290,10 @@ def _where(device: torch.device) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "fused_inception": _version("fused-inception"),
+        "fused_inception": version_of("fused-inception"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _sizes(text: str) -> list[int]:

@@ -4,7 +4,6 @@ with `--network`, what a network costs."""
 import argparse
 import platform
 import textwrap
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.errors import UserError
 from fused_inception.tools.network_table import report
 from fused_inception.tools.options import pick_backend, positive
+from fused_inception.tools.sources import version_of
 
 LIBRARIES = ("torch", "triton", "numpy", "pillow", "scikit-learn", "matplotlib", "tqdm")
 NETWORK_DEFAULTS: dict[str, Any] = {"batch_size": 32, "image_size": 224, "dtype": "bfloat16"}
@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     if sizes:
         raise UserError("--batch-size, --image-size and --dtype describe a network: add --network")
     name = pick_backend(None).name
-    own = _version("fused-inception", absent="in a checkout, not installed")
+    own = version_of("fused-inception") or "in a checkout, not installed"
     print(f"fused_inception {own}, Python {platform.python_version()}")
-    print(", ".join(f"{library} {_version(library)}" for library in LIBRARIES))
+    print(", ".join(f"{library} {version_of(library) or 'missing'}" for library in LIBRARIES))
     print(f"backend {name}:")
     print(f"  cpu ({torch.get_num_threads()} threads): {_implementation(name, 'cpu')}")
     for index in range(torch.cuda.device_count()):
@@ -81,10 +81,3 @@ def _implementation(name: str, device: str) -> str:
     except BackendError as error:
         return f"not usable, {error}"
     return {"torch": "PyTorch's own operators (ATen)", "triton": "fused Triton kernels"}[chosen]
-
-
-def _version(library: str, absent: str = "missing") -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return absent

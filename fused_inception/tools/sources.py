@@ -1,6 +1,9 @@
-"""Which code something was measured with, also where there is no git, or files were changed."""
+"""Which code something was measured with, also where there is no git, or files were changed; which
+versions of others."""
 
 import hashlib
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -22,3 +25,23 @@ def digest(*folders: Path) -> str:
 def launches_digest() -> str:
     """Of what decides a launch."""
     return digest(*(PACKAGE / name for name in LAUNCHES))
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def answer_of(*command: str) -> str | None:
+    """The first line that a program prints, run in the package's folder; None where there is none,
+    or it fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)

@@ -5,12 +5,10 @@ import copy
 import datetime
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from fused_inception.tools.launch_bench import (
 )
 from fused_inception.tools.options import pick_device, positive
 from fused_inception.tools.precompile import precompile, processors
-from fused_inception.tools.sources import launches_digest
+from fused_inception.tools.sources import answer_of, launches_digest, version_of
 from fused_inception.tools.text import aligned
 from fused_inception.tools.timing import cudnn_search
 from fused_inception.tuning import chosen, dispatch, table
@@ -318,31 +316,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
     arguments = shlex.join(["python", "-m", "fused_inception", *sys.argv[1:]])
     return {
         "gpu": torch.cuda.get_device_name(device),
-        "driver": _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": answer_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "version": _version("fused-inception"),
-        "commit": _ask("git", "rev-parse", "HEAD"),
+        "triton": version_of("triton"),
+        "version": version_of("fused-inception"),
+        "commit": answer_of("git", "rev-parse", "HEAD"),
         "sources": launches_digest(),
         "command": arguments,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _ask(*command: str) -> str | None:
-    """The first line that a program prints; None where there is none, or it fails."""
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(done.stdout.splitlines()), None)
