@@ -65,7 +65,7 @@ class _Family:
             window = self.options(flat)[-1]
             h, w = window.out(h), window.out(w)
         y = empty_channels_last(n, c, h, w, dtype=x.dtype, device=x.device)
-        return y, self.implementation(impl, "_saved_like")(x, y) if save else []
+        return y, self.implementation(impl, "_saved_like")(y) if save else []
 
     def backward(
         self, dy: Tensor, x: Tensor, saved: list[Tensor], x_shape: Sequence[int], *arguments: Any

@@ -20,7 +20,7 @@ def max_pool2d(x: Tensor, window: Window, save: bool) -> tuple[Tensor, list[Tens
     return channels_last(y), [channels_last(index)] if save else []
 
 
-def max_pool2d_saved_like(x: Tensor, y: Tensor) -> list[Tensor]:
+def max_pool2d_saved_like(y: Tensor) -> list[Tensor]:
     """Uninitialised tensors with the metadata of what is saved."""
     return [empty_channels_last(*y.shape, dtype=torch.int64, device=y.device)]
 
@@ -46,7 +46,7 @@ def local_response_norm(
     return channels_last(power.mul_(wide).to(x.dtype)), []
 
 
-def local_response_norm_saved_like(x: Tensor, y: Tensor) -> list[Tensor]:
+def local_response_norm_saved_like(y: Tensor) -> list[Tensor]:
     """Nothing."""
     return []
 
@@ -102,10 +102,10 @@ def max_pool2d_lrn(
     return y, [pooled, *saved] if save else []
 
 
-def max_pool2d_lrn_saved_like(x: Tensor, y: Tensor) -> list[Tensor]:
+def max_pool2d_lrn_saved_like(y: Tensor) -> list[Tensor]:
     """Uninitialised tensors with the metadata of what is saved."""
     pooled = empty_channels_last(*y.shape, dtype=y.dtype, device=y.device)
-    return [pooled, *max_pool2d_saved_like(x, y)]
+    return [pooled, *max_pool2d_saved_like(y)]
 
 
 def max_pool2d_lrn_backward(

@@ -26,12 +26,12 @@ def max_pool2d(
     y, saved = _pooled_like(x, window), []
     index = x.new_empty(0, dtype=torch.uint8)
     if save:
-        (index,) = saved = max_pool2d_saved_like(x, y)
+        (index,) = saved = max_pool2d_saved_like(y)
     launch_max_pool_fwd(for_kernels(x), y, index, window, _by_pixel(y), save=save)
     return y, saved
 
 
-def max_pool2d_saved_like(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def max_pool2d_saved_like(y: torch.Tensor) -> list[torch.Tensor]:
     """Uninitialised tensors with the metadata of what is saved; channels are padded."""
     n, c, h, w = y.shape
     return [empty_channels_last(n, align_up(c), h, w, dtype=torch.uint8, device=y.device)]
@@ -71,7 +71,7 @@ def local_response_norm(
     return y, []
 
 
-def local_response_norm_saved_like(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def local_response_norm_saved_like(y: torch.Tensor) -> list[torch.Tensor]:
     """Nothing."""
     return []
 
@@ -99,7 +99,7 @@ def lrn_max_pool2d(
     y, saved = _pooled_like(x, window), []
     index = x.new_empty(0, dtype=torch.uint8)
     if save:
-        (index,) = saved = max_pool2d_saved_like(x, y)
+        (index,) = saved = max_pool2d_saved_like(y)
     n, _, height, width = y.shape
     config = _marching(y, n * width, height, window)
     norm = Norm(size, alpha, beta, k)
@@ -148,17 +148,17 @@ def max_pool2d_lrn(
     y, saved = _pooled_like(x, window), []
     pooled, index = x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
     if save:
-        pooled, index = saved = max_pool2d_lrn_saved_like(x, y)
+        pooled, index = saved = max_pool2d_lrn_saved_like(y)
     norm = Norm(size, alpha, beta, k)
     launch_max_pool_lrn_fwd(for_kernels(x), y, pooled, index, norm, window, _by_pixel(y), save=save)
     return y, saved
 
 
-def max_pool2d_lrn_saved_like(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def max_pool2d_lrn_saved_like(y: torch.Tensor) -> list[torch.Tensor]:
     """Uninitialised tensors with the metadata of what is saved; channels are padded."""
     n, c, h, w = y.shape
     pooled = empty_channels_last(n, align_up(c), h, w, dtype=y.dtype, device=y.device)
-    return [pooled, *max_pool2d_saved_like(x, y)]
+    return [pooled, *max_pool2d_saved_like(y)]
 
 
 def max_pool2d_lrn_backward(

@@ -72,7 +72,7 @@ def _forward_fake(
     integers: list[int],
     save_from: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    from fused_inception.ops import trunk_triton
+    from fused_inception.ops import inception_triton
 
     trunk, modules = Trunk.of(integers), of_modules(filters)
     tapped, saved = [], []
@@ -87,7 +87,7 @@ def _forward_fake(
         channels = dims.out_channels
         saves, next_saves = i >= save_from, save_from <= i + 1 < len(modules)
         if saves:
-            saved += trunk_triton.saved_like(y, dims)
+            saved += inception_triton.saved_like(y, dims)
         y = like(channels, h, w)
         if i in trunk.pools:
             h, w = trunk.pools[i].out(h), trunk.pools[i].out(w)

@@ -10,14 +10,12 @@ from fused_inception.geometry import InceptionDims, finished_together
 from fused_inception.kernels.finish import Unfinished, launch_finish
 from fused_inception.kernels.gradients import partial_bytes
 from fused_inception.ops import global_pool_triton, inception_triton, pooling_triton
-from fused_inception.ops.inception_triton import Masked, ReluBelow, saved_like
+from fused_inception.ops.inception_triton import Masked, ReluBelow
 from fused_inception.ops.layout import channels_last
 from fused_inception.ops.problem import dims_of, problem_of
 from fused_inception.ops.replay import replayed
 from fused_inception.ops.stages import CONVS, Trunk, of_modules
 from fused_inception.tuning import chosen, heuristic
-
-__all__ = ["Memory", "backward", "forward", "saved_like"]
 
 
 def forward(
