@@ -211,10 +211,10 @@ def branches_config(
 ) -> BranchesConfig:
     """Launch B; with `norm` ahead of a BatchNorm in training."""
     c3, c5 = align_up(dims.ch3x3red), align_up(dims.ch5x5red)
-    tile_of = moments_tile if norm else conv_tile
+    # with moments of its results a tile of 256 columns would spill in fp16
     largest = dict(max_width=128, max_elements=target.max_moments_tile) if norm else {}
     conv3, tail = conv_split(n_pixels, dims.ch3x3, c3, 9, ops, target, **largest)
-    conv5 = tile_of(n_pixels, dims.ch5x5, c5, dims.kernel_5x5**2, ops, target)
+    conv5 = conv_tile(n_pixels, dims.ch5x5, c5, dims.kernel_5x5**2, ops, target, **largest)
     tiles = [conv3, conv5]
     return BranchesConfig(conv3, tail, conv5, warps(tiles), stages(tiles, ops, target))
 
@@ -272,13 +272,6 @@ def conv_split(
     if not any(gains):
         return uniform, 0
     return Tile(bm, bn, uniform.block_k), tail
-
-
-def moments_tile(m: int, n: int, channels: int, taps: int, ops: Operands, target: Target) -> Tile:
-    """The tile of a convolution that takes the moments of its results: those of 256 columns would
-    spill in fp16."""
-    largest = target.max_moments_tile
-    return conv_tile(m, n, channels, taps, ops, target, max_width=128, max_elements=largest)
 
 
 def gated_tile(
