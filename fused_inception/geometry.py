@@ -152,15 +152,6 @@ class InceptionDims:
         """Elements of the six filters together."""
         return sum(prod(shape) for shape in self.filter_shapes)
 
-    @property
-    def biases(self) -> int:
-        """Elements of the six biases together."""
-        return sum(shape[0] for shape in self.filter_shapes)
-
-    def multiply_adds(self, height: int, width: int) -> int:
-        """Multiply-adds of one image, taps on the padding included, as the paper counts."""
-        return self.weights * height * width
-
 
 @dataclass(frozen=True)
 class NaiveDims:

@@ -243,13 +243,15 @@ def test_fusing_saves_time_launches_and_memory(variant, batch, training):
     }
     seconds = [total.seconds(H200) for total in plans.values()]
     assert seconds[2] < min(seconds[:2])
+    shares = [name for name in H200.figures() if name.endswith("_share")]
+    ideal = dataclasses.replace(H200, **dict.fromkeys(shares, cost.Figure(1.0, False, "roofline")))
     moved = [total.read_bytes + total.write_bytes for total in plans.values()]
     # one image is less than the filters, which a training step packs twice
     assert moved[1] < moved[0]
     assert moved[2] < moved[1] or (training and batch == 1)
     assert plans["fused"].launches() < min(plans[p].launches() for p in ("eager", "compiled"))
     for total in plans.values():
-        assert total.seconds(H200.roofline()) <= total.seconds(H200) <= total.eager_seconds(H200)
+        assert total.seconds(ideal) <= total.seconds(H200) <= total.eager_seconds(H200)
 
 
 def test_without_a_graph_our_launches_cost_what_the_host_was_measured_to_take():

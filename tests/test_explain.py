@@ -38,7 +38,7 @@ class TestExplain:
         assert block.launches is None
         assert report.launches is None
         # forward, and both gradients of every product
-        forward = InceptionDims(*WIDTHS).multiply_adds(6, 6) * 2 * 2
+        forward = InceptionDims(*WIDTHS).weights * 6 * 6 * 2 * 2
         assert block.flops == 3 * forward
         # the ATen path is what the layers were
         assert block.predicted_seconds == block.eager.seconds(H200)

@@ -1,6 +1,6 @@
 """What a GPU can do: every figure with its origin, so that a measurement can correct it."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 # share of the tensor cores' peak by columns of the tile: below 64 the reads of the left operand
 # take longer than the products
@@ -49,12 +49,6 @@ class Device:
         """Every figure by name."""
         names = [field.name for field in fields(self) if field.name != "name"]
         return {name: getattr(self, name) for name in names}
-
-    def roofline(self) -> "Device":
-        """A copy whose kernels reach the roofline: every share is 1."""
-        ideal = Figure(1.0, False, "the roofline itself")
-        shares = {name: ideal for name in self.figures() if name.endswith("_share")}
-        return replace(self, **shares)  # type: ignore[arg-type]
 
     def flops(self, itemsize: int) -> float:
         """Peak of tensor-core products of operands of `itemsize` bytes."""

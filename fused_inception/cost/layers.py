@@ -177,9 +177,9 @@ class Network:
         self.pool2 = Pool(
             "norm2 maxpool2" if paper else "maxpool2", 192, second, third, "before" if paper else ""
         )
-        pixels = {"3": third, "4": fourth, "5": fifth}
         self.modules = tuple(
-            Module(name, module, pixels[name[0]], self.norm) for name, module in dims.items()
+            Module(name, module, sides.module(name) ** 2, self.norm)
+            for name, module in dims.items()
         )
         self.pools = {
             "3b": Pool(POOL_AFTER["3b"], dims["3b"].out_channels, third, fourth),
