@@ -178,12 +178,7 @@ class Eager(Plan):
             self.op("clone", aux.name, [flat], [copy])
             self._slices[flat.name] = gradient(copy)
             flat = copy
-        hidden = self.linear(aux.hidden, flat)
-        self.op("relu_", aux.name, [hidden], [hidden])
-        self.save(aux.name, hidden)
-        d_hidden = gradient(hidden)
-        self.later(lambda: self.op("threshold_backward", aux.name, [d_hidden, hidden], [d_hidden]))
-        self.linear(aux.classes, self.dropout(aux.name, hidden))
+        self.classify(aux, flat)
 
     def head(self, classifier: Conv, pixels: int, x: Tensor) -> None:
         """Mean, dropout, classifier."""

@@ -5,7 +5,7 @@ A test runs the real network, records its launches and holds the records against
 Left out of the bytes, being under a hundredth: column partials of bias gradients, and biases.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fused_inception.cost.fused_stem import packed_image, stem
 from fused_inception.cost.layers import Aux, Conv, Module, Network, Pool
@@ -47,10 +47,20 @@ class Fused(Plan):
         gemms: Iterable[Gemm] = (),
         *,
         kernel: str,
-        source: str = "triton",
     ) -> None:
-        """One launch of ours."""
+        """One launch of ours; that named "pack" packs filters."""
+        source = "packing" if name == "pack" else "triton"
         self.op(name, layer, reads, writes, gemms, source=source, kernel=kernel)
+
+    def _launcher(self, layer: str) -> Callable[..., None]:
+        """`_launch` for one layer: of name, reads, writes, kernel and its GEMMs."""
+
+        def launch(
+            name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
+        ) -> None:
+            self._launch(name, layer, reads, writes, gemms, kernel=kernel)
+
+        return launch
 
     def _give(self, layer: str, x: Tensor) -> None:
         """A second gradient of `x` is added to the first by autograd, but in a trunk."""
@@ -148,7 +158,7 @@ class Fused(Plan):
     def _pack(self, layer: str, parts: "list[ModuleTensors]") -> None:
         self._launch(
             "pack", layer, [of.filters for of in parts], [of.packed for of in parts],
-            kernel="_pack_kernel", source="packing",
+            kernel="_pack_kernel",
         )  # fmt: skip
 
     def _finish(self, layer: str) -> None:
@@ -217,46 +227,41 @@ class Fused(Plan):
             self.gemm(pixels, width, dims.in_channels, "pointwise"),
             self.gemm(pixels, dims.pool_proj, dims.in_channels, "pointwise"),
         ]
-
-        def launch(
-            name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
-        ) -> None:
-            self._launch(name, layer, reads, writes, gemms, kernel=f"_{kernel}_kernel")
-
+        launch = self._launcher(layer)
         first = parts.raw_slice(dims.ch1x1 + dims.pool_proj)
         reads = [x, parts.packed_cat, parts.packed_projection]
-        launch("A", reads, [first, parts.r, parts.index], "pointwise", *gemms)
+        launch("A", reads, [first, parts.r, parts.index], "_pointwise_kernel", *gemms)
         many = sums_in_stages(self.batch * pixels)
         if many:
-            launch("merge", [moments], [moments], "merge_moments")
-        launch("statistics", [moments], [moments], "batch_statistics")
-        launch("normalise reductions", [parts.r, moments], [activated], "normalise")
+            launch("merge", [moments], [moments], "_merge_moments_kernel")
+        launch("statistics", [moments], [moments], "_batch_statistics_kernel")
+        launch("normalise reductions", [parts.r, moments], [activated], "_normalise_kernel")
         gemms = [
             self.gemm(pixels, dims.ch3x3, 9 * dims.ch3x3red, "window"),
             self.gemm(pixels, dims.ch5x5, dims.kernel_5x5**2 * dims.ch5x5red, "window"),
         ]
         second = parts.raw_slice(dims.ch3x3 + dims.ch5x5)
-        launch("B", [activated, parts.packed_windows], [second], "branches", *gemms)
+        launch("B", [activated, parts.packed_windows], [second], "_branches_kernel", *gemms)
         if many:
-            launch("merge", [moments], [moments], "merge_moments")
-        launch("normalise", [raw, moments], [parts.y], "normalise")
+            launch("merge", [moments], [moments], "_merge_moments_kernel")
+        launch("normalise", [raw, moments], [parts.y], "_normalise_kernel")
         self.save(layer, x, parts.r, raw, parts.index, moments)
 
         def backward() -> None:
             dz = parts.dz
-            launch("sums", [gradient(parts.y), raw, moments], [moments], "norm_sums")
+            launch("sums", [gradient(parts.y), raw, moments], [moments], "_norm_sums_kernel")
             if many:
-                launch("sums of sums", [moments], [moments], "finish")
+                launch("sums of sums", [moments], [moments], "_finish_kernel")
             reads = [gradient(parts.y), raw, moments]
-            launch("normalise backward", reads, [dz], "norm_grad")
+            launch("normalise backward", reads, [dz], "_norm_grad_kernel")
             self._pack(layer, [parts])
             self._reduction_gradients(module, parts)
             if many:
-                launch("sums of sums", [moments], [moments], "finish")
+                launch("sums of sums", [moments], [moments], "_finish_kernel")
             reads, writes = [parts.dr, parts.r, moments], [parts.dr, activated]
-            launch("reductions backward", reads, writes, "reduce_norm_grad")
+            launch("reductions backward", reads, writes, "_reduce_norm_grad_kernel")
             self._input_and_filter_gradients(module, parts)
-            launch("F", [parts.partials], [gradient(parts.filters)], "finish")
+            launch("F", [parts.partials], [gradient(parts.filters)], "_finish_kernel")
 
         self.later(backward)
         return parts.y
@@ -283,13 +288,7 @@ class Fused(Plan):
         normalises = conv.norm and self.training
         slots = align_up(conv.c_out)
         moments = self.parameter(f"{conv.name} coefficients", COEFFICIENTS * slots, FP32)
-
-        def launch(
-            name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
-        ) -> None:
-            source = "packing" if name == "pack" else "triton"
-            self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
-
+        launch = self._launcher(layer)
         many = sums_in_stages(self.batch * conv.outputs)
         reads, kernel = [x, weight] if image else [x, packed], "_image_conv" if image else "_conv2d"
         keeps_packed = image and normalises  # what conv1 reads
@@ -364,14 +363,8 @@ class Fused(Plan):
 
     def aux(self, aux: Aux, x: Tensor) -> None:
         """Pool and convolution; the linear layers are the library's."""
-        layer = aux.name
         y = self._norm_pool_conv(aux, x) if aux.conv.norm else self._pool_conv(aux, x)
-        hidden = self.linear(aux.hidden, y)
-        self.op("relu_", layer, [hidden], [hidden])
-        self.save(layer, hidden)
-        d_hidden = gradient(hidden)
-        self.later(lambda: self.op("threshold_backward", layer, [d_hidden, hidden], [d_hidden]))
-        self.linear(aux.classes, self.dropout(layer, hidden))
+        self.classify(aux, y)
 
     def _norm_pool_conv(self, aux: Aux, x: Tensor) -> Tensor:
         """The library's pool, our convolution; flattening channels last is a copy."""
@@ -399,13 +392,7 @@ class Fused(Plan):
         y = self.tensor(conv.name, conv.outputs, conv.c_out)
         weight = self.parameter(f"{conv.name} weight", conv.weights)
         packed = Tensor(f"{conv.name} packed", weight.bytes)
-
-        def launch(
-            name: str, reads: list[Tensor], writes: list[Tensor], kernel: str, *gemms: Gemm
-        ) -> None:
-            source = "packing" if name == "pack" else "triton"
-            self._launch(name, layer, reads, writes, gemms, kernel=kernel, source=source)
-
+        launch = self._launcher(layer)
         launch("pack", [weight], [packed], "_pack_kernel")
         gemm = self.gemm(conv.outputs, conv.c_out, conv.c_in, "pointwise")
         launch("pool conv", [x, packed], [pooled, y], "_avg_pool_project_fwd_kernel", gemm)

@@ -21,10 +21,8 @@ def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -
     reads a packed image, which is kept in place of the image. What serves several convolutions
     counts as conv3's, the largest, but packing with the image as conv1's.
     """
-    conv1, pool1, conv2, conv3, pool2 = (
-        *(network.conv1, network.pool1),
-        *(network.conv2, network.conv3, network.pool2),
-    )
+    conv1, conv2, conv3 = network.conv1, network.conv2, network.conv3
+    pool1, pool2 = network.pool1, network.pool2
     y1, r, y3 = (plan.tensor(c.name, c.outputs, c.c_out) for c in (conv1, conv2, conv3))
     z = plan.tensor(f"{pool1.layer} output", pool1.outputs, pool1.channels)
     pooled = plan.tensor(f"{pool1.layer} pooled", pool1.outputs, align_up(pool1.channels))
@@ -40,7 +38,7 @@ def stem(plan: Plan, launch: Callable[..., None], network: Network, x: Tensor) -
     image = packed_image(plan, conv1)
 
     def pack(layer: str, reads: list[Tensor], writes: list[Tensor], kernel: str) -> None:
-        launch("pack", layer, reads, writes, kernel=kernel, source="packing")
+        launch("pack", layer, reads, writes, kernel=kernel)
 
     def forward(conv: Conv, reads: list[Tensor], write: Tensor, kernel: str) -> None:
         gemm = plan.gemm(conv.outputs, conv.c_out, _depth(conv, conv1), conv.kind)

@@ -72,6 +72,15 @@ class Plan(Recorder, ABC):
         self.later(backward)
         return y
 
+    def classify(self, aux: Aux, x: Tensor) -> None:
+        """The linear layers of an auxiliary classifier, of the library, with ReLU and dropout."""
+        layer, hidden = aux.name, self.linear(aux.hidden, x)
+        self.op("relu_", layer, [hidden], [hidden])
+        self.save(layer, hidden)
+        d_hidden = gradient(hidden)
+        self.later(lambda: self.op("threshold_backward", layer, [d_hidden, hidden], [d_hidden]))
+        self.linear(aux.classes, self.dropout(layer, hidden))
+
     def dropout(self, layer: str, x: Tensor) -> Tensor:
         """Dropout of the library, which keeps one byte an element."""
         y = Tensor(f"{layer} dropout", x.bytes)
