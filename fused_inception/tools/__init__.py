@@ -1,1 +1,1 @@
-"""The commands behind `python -m fused_inception`: train, predict, info."""
+"""The commands behind `python -m fused_inception`, and what the library offers of them."""

@@ -27,7 +27,7 @@ def measure_blocks(
     x: Tensor,
     seconds: float,
     modes: Sequence[str],
-    done: Callable[[str], None] = lambda name: None,
+    done: Callable[[str], None],
 ) -> list[BlockResult]:
     """Each fused block of `fused` beside the block of the same name of `plain`, on the input that a
     pass of `x` brings it, in training where a step is timed; those that the pass does not reach are

@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("of the network").add_argument
     for flag, text in (
-        # argparse takes the beginning of a name too: its old one, --batch
         ("--batch-size", "images (default: 32)"),
         ("--image-size", "side (default: 224)"),
     ):

@@ -98,16 +98,14 @@ class LaunchBench:
             except Exception as error:
                 self.error = self.error or f"{type(error).__name__}: {error}"
                 # whatever a candidate fails of, it is out of the search, unless the device is too
-                torch.zeros(1, device=self._device()).item()
+                first = next(arg for arg in self.calls[0][1] if isinstance(arg, Tensor))
+                torch.zeros(1, device=first.device).item()
                 return math.inf
 
     def _trying(self, config: Any) -> Any:
         problem = self.problem
         fields = dataclasses.asdict(config)
         return table.trying(problem.family, problem.key, problem.target, fields)
-
-    def _device(self) -> torch.device:
-        return next(arg for arg in self.calls[0][1] if isinstance(arg, Tensor)).device
 
     def _agrees(self) -> bool:
         """Whether the results are those of the first configuration, the heuristic's."""

@@ -129,7 +129,7 @@ def network_arguments(options: Options, num_classes: int) -> dict[str, Any]:
 
 
 def loading(options: Options, device: torch.device) -> dict[str, Any]:
-    """How batches are loaded: the keyword arguments of `data.train_batches` and `test_batches`."""
+    """How batches are loaded: keyword arguments of `data.train_batches` and `held_out_batches`."""
     workers, cuda = options.workers, device.type == "cuda"
     if workers is None:
         # on a CPU the training itself keeps every core busy; digits are in memory

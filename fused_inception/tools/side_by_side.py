@@ -99,7 +99,8 @@ class Pass(NamedTuple):
 
 def compare_block(three: Three, x: Tensor, dy: Tensor | None) -> Comparison:
     """A block on its own; each tensor is held to its own limit."""
-    got, own, want = _three_steps(three, x, dy)
+    got, own = _step(three.fused, x, dy), _step(three.plain, x, dy)
+    want = _exact_step(three.exact, x, dy)
     dtype = _dtype(got)
     numbers = max(t.numel() for t in want.outputs.values())
     flips = FLIPS / max(1, numbers) ** 0.5
@@ -164,10 +165,6 @@ class _Step(NamedTuple):
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
     random: bool
-
-
-def _three_steps(three: Three, x: Tensor, dy: Tensor | None) -> tuple[_Step, _Step, _Step]:
-    return _step(three.fused, x, dy), _step(three.plain, x, dy), _exact_step(three.exact, x, dy)
 
 
 def _exact_step(module: nn.Module, x: Tensor, dy: Tensor | None) -> _Step:

@@ -72,14 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
     end = time.monotonic() + arguments.budget_s
     with sample.prepared(arguments) as (model, x):
         fuse_(model)
-        training = model.training
+        target = target_of(x.device)
         if arguments.list:
-            target = target_of(x.device)
             with assume_triton():
-                calls = ahead.calls_of(model, x, training=training)
+                calls = ahead.calls_of(model, x, training=model.training)
             print(listing(_lookups(calls, target), target))
             return 0
-        target = target_of(x.device)
         path = arguments.out or table.user_path(target.name)
         with torch.cuda.device(x.device):
             tuning = Tuning(target, path, provenance(x.device), graph_seconds, processors())

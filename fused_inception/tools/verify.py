@@ -22,7 +22,6 @@ from fused_inception.tools.blocks import (
 )
 from fused_inception.tools.precompile import announce_precompiled
 from fused_inception.tools.side_by_side import (
-    Comparison,
     Error,
     Three,
     compare_block,
@@ -165,10 +164,10 @@ def verify(model: nn.Module, x: Tensor, *, gradients: bool = True) -> VerifyRepo
             if name in passes:
                 block, (z, dy) = three.block(name), passes[name]
                 path = path_of(block.fused, z)
-                blocks.append(_check(name, path, compare_block(block, z, dy)))
+                blocks.append(BlockCheck(name, path, **vars(compare_block(block, z, dy))))
     return VerifyReport(
         blocks=blocks,
-        model=_check("", None, whole),
+        model=BlockCheck("", None, **vars(whole)),
         skipped=report.refused,
         not_reached=[name for name in names if name not in passes],
         setting=setting_of(model, x),
@@ -182,18 +181,6 @@ def _ready(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
     return model
-
-
-def _check(name: str, path: Path | None, found: Comparison) -> BlockCheck:
-    return BlockCheck(
-        name,
-        path,
-        found.output,
-        found.gradient,
-        found.gradient_of,
-        found.statistics,
-        found.random,
-    )
 
 
 def _row(check: BlockCheck) -> list[str]:
