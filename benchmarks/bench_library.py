@@ -1,4 +1,5 @@
-"""What the files `bench_*.py` share: which cases there are, and the timing of one of them."""
+"""Single operators, the nine modules, the stem and whole networks, each beside all that PyTorch has
+for the same work."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from fused_inception.tools.timing import timed
 
 NAMES = ("problem", "direction", "provider")
 # third-party warnings of compilers are no failures here
-MARKS = [
+pytestmark = [
     pytest.mark.filterwarnings("default"),
     pytest.mark.benchmark(timer=replayed_seconds),
 ]
@@ -25,11 +26,12 @@ NO_GPU = "needs a CUDA GPU: batches 1 to 256, 16 bits and TF32, torch.compile, C
 CPU_CASES = {"modules": [*(case for case in CASES["modules"] if "-bn" not in case), "3a-bn"]}
 
 
-def parametrize(metafunc: pytest.Metafunc, group: str) -> None:
-    """Problems, directions and providers; the providers of a group stand side by side.
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Problems, directions and providers; the providers of a problem stand side by side.
 
     Without a GPU what needs one is a case that is skipped.
     """
+    group = metafunc.definition.originalname.removeprefix("test_")
     device, config = best_device(), metafunc.config
     cases = [
         pytest.param(p, direction, provider, id=_name(p, direction, provider))
@@ -83,3 +85,7 @@ def measure(
     benchmark.extra_info.update(facts, samples_s=[], environment=where)
     with settings(problem.dtype):
         replay(benchmark, row.samples_s, work, problem.device)
+
+
+# one for each of GROUPS
+test_kernels = test_modules = test_stem = test_network = measure
