@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.gpu.parts import Part
+from benchmarks.gpu.parts import Part, say
 from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.supervisor import supervise
 from benchmarks.gpu.table import PARTS
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu_check needs {missing_tools}, by which Triton launches kernels", file=sys.stderr)
         return CANNOT
     if find_spec("pytest_benchmark") is None:
-        _say("pytest-benchmark is missing: gpu_check does without, `pytest benchmarks/` needs it")
+        say("pytest-benchmark is missing: gpu_check does without, `pytest benchmarks/` needs it")
     # compiled kernels and the library's own choice are what is asked about
     for name in ("TRITON_INTERPRET", "FUSED_INCEPTION_BACKEND"):
         os.environ.pop(name, None)
@@ -103,9 +103,9 @@ def run(
     except MismatchError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return CANNOT
-    record = supervise(record, end, part.item_seconds, device, _say, **command)
+    record = supervise(record, end, part.item_seconds, device, say, **command)
     left = "complete" if record.complete else "incomplete: the same command goes on"
-    _say(f"{part.name}: {len(record.items)} items, {len(record.failures)} failed, {left}")
+    say(f"{part.name}: {len(record.items)} items, {len(record.failures)} failed, {left}")
     if record.failures:
         return FAILED
     return PASSED if record.complete else CUT
@@ -185,10 +185,6 @@ def _some(known: Any) -> Any:
         return chosen
 
     return names
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

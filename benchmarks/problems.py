@@ -1,7 +1,5 @@
 """What is timed: single operators, the nine modules, the stem, whole networks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache

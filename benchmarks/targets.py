@@ -10,8 +10,6 @@ from benchmarks.providers import PROVIDERS
 COMPILED = tuple(name for name, p in PROVIDERS.items() if p.compiled)
 SEARCHED = tuple(name for name in COMPILED if name.startswith("max-autotune"))
 EAGER = ("eager", "eager-graph")
-
-
 OURS = ("fused", "fused-graph")
 
 
@@ -74,8 +72,8 @@ def _network(
     def measure(measured: Measured) -> Figure | None:
         worst = []
         for batch in batches:
-            wanted = ("network", "paper", direction, batch, "bf16")
-            some = [race for race in measured.races if _key(race) == wanted]
+            wanted = ("network", "paper", batch, direction, "bf16")
+            some = [race for race in measured.races if race.problem.problem == wanted]
             figures = [figure for race in some if (figure := speedup(race)) is not None]
             if not figures:
                 return None
@@ -83,11 +81,6 @@ def _network(
         return min(worst, key=lambda figure: figure.value)
 
     return measure
-
-
-def _key(race: Race) -> tuple[str, str, str, int, str]:
-    row = race.problem
-    return row.group, row.case, row.direction, row.batch, row.dtype
 
 
 def _least(values: Iterable[float]) -> Figure | None:

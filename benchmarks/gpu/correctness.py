@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks import parity
-from benchmarks.gpu.parts import Item, Turn
+from benchmarks.gpu.parts import Item, Turn, say
 
 
 def items(options: dict[str, Any], device: torch.device) -> list[Item]:
@@ -21,7 +21,7 @@ def run(tests: list[str], workers: int, turn: Turn) -> dict[str, Any]:
     outcomes = turn.previous.get("outcomes", {})
     while True:
         summary = parity.run(
-            tests, workers, turn.end, outcomes, _say, lambda found: turn.keep(_facts(found))
+            tests, workers, turn.end, outcomes, say, lambda found: turn.keep(_facts(found))
         )
         progress = len(summary["outcomes"]) > len(outcomes)
         outcomes = summary["outcomes"]
@@ -38,7 +38,3 @@ def _facts(summary: dict[str, Any]) -> dict[str, Any]:
     for process in summary.get("processes", []):
         failures.append(f"a process ended with status {process['status']}:\n{process['tail']}")
     return {**summary, "failures": failures}
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -52,3 +52,8 @@ class Part:
 def brief(error: BaseException) -> str:
     """Kind and message, not endless."""
     return f"{type(error).__name__}: {error}"[:3000]
+
+
+def say(text: str) -> None:
+    """At once, whatever reads it."""
+    print(text, flush=True)

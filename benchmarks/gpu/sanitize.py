@@ -35,20 +35,14 @@ def items(options: dict[str, Any], device: torch.device) -> list[Item]:
     if program is None:
         return [Item("compute-sanitizer", lambda turn: {"found": False, "note": _missing()})]
     compilation = [sys.executable, "-m", "benchmarks.gpu.small_shapes", "--compile", *GROUPS]
-    return [
-        Item("compile", lambda turn: watched(compilation, {}, turn.end)),
-        *_checks(program),
-    ]
-
-
-def _checks(program: str) -> list[Item]:
-    return [
+    checks = [
         Item(
             f"{tool} {group}", lambda turn, tool=tool, group=group: _run(program, tool, group, turn)
         )
         for tool in TOOLS
         for group in GROUPS
     ]
+    return [Item("compile", lambda turn: watched(compilation, {}, turn.end)), *checks]
 
 
 def find() -> str | None:

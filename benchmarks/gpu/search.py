@@ -15,7 +15,6 @@ from benchmarks.gpu.parts import Item, Turn
 from benchmarks.gpu.record import MismatchError, Record
 from benchmarks.gpu.sanitize import watched
 from benchmarks.problems import DTYPES
-from fused_inception.__main__ import COMMANDS
 
 # imports, and the end of what is being measured
 CLOSING_SECONDS = 20.0
@@ -27,8 +26,6 @@ NO_IEEE = "tune searches fp32 as PyTorch's convolutions multiply by default: tak
 def items(options: dict[str, Any], device: torch.device) -> list[Item]:
     """`python -m fused_inception tune`, a dtype, a batch size and a mode each: training, then
     inference."""
-    if "tune" not in COMMANDS:
-        return [Item("tune", lambda turn: {"failures": ["this checkout has no tune command"]})]
     return [
         _item(dtype, batch, mode, options["tune_arguments"])
         for mode in ("", " --eval")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import gpu_facts
-from benchmarks.gpu.parts import Part, Turn, brief
+from benchmarks.gpu.parts import Part, Turn, brief, say
 from benchmarks.gpu.record import CUT, FAILED, PASSED, Record
 
 COMPLETE, TIME_SPENT, UNUSABLE = 0, 3, 4
@@ -44,7 +44,7 @@ def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
             continue
         start = time.time()
         if start + min(longest, WORTH_SECONDS) > options.end:
-            _say(f"{record.part}: the time is spent before {item.key}")
+            say(f"{record.part}: the time is spent before {item.key}")
             status = TIME_SPENT
             break
         record.at = item.key
@@ -68,9 +68,9 @@ def main(parts: Mapping[str, Part], arguments: Sequence[str]) -> int:
             state, status = CUT, TIME_SPENT
         record.at = None
         record.put(item.key, state, **facts)
-        _say(f"{record.part}: {item.key} {state}, {facts['seconds']} s")
+        say(f"{record.part}: {item.key} {state}, {facts['seconds']} s")
         for failure in facts.get("failures", []):
-            _say(f"  {failure}")
+            say(f"  {failure}")
         if state == FAILED and not usable(device):
             status = UNUSABLE
             break
@@ -90,10 +90,6 @@ def usable(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":
