@@ -27,8 +27,8 @@ def forward(
     pooled = empty_channels_last(
         n if save else 0, align_up(c), *sides, dtype=x.dtype, device=x.device
     )
-    w, b = filter_cache.packed(
-        [weight], [bias], x.dtype, lambda: pack_filter(weight, bias, x.dtype), save=save
+    w, b = filter_cache.kept(
+        [weight, bias], (x.dtype,), lambda: pack_filter(weight, bias, x.dtype), save=save
     )
     launch_avg_pool_project_fwd(
         for_kernels(x), w, b, y, pooled, window, config, save=save, precision=ops.precision

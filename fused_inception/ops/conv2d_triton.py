@@ -53,8 +53,8 @@ def forward(
     c_out, c_in, k, _ = weight.shape
     w, b = weight, bias.contiguous()
     if shape is None:
-        w, b = filter_cache.packed(
-            [weight], [bias], x.dtype, lambda: pack_filter(weight, bias, x.dtype), save=save
+        w, b = filter_cache.kept(
+            [weight, bias], (x.dtype,), lambda: pack_filter(weight, bias, x.dtype), save=save
         )
     plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target)
     if plan.library("conv.forward"):

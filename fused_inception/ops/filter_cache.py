@@ -12,7 +12,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fused_inception.ops import replay
 from fused_inception.ops.nested import tensors_in
 
-Packed = tuple[torch.Tensor, torch.Tensor]
 _T = TypeVar("_T")
 # others may hold no memory, or know more than numbers
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -30,18 +29,6 @@ class _Entry(NamedTuple):
 _entries: dict[tuple[int, int, int], _Entry] = {}
 _lock = threading.Lock()
 _listening = False
-
-
-def packed(
-    filters: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    dtype: torch.dtype,
-    pack: Callable[[], Packed],
-    *,
-    save: bool,
-) -> Packed:
-    """The packed filters and biases, from the cache where that is safe, else from `pack()`."""
-    return kept([*filters, *biases], (dtype,), pack, save=save)
 
 
 def kept(

@@ -46,8 +46,8 @@ def forward(
     dims = naive_dims_of(filters)
     n, _, height, width = x.shape
     ops, target, pixels = problem_of(x)
-    w, b = filter_cache.packed(
-        filters, biases, x.dtype,
+    w, b = filter_cache.kept(
+        [*filters, *biases], (x.dtype,),
         lambda: launch_pack([naive_packing(dims)], filters, biases, x.dtype)[0], save=save,
     )  # fmt: skip
     y = empty_channels_last(n, dims.out_channels, height, width, dtype=x.dtype, device=x.device)

@@ -212,7 +212,8 @@ class _Recorder(TorchDispatchMode):
 
     def _argument(self, arg: Any) -> Any:
         if isinstance(arg, Tensor):
-            return self._address(arg)
+            slot = self._slot_of(arg)
+            return Address(slot, arg.data_ptr() - self.starts[slot])
         return tuple(map(self._argument, arg)) if type(arg) is tuple else arg
 
     def _slot_of(self, tensor: Tensor) -> int:
@@ -223,10 +224,6 @@ class _Recorder(TorchDispatchMode):
         if len(found) != 1:
             raise _CannotRecordError("a tensor is neither an argument nor made on the way")
         return found[0]
-
-    def _address(self, tensor: Tensor) -> Address:
-        slot = self._slot_of(tensor)
-        return Address(slot, tensor.data_ptr() - self.starts[slot])
 
     def _view(self, output: Any) -> Any:
         if isinstance(output, list | tuple):

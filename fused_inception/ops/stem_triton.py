@@ -58,8 +58,8 @@ def forward(
     w1, w2, w3 = filters
     shape = _shape(filters, stem)
     if not save:
-        flat, b = filter_cache.packed(
-            [w2, w3], biases[1:], x.dtype,
+        flat, b = filter_cache.kept(
+            [w2, w3, *biases[1:]], (x.dtype,),
             lambda: launch_pack([shape.packing], [w2, w3], biases[1:], x.dtype)[0], save=False,
         )  # fmt: skip
         return _inference(x, w1, biases[0], flat, b, shape, stem), []
