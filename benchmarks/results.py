@@ -81,7 +81,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """Head and rows of a file that `pytest --benchmark-json`, `gpu_check` or `main` wrote.
 
-    Rows are those of `bench_library.py`; others are passed over.
+    Rows are those of `bench_googlenet.py`; others are passed over.
 
     Raises:
         ValueError: the file is none of these.

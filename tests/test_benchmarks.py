@@ -345,7 +345,7 @@ def test_pytest_run_leaves_numbers_of_what_is_right(tmp_path: Path) -> None:
     out = tmp_path / "run.json"
     which = ["-k", "5b-forward or 5b-gpu or 5a-forward", "--batches=1", "--dtype=fp32"]
     options = ["-q", "-rs", "--benchmark-max-time=0.01", f"--benchmark-json={out}", *which]
-    done = python("-c", RUN, "benchmarks/bench_library.py", *options)
+    done = python("-c", RUN, "benchmarks/bench_googlenet.py", *options)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
     assert "1 failed, 3 passed, 1 skipped" in done.stdout
     assert "AssertionError: fused, inference output: max error" in done.stdout
