@@ -145,6 +145,59 @@ class _Double(nn.Module):
         return 2 * x
 
 
+# layer, option, value, what `print` says
+SET_LATER: list[tuple[str, str, object, str]] = [
+    ("maxpool1", "dilation", 2, "has dilation 2"),
+    ("maxpool3", "dilation", (1, 2), "has dilation (1, 2)"),
+    ("avgpool", "output_size", 2, "has output_size 2"),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value", "reason"), SET_LATER)
+def test_options_of_pools_that_are_set_later(
+    tv: ModuleType, name: str, option: str, value: object, reason: str
+) -> None:
+    """Each by itself, and in the networks, whose operators for more than a layer step aside."""
+    x = torch.rand(1, 8, 20, 20)
+    theirs = tv.GoogLeNet(num_classes=3, aux_logits=False, init_weights=False)
+    pool, plain = theirs.get_submodule(name), copy.deepcopy(theirs.get_submodule(name))
+    fi.fuse_(theirs)
+    for layer in (pool, plain):
+        setattr(layer, option, value)
+    assert f"plain PyTorch: {reason}" in repr(pool)
+    torch.testing.assert_close(pool(x), plain(x))
+    fi.unfuse_(theirs)
+    assert type(pool) is type(plain)
+    assert getattr(pool, option) == value
+
+
+@pytest.mark.parametrize(("name", "option", "value", "reason"), SET_LATER)
+def test_operators_of_many_layers_step_aside(
+    name: str, option: str, value: object, reason: str
+) -> None:
+    network = fi.googlenet("paper", num_classes=3, aux_logits=False, image_size=64).eval()
+    pool, plain = network.get_submodule(name), nn.MaxPool2d(3, 2, ceil_mode=True)
+    if option == "output_size":
+        plain, network.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4096, 3)
+    for layer in (pool, plain):
+        setattr(layer, option, value)
+    assert f"{name} {reason}" in network.extra_repr()
+    x = torch.rand(1, 3, 64, 64)
+    y = network(x)
+    network.set_submodule(name, plain)
+    torch.testing.assert_close(y, network(x))
+
+
+def test_indices_that_are_asked_for_later(tv: ModuleType) -> None:
+    network = tv.GoogLeNet(num_classes=3, aux_logits=False, init_weights=False)
+    fi.fuse_(network)
+    network.maxpool1.return_indices = True
+    assert "plain PyTorch: returns indices" in repr(network.maxpool1)
+    x = torch.rand(1, 8, 9, 9)
+    want = torch.nn.functional.max_pool2d(x, 3, 2, ceil_mode=True, return_indices=True)
+    torch.testing.assert_close(network.maxpool1(x), want)
+
+
 @pytest.mark.parametrize("path", ["", "0.branch2.1"])
 def test_a_class_that_was_put_on_later_is_not_lost(path: str) -> None:
     model = nn.Sequential(inception("batch")) if path else inception("batch")

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 import fused_inception as fi
 from fused_inception.launches import Launch
-from tests.test_batch_norm_ops import DIMS, assert_same_step, block, draw_norms, norms, twin_of
+from tests.test_batch_norm_ops import (
+    DIMS,
+    assert_same_step,
+    block,
+    data,
+    draw_norms,
+    norms,
+    step,
+    twin_of,
+)
 
 
 def convolution() -> fi.ConvBlock:
@@ -147,6 +156,22 @@ def test_some_frozen_layers_in_training(device: torch.device) -> None:
     assert kernels["_conv2d_fwd_kernel"] == 2 * 6
     assert kernels["_batch_statistics_kernel"] == 2 * 4
     assert all(n.num_batches_tracked == (0 if n in frozen else 2) for n in norms(module))
+
+
+def test_one_layer_for_two_convolutions(device: torch.device) -> None:
+    """It counts and averages twice in training: one launch that did both would be a race."""
+    module, twin = block().to(device), twin_of(block()).to(device)
+    for of in (module, twin):
+        of.branch1.bn = of.branch3[1].bn
+    twin.load_state_dict(module.state_dict())
+    assert "plain PyTorch: BatchNorm layers share their running statistics" in repr(module)
+    x, dy = (t.to(device) for t in data(0))
+    with fi.backend("triton"):
+        got = step(module, x, dy)
+    torch.testing.assert_close(got, step(twin, x, dy), rtol=1e-3, atol=1e-4)
+    assert module.branch1.bn.num_batches_tracked == 2
+    module.eval()
+    assert module.is_fused
 
 
 def test_half_of_a_pair_is_plain_pytorch() -> None:

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 import fused_inception as fi
 from tests.networks import Networks, Results, assert_networks_agree, on_some_draw
+from tests.test_modules import twins, variants
 from tests.tolerances import assert_within_l2
 
 LABELS = torch.tensor([7])
@@ -73,6 +75,22 @@ def test_odd_image_sizes(side: int) -> None:
         want = networks.exact(x)
     for name, ours, exact, theirs in zip(want._fields, got, want, baseline, strict=True):
         assert_within_l2(name, ours, exact, theirs)
+
+
+@variants
+@pytest.mark.parametrize("name", ["aux1", "aux2"])
+def test_one_head_alone(variant: str, name: str) -> None:
+    """As torchvision's network has it: None in the place of the one that was taken out."""
+    found = []
+    for network in twins(variant):
+        setattr(network, name, None)
+        draw = torch.Generator().manual_seed(0)
+        outputs = network(torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=draw))
+        assert getattr(outputs, name.replace("aux", "aux_logits")) is None
+        found.append([y for y in outputs if y is not None])
+        assert isinstance(network.eval()(torch.zeros(2, 3, 64, 64).double()), Tensor)
+    assert len(found[0]) == 2
+    torch.testing.assert_close(*found)
 
 
 def test_export_for_any_batch() -> None:

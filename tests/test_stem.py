@@ -136,6 +136,20 @@ class TestChangesInTheStem:
         self.network.norm2 = nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0)
         self.check("norm2 is a torch.nn.modules.normalization.LocalResponseNorm")
 
+    @pytest.mark.parametrize("number", [1, 2, 3])
+    def test_batch_norm(self, number: int) -> None:
+        name = f"conv{number}"
+        conv = getattr(self.network, name).conv
+        block = fi.ConvBlock(
+            conv.in_channels, conv.out_channels, kernel_size=conv.kernel_size[0],
+            stride=conv.stride[0], padding=conv.padding[0], norm="batch", eps=0.0,
+        )  # fmt: skip
+        with torch.no_grad():
+            block.conv.weight.copy_(conv.weight)
+            block.bn.bias.copy_(conv.bias)
+        setattr(self.network, name, block.eval())
+        self.check(f"{name} has batch norm")
+
     def test_another_convolution(self) -> None:
         conv = nn.Conv2d(64, 64, 3, padding=1)
         with torch.no_grad():

@@ -14,9 +14,9 @@ from fused_inception.geometry import why_no_conv_kernel, why_no_pool_kernel
 from fused_inception.nn.adoption import adopt
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import ConvBlock, change_of, change_of_conv
-from fused_inception.nn.head import GlobalAvgPool2d
+from fused_inception.nn.head import GlobalAvgPool2d, change_of_mean
 from fused_inception.nn.inception import Inception, change_inside
-from fused_inception.nn.pooling import MaxPool2d
+from fused_inception.nn.pooling import MaxPool2d, change_of_pool
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,16 @@ def _conv_block_obstacle(block: Any, norm: str | None) -> str | None:
 
 
 def _max_pool_obstacle(pool: Any) -> str | None:
-    if pool.return_indices:
-        return "returns indices"
-    for name in ("kernel_size", "stride", "padding", "dilation"):
+    change = change_of_pool(pool)
+    if change is not None:
+        return change
+    for name in ("kernel_size", "stride", "padding"):
         value = getattr(pool, name)
         if not isinstance(value, int) and len(set(value)) != 1:
             return f"has {name} {value}"
-    if pool.dilation not in (1, (1, 1)):
-        return f"has dilation {pool.dilation}"
     kernel = pool.kernel_size if isinstance(pool.kernel_size, int) else pool.kernel_size[0]
     reason = why_no_pool_kernel(kernel)
     return reason and f"has {reason}"
-
-
-def _average_obstacle(pool: Any) -> str | None:
-    if pool.output_size in (1, (1, 1), [1, 1]):
-        return None
-    return f"has output_size {pool.output_size}"
 
 
 def checked(obstacle: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
@@ -177,5 +170,5 @@ def _odd_tensor(block: nn.Module) -> str | None:
 # layers of PyTorch that are fused where they are children of a known network
 POOLS: dict[type[nn.Module], Entry] = {
     nn.MaxPool2d: leaf("nn.MaxPool2d", MaxPool2d, _max_pool_obstacle),
-    nn.AdaptiveAvgPool2d: leaf("nn.AdaptiveAvgPool2d", GlobalAvgPool2d, _average_obstacle),
+    nn.AdaptiveAvgPool2d: leaf("nn.AdaptiveAvgPool2d", GlobalAvgPool2d, change_of_mean),
 }

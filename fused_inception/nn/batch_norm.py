@@ -13,8 +13,10 @@ TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked
 
 
 def mixture_of(norms: list[Any]) -> str | None:
-    """Why BatchNorm layers cannot run as one operator: they differ; None where they do not."""
-    present = [*map(_present, norms)]
+    """Why BatchNorm layers cannot run as one operator: they differ, or in training write to the
+    same statistics; None where they can."""
+    tensors = [*map(_tensors, norms)]
+    present = [tuple([t is not None for t in of]) for of in tensors]
     if len(norms) > 1:
         options = [*map(_options, norms)]
         if any(of.count(of[0]) != len(norms) for of in (options, present)):
@@ -22,6 +24,8 @@ def mixture_of(norms: list[Any]) -> str | None:
                 for name, *values in zip(names, *of, strict=True):
                     if any(value != values[0] for value in values):
                         return f"BatchNorm layers differ in {name}"
+        if present[0][2] and norms[0].training and len({id(of[2]) for of in tensors}) < len(norms):
+            return "BatchNorm layers share their running statistics"
     weight, bias, mean, variance, _ = present[0]
     if weight != bias:
         return "BatchNorm has one of weight and bias"
@@ -76,10 +80,6 @@ def keep_finite(before: list[tuple[Any, Tensor, Tensor]]) -> None:
 
 def _options(norm: Any) -> tuple[Any, ...]:
     return norm.training, norm.eps, norm.momentum, norm.track_running_stats
-
-
-def _present(norm: Any) -> tuple[bool, ...]:
-    return tuple([t is not None for t in _tensors(norm)])
 
 
 def _tensors(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:

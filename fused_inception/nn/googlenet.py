@@ -137,13 +137,12 @@ class GoogLeNet(nn.Module):
         x = stem(x, self._stem())
         x, _ = stage(x, stage3, {})
         x, read = stage(x, stage4, readers)
-        aux = [head(y) for head, y in zip(readers.values(), read, strict=True)]
+        aux = {name: head(y) for (name, head), y in zip(readers.items(), read, strict=True)}
         x, _ = stage(x, stage5, {})
         logits = self.fc(x)
         if not aux:
             return logits
-        aux1, aux2 = aux
-        return GoogLeNetOutputs(logits=logits, aux_logits2=aux2, aux_logits1=aux1)
+        return GoogLeNetOutputs(logits, aux.get("inception4d"), aux.get("inception4a"))
 
     def _stem(self) -> list[nn.Module | None]:
         """conv1 to maxpool2."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_inception import functional
@@ -25,7 +26,11 @@ class _Layer(nn.Module):
     @property
     def path(self) -> str:
         """For `print`."""
-        return aten_path(self._no_kernel()) or FUSED
+        return self._obstacle() or aten_path(self._no_kernel()) or FUSED
+
+    def _obstacle(self) -> str | None:
+        """Why PyTorch's own function runs instead of the operator."""
+        return None
 
 
 class MaxPool2d(_Layer):
@@ -35,7 +40,13 @@ class MaxPool2d(_Layer):
         kernel_size, stride, padding, ceil_mode: as torch's; no stride means one window beside the
             other. Windows, strides and paddings that differ between height and width raise
             ValueError in forward.
+
+    One that `fuse_` has made of torch's layer runs as that where `dilation` or `return_indices` has
+    been set since.
     """
+
+    dilation: int | tuple[int, int] = 1
+    return_indices = False
 
     def __init__(
         self,
@@ -52,9 +63,17 @@ class MaxPool2d(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H_out, W_out]."""
+        if self._obstacle() is not None:
+            pool: Any = F.max_pool2d  # of indices, too, a tuple
+            window = self.kernel_size, self.stride, self.padding, self.dilation
+            return pool(x, *window, self.ceil_mode, self.return_indices)
         return functional.max_pool2d(
             x, self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode
         )
+
+    def _obstacle(self) -> str | None:
+        change = change_of_pool(self)
+        return change and f"plain PyTorch: {change}"
 
     def extra_repr(self) -> str:
         """Window and path, for `print`."""
@@ -160,8 +179,20 @@ class MaxPoolLRN2d(_NormAndPool):
         )
 
 
-def why_not_square(pool: Any) -> str | None:
-    """What keeps a `MaxPool2d` from having one `Window`; None where it has."""
+def change_of_pool(pool: Any) -> str | None:
+    """Options of torch's max pool that no fused operator has."""
+    if pool.return_indices:
+        return "returns indices"
+    if pool.dilation not in (1, (1, 1)):
+        return f"has dilation {pool.dilation}"
+    return None
+
+
+def why_no_window(pool: Any) -> str | None:
+    """What keeps a `MaxPool2d` from being a fused operator with one `Window`; None where it is."""
+    change = change_of_pool(pool)
+    if change is not None:
+        return change
     sizes = (pool.kernel_size, pool.stride, pool.padding)
     if all(isinstance(size, int) for size in sizes):
         return None
@@ -193,7 +224,7 @@ def norm_then_pool(x: Tensor, norm: nn.Module | None, pool: nn.Module) -> Tensor
 
 def _is_pair(pool: nn.Module, norm: nn.Module) -> bool:
     changes = global_hook() or change_of(pool, MaxPool2d) or change_of(norm, LocalResponseNorm)
-    return changes is None
+    return changes is None and change_of_pool(pool) is None
 
 
 def _window_of(pool: nn.Module, norm: nn.Module) -> tuple[Any, Any, Any]:

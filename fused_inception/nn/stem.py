@@ -14,7 +14,7 @@ from fused_inception.nn.pooling import (
     norm_then_pool,
     pool_then_norm,
     square_window,
-    why_not_square,
+    why_no_window,
 )
 
 # the layers in their order, by their names in the network
@@ -64,7 +64,7 @@ def obstacle(layers: Sequence[Any]) -> str | None:
         if change is None and expected is ConvBlock:
             change = _change_of_conv(layer, {"conv2": 1, "conv3": 3}.get(name))
         if change is None and expected is MaxPool2d:
-            change = why_not_square(layer)
+            change = why_no_window(layer)
         if change is not None:
             return f"{name} {change}"
     return None
@@ -73,6 +73,8 @@ def obstacle(layers: Sequence[Any]) -> str | None:
 def _change_of_conv(block: ConvBlock, kernel: int | None) -> str | None:
     """What the operator takes for granted: with `kernel`, that the convolution is of this size and
     keeps that of its input; without, that it is conv1."""
+    if block.norm is not None:
+        return "has batch norm"
     if not block.is_fused:
         return "is plain PyTorch"
     conv, padding = block.conv, (kernel or 0) // 2

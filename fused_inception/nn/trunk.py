@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from fused_inception import functional
 from fused_inception.nn.auxiliary import InceptionAux
 from fused_inception.nn.conv_block import change_of, global_hook
-from fused_inception.nn.head import GlobalAvgPool2d, pool_then_dropout
+from fused_inception.nn.head import GlobalAvgPool2d, change_of_mean, pool_then_dropout
 from fused_inception.nn.inception import Inception, parameters_of
-from fused_inception.nn.pooling import MaxPool2d, square_window, why_not_square
+from fused_inception.nn.pooling import MaxPool2d, square_window, why_no_window
 
 # the layers in their order, by their names in the network; an operator for each stage gives back
 # what it keeps for backward as soon as its own has run
@@ -93,7 +93,9 @@ def obstacle(layers: Mapping[str, Any], readers: Iterable[Any]) -> str | None:
             elif not layer.is_fused:
                 change = "is plain PyTorch"
         if change is None and isinstance(layer, MaxPool2d):
-            change = why_not_square(layer)
+            change = why_no_window(layer)
+        if change is None and isinstance(layer, GlobalAvgPool2d):
+            change = change_of_mean(layer)
         if change is not None:
             return f"{name} {change}"
     # a hook there may look at the gradient of the map, of which the operator adds up the parts

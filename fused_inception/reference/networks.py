@@ -16,11 +16,12 @@ from fused_inception.reference.modules import (
 
 
 class GoogLeNetOutputs(NamedTuple):
-    """What a network with auxiliary classifiers returns in training; each is [N, num_classes]."""
+    """What a network with auxiliary classifiers returns in training; each is [N, num_classes], and
+    None where one of the classifiers was taken out."""
 
     logits: Tensor
-    aux_logits2: Tensor
-    aux_logits1: Tensor
+    aux_logits2: Tensor | None
+    aux_logits1: Tensor | None
 
 
 class GoogLeNet(nn.Module):
@@ -128,7 +129,7 @@ class GoogLeNet(nn.Module):
         x = self.inception5b(x)
         x = torch.flatten(self.avgpool(x), 1)
         logits = self.fc(self.dropout(x))
-        if aux1 is None or aux2 is None:
+        if aux1 is None and aux2 is None:
             return logits
         return GoogLeNetOutputs(logits=logits, aux_logits2=aux2, aux_logits1=aux1)
 
