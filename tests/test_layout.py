@@ -101,6 +101,14 @@ def test_others_are_copied(change: Callable[[Tensor], Tensor], reason: str) -> N
     assert why_not_in_place(y) is None
 
 
+def test_pixels_far_apart_are_copied() -> None:
+    """Their distances from the first of a tile would not fit 32 bits."""
+    far = 2**20 + 8
+    x = torch.empty(2 * far).as_strided((1, 8, 1, 2), (2 * far, 1, 2 * far, far)).fill_(3)
+    assert why_not_in_place(x) == f"pixels are {far} elements apart, more than {2**20}"
+    assert for_kernels(x).stride(3) == 8
+
+
 def test_every_second_column_is_evenly_spaced() -> None:
     """Its pixels are 2 * 24 elements apart throughout: a slice like any other."""
     x = filled((2, 24, 6, 4))[:, :, :, ::2]

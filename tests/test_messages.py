@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -24,6 +25,70 @@ def test_what_is_wrong_with_an_input_is_said_of_it() -> None:
         network(torch.rand(1, 1, 96, 96))
     with pytest.raises(ValueError, match=r"a map of 4x4 gives 128 features, and fc1 takes 512"):
         network(torch.rand(1, 3, 64, 64))
+
+
+F = fi.functional
+X, W, B = torch.rand(1, 8, 6, 6), torch.rand(8, 8, 1, 1), torch.rand(8)
+MODULE = [t for side in (1, 1, 3, 1, 3, 1) for t in (torch.rand(8, 8, side, side), B)]
+STEM = [torch.rand(8, 8, 3, 3), B, W, B, torch.rand(8, 8, 3, 3), B]
+
+
+def but(parameters: list[torch.Tensor], place: int, value: Any = None) -> list[Any]:
+    return [*parameters[:place], value, *parameters[place + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: F.conv2d_relu(X, W, None), "bias must be a torch.Tensor, got NoneType"),
+        (lambda: F.conv2d_relu(X, [W], B), "weight must be a torch.Tensor, got list"),
+        (lambda: F.conv2d_relu(X, W, B, (1, 1)), r"stride must be an integer, got \(1, 1\)"),
+        (lambda: F.conv2d_relu(X, W, B, 1.0), "stride must be an integer, got 1.0"),
+        (lambda: F.conv2d_relu(X, W, B, padding="same"), "padding must be an integer, got 'same'"),
+        (lambda: F.inception(X, *but(MODULE, 1)), "b1 must be a torch.Tensor, got NoneType"),
+        (lambda: F.inception(X, *but(MODULE, 2)), "w3r must be a torch.Tensor, got NoneType"),
+        (lambda: F.inception(X, *but(MODULE, 8, "w")), "w5 must be a torch.Tensor, got str"),
+        (lambda: F.inception_trunk(X, [but(MODULE, 3)], pools={}), "module 0: b3r must be a torch"),
+        (lambda: F.googlenet_stem(X, *but(STEM, 2)), "w2 must be a torch.Tensor, got NoneType"),
+        (lambda: F.googlenet_stem(X, *STEM, stride=2.0), "stride must be an integer, got 2.0"),
+        (lambda: F.parallel_conv1x1_relu(X, [W, None], [B, B]), "weight must be a torch.Tensor"),
+        (lambda: F.parallel_conv1x1_relu(X, W, [B]), "weights must be a list or tuple, got Tensor"),
+        (lambda: F.max_pool2d(X, 3.0), "kernel_size must be an integer, got 3.0"),
+        (lambda: F.max_pool2d(X, None), "kernel_size must be an integer, got None"),
+        (lambda: F.max_pool2d(X, 3, (2, 2.5)), "stride must be an integer, got 2.5"),
+        (lambda: F.local_response_norm(X, 5.0), "size must be an integer, got 5.0"),
+        (
+            lambda: F.adaptive_avg_pool2d_conv1x1_relu(X, W, B, (4, 4)),
+            r"output_size must be an integer, got \(4, 4\)",
+        ),
+        (lambda: F.conv2d_bn_relu(X, W, B, "v", B, B), "running_vars must be a torch.Tensor, got"),
+        (lambda: F.conv2d_bn_relu(X, W, B, B, B, B, stride="1"), "stride must be an integer"),
+        (lambda: fi.precompile(None, X), "model must be a torch.nn.Module, got NoneType"),
+        (lambda: fi.precompile(torch.nn.Identity(), "x"), "x must be a torch.Tensor, got str"),
+        (lambda: fi.graphed(None, X), "model must be a torch.nn.Module, got NoneType"),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_and_no_number(call: Any, message: str) -> None:
+    """Also behind calls that were right."""
+    F.conv2d_relu(X, W, B, 1)
+    F.inception(X, *MODULE)
+    F.max_pool2d(X, 3)
+    F.local_response_norm(X, 5)
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    three, one = np.int64(3), np.int32(1)
+    torch.testing.assert_close(F.max_pool2d(X, three, one), F.max_pool2d(X, 3, 1))
+    torch.testing.assert_close(F.conv2d_relu(X, W, B, one), F.conv2d_relu(X, W, B))
+    norm = F.local_response_norm(X, three)
+    torch.testing.assert_close(norm, F.local_response_norm(X, 3))
+
+
+def test_sparse_maps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x must be a dense tensor, got the layout torch.sparse"):
+        F.global_avg_pool2d(X.to_sparse())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64, 64), (1, 4, 64, 64), (3, 64, 64)])

@@ -258,3 +258,17 @@ def test_powers_that_need_no_logarithm(beta: float, k: float, device: torch.devi
     torch.testing.assert_close(
         dx[:, first:], want_dx[:, first:], equal_nan=True, rtol=1e-6, atol=1e-9
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("beta", [2.0, 3.0, -1.0, 0.6])
+def test_whole_powers_of_sums_below_zero(beta: float, device: torch.device) -> None:
+    """They are numbers; of others torch has none either."""
+    x = torch.linspace(-3, 3, 16, device=device).reshape(1, 8, 1, 2).requires_grad_()
+    found = []
+    for library, backend in ((functional, "triton"), (reference, "torch")):
+        with fi.backend(backend):
+            y = library.local_response_norm(x, 3, 0.5, beta, -1.0)
+        found.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    torch.testing.assert_close(*found, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert found[0][0].isnan().any() == (beta == 0.6)

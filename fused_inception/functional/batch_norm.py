@@ -135,6 +135,7 @@ def conv2d_bn_relu(
     in eval as `conv2d_relu`. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
+    stride, padding = checks.integer("stride", stride), checks.integer("padding", padding)
     casts = autocasts(x)
     vectors = (running_mean,), (running_var,), (gamma,), (beta,), (batches_tracked,)
     options = training, momentum, eps, stride, padding

@@ -49,6 +49,7 @@ def conv2d_relu(
     the ATen path. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
+    stride, padding = checks.integer("stride", stride), checks.integer("padding", padding)
     casts = autocasts(x)
     once(
         checks.conv_parameters,
@@ -93,6 +94,9 @@ def parallel_conv1x1_relu(
     A double backward raises RuntimeError.
     """
     checks.image_batch(x)
+    for name, given in (("weights", weights), ("biases", biases)):
+        if not isinstance(given, list | tuple):
+            raise TypeError(f"{name} must be a list or tuple, got {type(given).__name__}")
     if not weights or len(weights) != len(biases):
         raise ValueError(
             "weights and biases must be as many, and at least one, "

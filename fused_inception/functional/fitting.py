@@ -30,16 +30,16 @@ def once(
     if torch.compiler.is_compiling():
         check(*arguments, casts=casts)
         return
-    description = (
-        *(check, options, casts),
-        tuple([None if t is None else t.shape for t in tensors]),
-        tuple([None if t is None else t.dtype for t in tensors]),
-        tuple([None if t is None else t.device for t in tensors]),
-    )
     try:
+        description = (
+            *(check, options, casts),
+            tuple([None if t is None else t.shape for t in tensors]),
+            tuple([None if t is None else t.dtype for t in tensors]),
+            tuple([None if t is None else t.device for t in tensors]),
+        )
         if description in _fitting:
             return
-    except TypeError:  # sizes of a tracer are no numbers
+    except (TypeError, AttributeError):  # sizes of a tracer are no numbers; what is no tensor
         check(*arguments, casts=casts)
         return
     check(*arguments, casts=casts)

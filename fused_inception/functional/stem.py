@@ -70,6 +70,7 @@ def googlenet_stem(
     """
     filters, biases = [w1, w2, w3], [b1, b2, b3]
     checks.image_batch(x)
+    stride, padding = checks.integer("stride", stride), checks.integer("padding", padding)
     casts, pools = autocasts(x), (pool1, pool2)
     once(
         checks.stem_parameters,

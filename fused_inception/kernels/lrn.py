@@ -40,6 +40,9 @@ def powers(s, BETA: tl.constexpr):
         return r, r * r
     elif BETA == 1.0:  # as well below 0
         return 1.0 / s, 1.0 / s
+    elif BETA % 1 == 0:  # these, too
+        power = tl.exp2(tl.log2(tl.abs(s)) * -BETA)
+        return tl.where((s < 0) & (BETA % 2 == 1), -power, power), 1.0 / s
     else:
         return tl.exp2(tl.log2(s) * -BETA), 1.0 / s
 

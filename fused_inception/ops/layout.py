@@ -7,6 +7,9 @@ from torch import Tensor
 
 from fused_inception.geometry import ALIGN, InceptionDims, NaiveDims, align_up
 
+# offsets within a tile, of up to 1024 pixels, have 32 bits
+FARTHEST = 2**20
+
 
 def empty_channels_last(
     n: int, c: int, h: int, w: int, *, dtype: torch.dtype, device: torch.device
@@ -56,7 +59,8 @@ def why_not_in_place(x: Tensor) -> str | None:
     """Why the Triton kernels cannot read `x` where it lies; None where they can.
 
     They read channels-last pixels at equal distances: a dense tensor or a channel slice of one,
-    with 8 k channels, pixels at multiples of 8 elements, the first at a multiple of 16 bytes.
+    with 8 k channels, pixels at multiples of 8 elements and not `FARTHEST` apart, the first at a
+    multiple of 16 bytes.
     """
     n, c, h, w = x.shape
     pixel = _pixel_stride(x)
@@ -66,6 +70,8 @@ def why_not_in_place(x: Tensor) -> str | None:
         return "channels are not last"
     if (h > 1 and x.stride(2) != w * pixel) or (n > 1 and x.stride(0) != h * w * pixel):
         return "pixels are not evenly spaced"
+    if pixel > FARTHEST:
+        return f"pixels are {pixel} elements apart, more than {FARTHEST}"
     if pixel % ALIGN != 0:
         return f"pixels are {pixel} elements apart, no multiple of {ALIGN}"
     # addresses exist at run time only; the implementation asks again there

@@ -43,6 +43,7 @@ def graphed(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
 
     Raises:
         ValueError: no CUDA tensors, or a hook on `model` in training mode.
+        TypeError: `model` is no module.
         RuntimeError: PyTorch could not capture: something in `model` waits for the GPU.
     """
     _check(model, x)
@@ -116,7 +117,9 @@ def _between_replays(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, x: Tensor) -> None:
-    """A graph is of one GPU."""
+    """A graph is of one module on one GPU."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(x, Tensor) or not x.is_cuda:
         came = f"a tensor on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"a CUDA graph needs an input on a CUDA device, got {came}")

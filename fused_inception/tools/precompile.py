@@ -72,12 +72,14 @@ def precompile(model: nn.Module, x: Tensor, *, workers: int | None = None) -> Pr
 
     Raises:
         RuntimeError: the model decides by values what it does, so it cannot be traced.
-        BackendError, TypeError: the backend in force cannot compute it.
+        BackendError, TypeError: the backend in force cannot compute it; no module, no tensor.
     """
     start = time.perf_counter()
+    model = unwrapped(model)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.device.type != "cuda":
         return PrecompileReport(reason=f"{x.device.type} tensors launch no compiled kernel")
-    model = unwrapped(model)
     training = model.training and torch.is_grad_enabled()
     calls = ahead.calls_of(model, x, training=training)
     if not any(call.launches for call in calls):
