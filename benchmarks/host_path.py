@@ -2,9 +2,11 @@
 
 Nothing is compiled or computed. Tensors lie in host memory; launches are found in their memory, or
 by Triton, as for a GPU, with a stub where the compiled kernel would be. Left out are the driver's
-own launch and CUDA's allocator. Totals are processor time of the calling
-thread; parts are timed in rounds of their own by clocks that make their sum larger. Of all rounds
-the fastest counts: what else the machine does only adds.
+own launch and CUDA's allocator. Beside it stands what plain PyTorch takes for the layers of
+modules on the CPU, in fp32, 8 channels wide, where to compute is next to nothing.
+
+Totals are processor time of the calling thread; parts are timed in rounds of their own by clocks
+that make their sum larger. Of all rounds the fastest counts: what else the machine does only adds.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from torch import nn
 import fused_inception as fi
 from benchmarks.environment import environment
 from benchmarks.results import write
-from fused_inception import kernels, ops, tuning
+from fused_inception import kernels, ops, reference, tuning
 from fused_inception.geometry import GOOGLENET
 from fused_inception.ops import replay
 from fused_inception.tools.options import positive
@@ -37,6 +39,7 @@ TARGET = "sm_90"
 CALLS = 8  # of a round
 # one compiles, one finds that filters are kept, one records
 CALLS_UNTIL_REPLAYED = 3
+NARROW = (8,) * 7  # the widths of a module whose layers are all but free
 # innermost last: the time of a part is without the parts inside it
 PARTS = {
     "module": "modules, checks, autograd, operators",
@@ -59,6 +62,7 @@ class Row:
     total_us: float  # of scripts that are run
     parts_us: dict[str, float]
     replayed_us: float  # in all, where they are replayed
+    plain_us: float | None = None  # PyTorch's own operators for the same layers
 
     @property
     def ours_us(self) -> float:
@@ -165,7 +169,10 @@ def problems() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     """Modules and inputs by name, in bf16."""
     dims = GOOGLENET["3a"]
     c = dims.in_channels
-    network = fi.googlenet("paper", num_classes=1, aux_logits=False, image_size=64, dropout=0.0)
+    paper, torchvision = (
+        fi.googlenet(variant, num_classes=1, aux_logits=False, image_size=64, dropout=0.0)
+        for variant in ("paper", "torchvision")
+    )
     each: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
         "module": (fi.Inception(*dims.widths), (1, c, SIDE, SIDE)),
         "module with BatchNorm": (fi.Inception(*dims.widths, norm="batch"), (2, c, SIDE, SIDE)),
@@ -177,8 +184,11 @@ def problems() -> dict[str, tuple[nn.Module, torch.Tensor]]:
         "max pool": (fi.MaxPool2d(3, 2, ceil_mode=True), (1, c, SIDE, SIDE)),
         "norm and max pool": (fi.LRNMaxPool2d(5, 3, 2, ceil_mode=True), (1, c, SIDE, SIDE)),
         "global pool": (fi.GlobalAvgPool2d(), (1, c, SIDE, SIDE)),
-        "network": (network, (1, 3, 64, 64)),
+        "network": (paper, (1, 3, 64, 64)),
+        "network with BatchNorm": (torchvision, (2, 3, 64, 64)),
     }
+    # the library's, which would really compute
+    paper.fc = torchvision.fc = nn.Identity()  # type: ignore[assignment]
     channels_last = torch.channels_last
     return {
         name: (
@@ -186,6 +196,18 @@ def problems() -> dict[str, tuple[nn.Module, torch.Tensor]]:
             torch.rand(shape).to(torch.bfloat16, memory_format=channels_last),
         )
         for name, (module, shape) in each.items()
+    }
+
+
+def plain_problems() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    """The modules in plain PyTorch, narrow, with inputs."""
+    channels_last: Any = {"memory_format": torch.channels_last}
+    return {
+        name: (
+            reference.Inception(*NARROW, norm=norm).to(**channels_last),
+            torch.rand(images, NARROW[0], SIDE, SIDE).to(**channels_last),
+        )
+        for name, norm, images in (("module", None, 1), ("module with BatchNorm", "batch", 2))
     }
 
 
@@ -223,6 +245,13 @@ def microseconds(prepare: Callable[[], Any], run: Callable[[Any], Any], rounds: 
 
 def measure(rounds: int, names: list[str] | None = None) -> Iterator[Row]:
     """One row per operator and direction."""
+    torch.set_num_threads(1)  # others wait in turns, which the clock counts
+    plain = {
+        (name, direction): microseconds(prepare, run, rounds)
+        for name, (module, x) in plain_problems().items()
+        if not names or name in names
+        for direction, (prepare, run) in pieces(module, x).items()
+    }
     with no_driver():
         for name, (module, x) in problems().items():
             if names and name not in names:
@@ -240,7 +269,8 @@ def measure(rounds: int, names: list[str] | None = None) -> Iterator[Row]:
                     for _ in range(CALLS_UNTIL_REPLAYED):
                         run(prepare())
                     replayed = microseconds(prepare, run, rounds)
-                yield Row(name, direction, launches, total, parts, replayed)
+                beside = plain.get((name, direction))
+                yield Row(name, direction, launches, total, parts, replayed, beside)
 
 
 def _parts(prepare: Callable[[], Any], run: Callable[[Any], Any], rounds: int) -> dict[str, float]:
@@ -259,16 +289,19 @@ def _parts(prepare: Callable[[], Any], run: Callable[[Any], Any], rounds: int) -
 
 
 def table(rows: list[Row]) -> str:
-    """Microseconds of a call, the last but one column of a launch; the last column is a call whose
-    script is replayed, all others one whose script is run."""
+    """Microseconds of a call, with "ours/launch" of a launch; "replayed" is a call whose script is
+    replayed, those before one whose script is run; "plain" are PyTorch's own layers."""
     head = f"{'operator':<27}{'direction':<10}{'launches':>9}{'total':>8}"
     lines = [
-        head + "".join(f"{part:>11}" for part in PARTS) + f"{'ours/launch':>13}{'replayed':>10}"
+        head
+        + "".join(f"{part:>11}" for part in PARTS)
+        + f"{'ours/launch':>13}{'replayed':>10}{'plain':>8}"
     ]
     for row in rows:
         parts = "".join(f"{row.parts_us[part]:>11.1f}" for part in PARTS)
         start = f"{row.op:<27}{row.direction:<10}{row.launches:>9}{row.total_us:>8.0f}"
-        lines.append(f"{start}{parts}{row.ours_us:>13.1f}{row.replayed_us:>10.0f}")
+        plain = "-" if row.plain_us is None else f"{row.plain_us:.0f}"
+        lines.append(f"{start}{parts}{row.ours_us:>13.1f}{row.replayed_us:>10.0f}{plain:>8}")
     return "\n".join(lines)
 
 

@@ -258,16 +258,23 @@ def test_without_a_graph_our_launches_cost_what_the_host_was_measured_to_take():
     device = dataclasses.replace(
         H200,
         host_seconds=cost.Figure(1.0, True, ""),
+        compiled_host_seconds=cost.Figure(2.0, True, ""),
         our_host_seconds=cost.Figure(10.0, True, ""),
+        our_host_norm_seconds=cost.Figure(20.0, True, ""),
         our_host_training_seconds=cost.Figure(100.0, True, ""),
     )
     inference = cost.network(batch=1, plan="fused", training=False)
     assert inference.eager_seconds(device) == 9 * 26 + inference.launches()
-    ours, theirs = (cost.network(batch=1, plan=plan) for plan in ("fused", "compiled"))
+    assert inference.eager_seconds(device, norm=True) == 19 * 26 + inference.launches()
+    ours, eager, compiled = (
+        cost.network(batch=1, plan=plan) for plan in ("fused", "eager", "compiled")
+    )
     launches = ours.launches("triton", "packing")
     assert 0 < launches < ours.launches()
-    assert ours.eager_seconds(device) == 99 * launches + ours.launches()
-    assert theirs.eager_seconds(device) == theirs.launches()
+    for norm in (False, True):
+        assert ours.eager_seconds(device, norm=norm) == 99 * launches + ours.launches()
+    assert eager.eager_seconds(device) == eager.launches()
+    assert compiled.eager_seconds(device) == 2 * compiled.launches()
     # never less than the kernels themselves
     large = cost.network(batch=512, plan="fused")
     assert large.eager_seconds(H200) == large.seconds(H200)

@@ -52,9 +52,19 @@ def test_operators_launch_without_a_driver(tmp_path: Path) -> None:
         ("max pool", "forward"): 1,
         ("max pool", "backward"): 1,
     }
+    assert {row["plain_us"] for row in rows} == {None}
     for row in rows:
         assert row["parts_us"].keys() == PARTS.keys()
         assert min(row["parts_us"].values()) > 0, row
+
+
+def test_plain_modules_are_timed_beside_ours(tmp_path: Path) -> None:
+    out = tmp_path / "host.json"
+    result = host_path("--rounds", "1", "--only", "module with BatchNorm", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["direction"] for row in rows] == ["inference", "forward", "backward"]
+    assert all(row["plain_us"] > 10 for row in rows)
 
 
 def test_an_unknown_operator_is_named() -> None:

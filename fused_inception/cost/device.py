@@ -34,7 +34,9 @@ class Device:
     cache_bytes: Figure  # of the L2 cache, as far as one kernel finds what another left
     launch_seconds: Figure  # a kernel inside a CUDA graph takes at least so long
     host_seconds: Figure  # CPU time of an operator of PyTorch that is launched on its own
+    compiled_host_seconds: Figure  # likewise of a kernel of a compiled graph
     our_host_seconds: Figure  # CPU time of our operators for each kernel, in inference
+    our_host_norm_seconds: Figure  # likewise with BatchNorm, folded
     our_host_training_seconds: Figure  # likewise in a training step, autograd's included
     tile_seconds: Figure  # prologue and epilogue of a tile, not hidden by its neighbours
     memory_share: Figure  # kernels that are bound by memory
@@ -72,12 +74,13 @@ H200 = Device(
     stream_rate=_assumed(8.0e12, "between 5.5e12 and 10e12; matters most of all that is assumed"),
     cache_bytes=_assumed(30e6, "half of 60 MB: each half of the chip keeps a copy of its own"),
     launch_seconds=_assumed(1.75e-6, "usual for CUDA graphs on this generation"),
-    host_seconds=_assumed(5e-6, "usual for eager PyTorch on a server's CPU"),
-    our_host_seconds=_measured(
-        32e-6,
-        "benchmarks.host_path, replayed, the paper's network: a CPU, two shared cores, no driver",
+    host_seconds=_measured(
+        7e-6, "benchmarks.host_path, plain PyTorch's modules: a CPU, two shared cores, no driver"
     ),
-    our_host_training_seconds=_measured(35e-6, "the same"),
+    compiled_host_seconds=_assumed(5e-6, "less than eager PyTorch, which asks autograd as well"),
+    our_host_seconds=_measured(24e-6, "benchmarks.host_path, replayed, the same CPU: networks"),
+    our_host_norm_seconds=_measured(51e-6, "the same"),
+    our_host_training_seconds=_measured(24e-6, "the same"),
     tile_seconds=_assumed(0.4e-6, "pipeline start, epilogue and store of one tile"),
     memory_share=_assumed(0.85, "streaming kernels usually reach 0.8 to 0.9 of a copy"),
     scatter_share=_assumed(0.5, "pooling with 8-byte indices, atomic additions"),

@@ -186,13 +186,16 @@ class Cost:
         """Predicted seconds inside a CUDA graph."""
         return sum(seconds for _, seconds in self.timeline(device))
 
-    def eager_seconds(self, device: Device) -> float:
-        """Predicted seconds where the CPU launches every kernel."""
+    def eager_seconds(self, device: Device, *, norm: bool = False) -> float:
+        """Predicted seconds where the CPU launches every kernel; `norm` says whether convolutions
+        have BatchNorm."""
         ours = self.launches(*OURS)
-        trains = any(op.phase == BACKWARD for op in self.ops)
-        each = device.our_host_training_seconds if trains else device.our_host_seconds
-        host = ours * each.value
-        host += (self.launches() - ours) * device.host_seconds.value
+        compiled = self.launches("inductor") > 0
+        theirs = device.compiled_host_seconds if compiled else device.host_seconds
+        each = device.our_host_norm_seconds if norm else device.our_host_seconds
+        if any(op.phase == BACKWARD for op in self.ops):
+            each = device.our_host_training_seconds
+        host = ours * each.value + (self.launches() - ours) * theirs.value
         return max(self.seconds(device), host)
 
 

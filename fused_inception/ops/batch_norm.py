@@ -133,8 +133,21 @@ class _Family:
         *options: Any,
     ) -> Tensor:
         *geometry, eps = options
-        weights, biases = kept_folded(filters, gammas, betas, means, variances, eps)
-        return self.with_biases(x, weights, biases, geometry, False)[0]
+        arguments = filters, gammas, betas, means, variances, eps
+        if geometry:
+            weights, biases = kept_folded(*arguments)
+            return self.with_biases(x, weights, biases, geometry, False)[0]
+        from fused_inception.ops import inception_triton
+
+        def pack() -> inception_triton.Packed:
+            weights, biases = fold(*arguments)
+            modules = [dims], [weights], [biases]
+            # what is folded is kept here, not there
+            return inception_triton.packed_modules(*modules, x.dtype, save=True)[0]
+
+        dims, tensors = dims_of(filters), [*filters, *gammas, *betas, *means, *variances]
+        packed = filter_cache.kept(tensors, (eps, x.dtype), pack, save=False)
+        return inception_triton.forward_of_packed(x, dims, packed, False)[0]
 
     def with_biases(
         self,

@@ -31,7 +31,7 @@ def report(variant: str, *, batch: int, image_size: int, dtype: str, device: Dev
         "",
         *_layer_table(network, plans, batch, device),
         "",
-        *_totals(plans, inference, batch, device),
+        *_totals(plans, inference, batch, device, norm=network.norm),
         "",
         *_assumptions(device),
     ]
@@ -116,7 +116,12 @@ def _layer_seconds(cost: Cost, device: Device) -> dict[str, float]:
 
 
 def _totals(
-    training: dict[str, Cost], inference: dict[str, Cost], batch: int, device: Device
+    training: dict[str, Cost],
+    inference: dict[str, Cost],
+    batch: int,
+    device: Device,
+    *,
+    norm: bool,
 ) -> list[str]:
     rows: list[Sequence[str]] = [
         ("", "plan", "launches", "Triton", "packing", "saved", "moved", "GFLOP",
@@ -138,7 +143,7 @@ def _totals(
                     f"{(total.read_bytes + total.write_bytes) / 1e9:.2f}",
                     f"{total.flops / 1e9:,.1f}",
                     f"{seconds * 1e3:.3f}",
-                    f"{total.eager_seconds(device) * 1e3:.3f}",
+                    f"{total.eager_seconds(device, norm=norm) * 1e3:.3f}",
                     f"{batch / seconds:,.0f}",
                 )
             )
