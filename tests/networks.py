@@ -118,8 +118,9 @@ def on_some_draw(agree: Callable[[], None]) -> None:
     """`agree`, which draws its data, holds on one of a few draws.
 
     In fp32 a gate that rounding flips in one network and not in another moves gradients a thousand
-    times as far as rounding does. It is rare in a small network: what is right meets a draw
-    without, what is wrong fails on all.
+    times as far as rounding does; in 16 bits it moves a small one by a fifth. Which flip depends on
+    the order in which a processor adds up. It is rare in a small network: what is right meets a
+    draw without, what is wrong fails on all.
     """
     for draw in range(DRAWS):
         try:

@@ -27,10 +27,7 @@ def test_training_step_of_the_paper_network(dtype: torch.dtype, device: torch.de
         want = Results.of(networks.exact, x, labels)
         assert_networks_agree(got, want, Results.of(networks.theirs, x.to(dtype), labels))
 
-    if dtype == torch.float32:
-        on_some_draw(agree)
-    else:
-        agree()
+    on_some_draw(agree)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
