@@ -40,7 +40,10 @@ def _speedups(measured: Measured) -> Any:
     dtypes = sorted({key[3] for key in speedups})
     rows = [(dtype, norm) for dtype in dtypes for norm in (False, True)]
     rows = [r for r in rows if any((r[0], r[1]) == (k[3], k[0].endswith("-bn")) for k in speedups)]
-    figure = _figure(12, 1 + 2.6 * len(rows), f"Speed-up over the best other, {measured.device}")
+    # backward has no graphs: a colour means the same in panels that lack a line
+    series = sorted({(batch, graph) for _, batch, _, _, graph in speedups})
+    figure = _figure(12, 1.4 + 2.6 * len(rows), f"Speed-up over the best other, {measured.device}")
+    lines: dict[str, Any] = {}
     panels = figure.subplots(len(rows), len(DIRECTIONS), squeeze=False, sharey="row")
     for (dtype, norm), line in zip(rows, panels, strict=True):
         for direction, axes in zip(DIRECTIONS, line, strict=True):
@@ -50,15 +53,16 @@ def _speedups(measured: Measured) -> Any:
                 if (way, of, case.endswith("-bn")) == (direction, dtype, norm)
             }
             cases = sorted({case for case, _, _ in some})
-            series = sorted({(batch, graph) for _, batch, graph in some})
             for i, (batch, graph) in enumerate(series):
                 points = [(c, some[c, batch, graph]) for c in cases if (c, batch, graph) in some]
-                axes.plot(
+                name = f"N = {batch}{', graphs' if graph else ''}"
+                drawn = axes.plot(
                     [cases.index(c) for c, _ in points],
                     [value for _, value in points],
                     marker="o", markersize=3.5, linestyle="--" if graph else "-",
-                    color=f"C{i}", label=f"N = {batch}{', graphs' if graph else ''}",
+                    color=f"C{i}", label=name,
                 )  # fmt: skip
+                lines.setdefault(name, *drawn)
             axes.axhline(1.0, color="black", linewidth=0.8)
             axes.set_xticks(range(len(cases)), cases)
             axes.set_title(f"{direction}, {'BatchNorm' if norm else 'bias'}, {dtype}", fontsize=10)
@@ -66,9 +70,7 @@ def _speedups(measured: Measured) -> Any:
         # the panels of a line share it
         most = max(v for k, v in speedups.items() if (k[3], k[0].endswith("-bn")) == (dtype, norm))
         line[0].set(ylabel="times as fast", ylim=(0, 1.1 * max(1.0, most)))
-        handles, labels = line[0].get_legend_handles_labels()
-        if handles:
-            line[-1].legend(handles, labels, fontsize=8, loc="lower left")
+    figure.legend(handles=lines.values(), loc="outside lower center", ncols=len(lines), fontsize=8)
     return figure
 
 
@@ -97,7 +99,7 @@ def _roofline(measured: Measured) -> Any:
              ylabel="FLOP/s")  # fmt: skip
     _roofs(axes, measured, [x for places in points.values() for x, _ in places])
     axes.grid(alpha=0.3, which="both", linewidth=0.4)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

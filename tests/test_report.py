@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def rows_of(
     return rows
 
 
+def result_file(folder: Path, name: str, items: dict[str, Any], complete: bool = True) -> None:
+    """One part's."""
+    session = {"command": "none", "environment": SYNTHETIC, "seconds": 12.0}
+    content = {"part": name, "complete": complete, "at": None, "options": {}}
+    write(folder / f"{name}.json", content | {"sessions": [session], "items": items})
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Every target is met, but for a module in which something is faster."""
@@ -43,10 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
     gpu = torch.device("cuda")
 
-    def part(name: str, items: dict[str, Any], complete: bool = True) -> None:
-        session = {"command": "none", "environment": SYNTHETIC, "seconds": 12.0}
-        content = {"part": name, "complete": complete, "at": None, "options": {}}
-        write(tmp_path / f"{name}.json", content | {"sessions": [session], "items": items})
+    part = partial(result_file, tmp_path)
 
     network = {}
     for batch in (1, 8, 32, 256):

@@ -54,11 +54,12 @@ def draw_speed_ups(path: Path, title: str, results: Sequence[BlockResult]) -> No
                 marker="o", markersize=4, label=f"N = {batch}",
             )  # fmt: skip
         axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set(title=mode, ylabel="times as fast as eager")
-        axes.set_ylim(bottom=0)
+        most = max(1.0, *(r.times_as_fast for r in results if r.mode == mode))
+        axes.set(title=mode, ylabel="times as fast as eager", ylim=(0, 1.1 * most))
         axes.grid(alpha=0.3)
     panels[-1].set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", fontsize=8)
-    panels[0].legend(fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(batches), fontsize=8)
     _save(figure, path)
 
 

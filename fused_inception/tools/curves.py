@@ -13,7 +13,7 @@ def draw_curves(history: Sequence[dict[str, Any]], title: str, path: Path) -> No
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2)
     for axes, name, factor, label in zip(
@@ -23,7 +23,7 @@ def draw_curves(history: Sequence[dict[str, Any]], title: str, path: Path) -> No
             values = [factor * row[f"{part}_{name}"] for row in history]
             axes.plot(epochs, values, marker="o", markersize=3, color=colour, label=part)
         axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right" if name == "loss" else "lower right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
