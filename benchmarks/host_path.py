@@ -28,7 +28,7 @@ from torch import nn
 
 import fused_inception as fi
 from benchmarks.environment import environment
-from benchmarks.results import write
+from benchmarks.results import write_or_exit
 from fused_inception import kernels, ops, reference, tuning
 from fused_inception.geometry import GOOGLENET
 from fused_inception.ops import replay
@@ -293,6 +293,7 @@ def table(rows: list[Row]) -> str:
     replayed, those before one whose script is run; "plain" are PyTorch's own layers."""
     head = f"{'operator':<27}{'direction':<10}{'launches':>9}{'total':>8}"
     lines = [
+        "us of a call; ours/launch: us of a launch",
         head
         + "".join(f"{part:>11}" for part in PARTS)
         + f"{'ours/launch':>13}{'replayed':>10}{'plain':>8}"
@@ -317,11 +318,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--only takes {', '.join(names)}, got {', '.join(sorted(unknown))}")
     rows = list(measure(options.rounds, options.only))
     print(table(rows))
-    if options.out:
-        head = {"environment": environment(torch.device("cpu")), "parts": PARTS}
-        write(options.out, head | {"rows": [asdict(row) for row in rows]})
     for part, meaning in PARTS.items():
         print(f"{part}: {meaning}")
+    if options.out:
+        head = {"environment": environment(torch.device("cpu")), "parts": PARTS}
+        write_or_exit(parser, options.out, head | {"rows": [asdict(row) for row in rows]})
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.providers import PROVIDERS
-from benchmarks.results import Row, groups_of, read
+from benchmarks.results import Row, groups_of, of_the_format, read
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Measured:
     Attributes:
         contests: of all rows in which ours took part.
         races: of all rows.
-        parts: heads of `gpu_check`'s files by part, with their "items".
+        parts: "complete", "sessions" and "items" of `gpu_check`'s files by part.
         environments: every different one, with the files that it stands in.
     """
 
@@ -76,21 +76,30 @@ class Measured:
         Raises:
             ValueError: there is none, or one is something else.
         """
+        if not folder.is_dir():
+            raise ValueError(f"no such folder: {folder}")
         files = sorted(folder.glob("*.json"))
         if not files:
             raise ValueError(f"{folder} holds no JSON file")
         found = cls()
         for path in files:
             head, rows = read(path)
-            found.contests += contests_of(rows)
-            found.races += [Race(group) for group in groups_of(rows)]
-            sessions = head.get("sessions", [head])
-            for session in sessions:
-                if "environment" in session:
-                    found._note(session["environment"], path.name)
-            if "part" in head:
-                found.parts[head["part"]] = head | json.loads(path.read_text())
+            with of_the_format(path):
+                found._add(path, head, rows)
         return found
+
+    def _add(self, path: Path, head: dict[str, Any], rows: list[Row]) -> None:
+        self.contests += contests_of(rows)
+        self.races += [Race(group) for group in groups_of(rows)]
+        for session in head.get("sessions", [head]):
+            if "environment" in session:
+                self._note(session["environment"], path.name)
+        if "part" in head:
+            items = json.loads(path.read_text()).get("items")
+            # a file that `benchmarks.results` has trimmed has rows alone
+            if items is not None:
+                part = {name: head[name] for name in ("complete", "sessions")}
+                self.parts[head["part"]] = part | {"items": items}
 
     def _note(self, environment: dict[str, Any], name: str) -> None:
         # what changes from minute to minute does not make another environment

@@ -54,7 +54,10 @@ def rows(target: str = "sm_90", precision: str = "bf16") -> Iterator[Row]:
 def table(found: list[Row]) -> str:
     """Per cent of padding, a line per module and batch; "all" is of the module's whole work."""
     names = list(dict.fromkeys(row.launch for row in found))
-    lines = ["module batch " + "".join(f"{name:>11}" for name in [*names, "all"])]
+    lines = [
+        "% of the multiply-adds that are padding",
+        "module batch " + "".join(f"{name:>11}" for name in [*names, "all"]),
+    ]
     groups: dict[tuple[str, int], dict[str, Row]] = {}
     for row in found:
         groups.setdefault((row.module, row.batch), {})[row.launch] = row

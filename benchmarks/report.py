@@ -16,7 +16,7 @@ from benchmarks.measured import Contest, Measured
 from benchmarks.plots import draw
 from benchmarks.problems import GROUPS
 from benchmarks.providers import PROVIDERS
-from benchmarks.targets import TARGETS, module_speedups
+from benchmarks.targets import TARGETS, module_speedups, told_from
 
 REPORT = "REPORT.md"
 PROFILED = 12  # kernels of a profile that are listed
@@ -81,7 +81,8 @@ def _slower(measured: Measured) -> list[str]:
     for key in sorted(found, key=lambda key: found[key]):
         case, batch, direction, dtype, graph = key
         graphs = "yes" if graph else "no"
-        rows.append([case, direction, str(batch), dtype, graphs, f"{found[key]:.2f}x"])
+        shown = told_from(1.0, found[key], 2, "f")
+        rows.append([case, direction, str(batch), dtype, graphs, f"{shown}x"])
     text = f"In {len(found)} of {every} measured combinations of module, batch and direction."
     head = ["module", "direction", "batch", "dtype", "in graphs", "speed-up over the best other"]
     return ["## Modules where ours is slower", text, *([table(head, rows)] if rows else [])]
@@ -194,13 +195,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: error: the plots need matplotlib; --summary does without\n")
     try:
         measured = Measured.read(options.folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if options.summary:
         print("\n".join(summary(measured)))
         return 0
     path = options.folder / REPORT
-    path.write_text(report(measured, draw(measured, options.folder)))
+    try:
+        path.write_text(report(measured, draw(measured, options.folder)))
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(path)
     return 0
 

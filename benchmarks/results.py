@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def write_or_exit(parser: argparse.ArgumentParser, path: Path, content: Mapping[str, Any]) -> None:
+    """The same for a command's --out; 2 with one line where that cannot be."""
+    try:
+        write(path, content)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: --out {path} cannot be written: {error}\n")
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """Head and rows of a file that `pytest --benchmark-json`, `gpu_check` or `main` wrote.
 
@@ -90,6 +99,22 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    with of_the_format(path):
+        head, infos = _head_and_infos(path, content)
+        return head, [row_of(info) for info in infos if "provider" in info and "beside" in info]
+
+
+@contextmanager
+def of_the_format(path: Path) -> Iterator[None]:
+    """Inside, what is looked for in the content of a file and not found there is a ValueError."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not as our benchmarks write results: {what}") from error
+
+
+def _head_and_infos(path: Path, content: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no results")
     if "benchmarks" in content:
@@ -103,7 +128,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         head = {key: value for key, value in content.items() if key != "rows"}
     else:
         raise ValueError(f"{path} holds no results")
-    return head, [row_of(info) for info in infos if "provider" in info and "beside" in info]
+    return head, infos
 
 
 def groups_of(rows: Iterable[Row]) -> list[dict[str, Row]]:
@@ -140,15 +165,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         head, rows = read(options.source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if not rows:
         parser.exit(2, f"{parser.prog}: error: {options.source} holds no measured row\n")
     if options.note:
         head = {"note": options.note, **head}
-    if options.out:
-        write(options.out, {**head, "rows": [json_of(row) for row in rows]})
     print(table(rows))
+    if options.out:
+        write_or_exit(parser, options.out, {**head, "rows": [json_of(row) for row in rows]})
     return 0
 
 

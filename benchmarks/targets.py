@@ -42,11 +42,15 @@ class Target:
         if figure is None:
             return f"{self.text}: not measured ({limit})"
         value = figure.value
-        verdict = "met" if self.met(value) else "NOT met"
+        shown = self._show(value)
+        verdict = "met"
+        if not self.met(value):
+            verdict = "NOT met"
+            shown = f"{told_from(self.wanted, value)}{self.unit}"
         if self.met(value) and (value <= self.aim if self.most else value >= self.aim):
             verdict = f"met, and the aim of {self._show(self.aim)} too"
         of = f"; {figure.of}" if figure.of else ""
-        return f"{self.text}: {self._show(value)} ({limit}): {verdict}{of}"
+        return f"{self.text}: {shown} ({limit}): {verdict}{of}"
 
     def met(self, value: float) -> bool:
         """The number is as wanted."""
@@ -54,6 +58,13 @@ class Target:
 
     def _show(self, value: float) -> str:
         return f"{value:.3g}{self.unit}"
+
+
+def told_from(limit: float, value: float, digits: int = 3, kind: str = "g") -> str:
+    """`value`, which is another number than `limit`, in `digits` or as many as show that."""
+    while float(shown := f"{value:.{digits}{kind}}") == limit:
+        digits += 1
+    return shown
 
 
 def _network(

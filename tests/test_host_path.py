@@ -53,6 +53,10 @@ def test_operators_launch_without_a_driver(tmp_path: Path) -> None:
         ("max pool", "backward"): 1,
     }
     assert {row["plain_us"] for row in rows} == {None}
+    unit, head = result.stdout.splitlines()[:2]
+    assert unit == "us of a call; ours/launch: us of a launch"
+    assert head.split() == ["operator", "direction", "launches", "total", *PARTS, "ours/launch",
+                            "replayed", "plain"]  # fmt: skip
     for row in rows:
         assert row["parts_us"].keys() == PARTS.keys()
         assert min(row["parts_us"].values()) > 0, row
@@ -71,6 +75,16 @@ def test_an_unknown_operator_is_named() -> None:
     result = host_path("--only", "convolutions")
     assert result.returncode == 2
     assert "--only takes module, module with BatchNorm, convolution" in result.stderr
+
+
+def test_a_table_is_printed_though_its_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "host.json")
+    result = host_path("--rounds", "1", "--only", "max pool", "--out", out)
+    assert result.returncode == 2
+    assert "max pool" in result.stdout
+    (error,) = result.stderr.splitlines()
+    assert f"error: --out {out} cannot be written" in error
 
 
 def host_path(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,7 @@ def test_table_weighs_by_work() -> None:
         Row("sm_90", "bf16", "3a", 1, "A", useful=50, issued=100),
         Row("sm_90", "bf16", "3a", 1, "L2", useful=300, issued=300),
     ]
-    head, line = table(found).splitlines()
+    unit, head, line = table(found).splitlines()
+    assert unit == "% of the multiply-adds that are padding"
     assert head.split() == ["module", "batch", "A", "L2", "all"]
     assert line.split() == ["3a", "1", "50.0", "0.0", "12.5"]

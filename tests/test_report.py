@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
-from benchmarks.measured import Measured, Race
+from benchmarks import report, results
+from benchmarks.measured import Contest, Measured, Race
 from benchmarks.providers import PROVIDERS, contenders
 from benchmarks.results import Row, json_of, row_of, write
 from benchmarks.targets import TARGETS, module_speedups
@@ -175,14 +175,68 @@ def test_graphs_are_compared_with_graphs(folder: Path) -> None:
     assert module_speedups(measured)["4b", 32, "step", "bf16", False] == pytest.approx(0.65)
 
 
+def test_trimmed_rows_of_a_part_are_measured_rows(folder: Path) -> None:
+    """They lack what else the part found."""
+    for name in ("modules", "kernels"):
+        path = str(folder / f"{name}.json")
+        assert results.main([path, "--out", path]) == 0
+    assert report.main([str(folder)]) == 0
+    text = (folder / "REPORT.md").read_text()
+    assert "In 6 of 18 measured combinations" in text
+    assert "| modules | no |" not in text
+
+
+def test_a_table_is_printed_though_its_file_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "x.json"
+    write(source, {"rows": rows_of("kernels", "pool", 1, "forward", ["fused"])})
+    for out in (source / "x.json", Path("/")):
+        with pytest.raises(SystemExit) as stopped:
+            results.main([str(source), "--out", str(out)])
+        assert stopped.value.code == 2
+        printed = capsys.readouterr()
+        assert "1000.000 ms" in printed.out
+        assert f"error: --out {out} cannot be written" in printed.err
+
+
+def test_what_is_shown_does_not_contradict_its_verdict(tmp_path: Path) -> None:
+    (rate,) = (t for t in TARGETS if t.text == "3x3 implicit GEMM, N=256")
+    for seconds, shown in ((1.25, "400 TFLOP/s (at least 400 TFLOP/s): met"),
+                           (1.2501, "399.97 TFLOP/s (at least 400 TFLOP/s): NOT met"),
+                           (1.3, "385 TFLOP/s (at least 400 TFLOP/s): NOT met")):  # fmt: skip
+        (row,) = rows_of("kernels", "conv2d_relu_3x3", 256, "forward", ["fused"])
+        ours = {"fused": row_of(row | {"median_s": seconds})}
+        assert rate.line(Measured(contests=[Contest(ours, graph=False)])).endswith(shown)
+    rows = rows_of("modules", "3a", 32, "step", ["fused", "eager"], 0.9996 / SLOWNESS["eager"])
+    result_file(tmp_path, "modules", {"3a": {"status": "passed", "rows": rows}})
+    text = report.report(Measured.read(tmp_path), [])
+    assert "| 3a | step | 32 | bf16 | no | 0.9996x |" in text
+    assert "0.9996x (at least 1x): NOT met" in text
+
+
 def test_what_is_no_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for content, message in ((None, "holds no JSON file"), ({"else": 1}, "holds no results")):
+    path = tmp_path / "x.json"
+    other = f"{path} is not as our benchmarks write results: "
+    for content, message in (
+        (None, "holds no JSON file"),
+        ({"else": 1}, f"{path} holds no results"),
+        ({"items": [1]}, other),
+        ({"rows": [1]}, other),
+        ({"rows": [{"provider": "eager", "beside": []}]}, other + "no 'group'"),
+        ({"benchmarks": [{}]}, other + "no 'extra_info'"),
+        ({"part": "kernels", "items": {}}, other + "no 'complete'"),
+    ):
         if content is not None:
-            (tmp_path / "x.json").write_text(json.dumps(content))
+            path.write_text(json.dumps(content))
         with pytest.raises(SystemExit) as stopped:
             report.main([str(tmp_path)])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+    for none in (tmp_path / "none", path):
+        with pytest.raises(SystemExit):
+            report.main([str(none)])
+        assert f"error: no such folder: {none}\n" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "find_spec", lambda name: None)
         with pytest.raises(SystemExit):
