@@ -58,6 +58,16 @@ def test_tune_runs_its_command(
     assert json.loads(Path(written).read_text()) == ["[-m]-m"]
 
 
+def test_results_without_tables_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record.begin(tmp_path / "kernels.json", "kernels", {}, dict(SESSION))
+    with pytest.raises(SystemExit) as stopped:
+        search.main([str(record.path), str(tmp_path / "cache")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("kernels.json holds no tables of tune\n")
+
+
 def test_tune_searches_in_every_dtype_that_its_command_has() -> None:
     """In fp32 PyTorch's convolutions, and so what `tune` searches for, are in TF32."""
     arguments = ["--out", "x", "--dtype", "bf16,fp32", "--batches", "1,8"]

@@ -85,10 +85,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="FUSED_INCEPTION_CACHE of later runs")
     options = parser.parse_args(arguments)
     try:
-        items = Record.read(options.results).items
+        paths = write_tables(Record.read(options.results).items, options.folder)
     except (OSError, MismatchError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    for path in write_tables(items, options.folder):
+    if not paths:
+        parser.exit(2, f"{parser.prog}: error: {options.results} holds no tables of tune\n")
+    for path in paths:
         print(path)
     return 0
 
