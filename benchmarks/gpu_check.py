@@ -32,6 +32,7 @@ from benchmarks.gpu.timings import FAMILIES
 from benchmarks.harness import best_device
 from benchmarks.problems import CASES, DTYPES
 from benchmarks.providers import PROVIDERS
+from fused_inception.tools.sample import sizes
 
 PASSED, FAILED, CANNOT, CUT = 0, 1, 2, 3
 # packages beyond Triton, by part
@@ -150,7 +151,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     title = "kernels, modules, network; --dtype and --batches also tune"
     timing = parser.add_argument_group(title).add_argument
     timing("--dtype", type=_some(DTYPES), default=["bf16"], help="default: bf16")
-    timing("--batches", type=_numbers, default=[256, 32, 1, 8, 128], help="default: 256,32,1,8,128")
+    timing("--batches", type=sizes, default=[256, 32, 1, 8, 128], help="default: 256,32,1,8,128")
     timing("--cases", type=_some(cases), help="names with commas; default: all")
     timing("--families", type=_some(FAMILIES), default=list(FAMILIES),
            help="quick: ours, eager; plain: and torch.compile; tuned: max-autotune; others: eager "
@@ -168,13 +169,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.parts = [options.only] if options.only else list(PARTS)
     return options
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
 
 
 def _some(known: Any) -> Any:

@@ -18,7 +18,7 @@ from fused_inception.tools import bench, errors
 from fused_inception.tools.timing import Spread, now
 
 HERE = f"{__name__}:"
-FAST = ["--image-size", "16", "--seconds", "0.0", "--device", "cpu"]
+FAST = ["--image-size", "16", "--seconds", "1e-9", "--device", "cpu"]
 
 
 def fused_net() -> nn.Module:
@@ -179,12 +179,59 @@ def test_wrong_models(
     assert message in error
 
 
-@pytest.mark.parametrize("sizes", ["0,1", "a"])
-def test_wrong_batch_sizes(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--batch-size", "0,1", "0 is not a whole number of 1 or more"),
+        ("--batch-size", "a", "a is not a whole number of 1 or more"),
+        *[
+            ("--seconds", value, f"{value} is not a number above 0")
+            for value in ("-1", "0", "nan", "inf", "a")
+        ],
+    ],
+)
+def test_wrong_numbers(
+    flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run("--model", "paper", "--batch-size", sizes)
+        run("--model", "paper", f"{flag}={value}")
     assert stopped.value.code == 2
-    assert "--batch-size" in capsys.readouterr().err
+    assert f"argument {flag}: {message}" in capsys.readouterr().err
+
+
+def test_a_bar_never_runs_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its total is known before anything is counted; a batch size given twice is measured once."""
+    seen: list[tuple[int, int]] = []
+
+    class Bar:
+        def __init__(self, total: int, leave: bool) -> None:
+            self.total, self.n = total, 0
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def set_description(self, text: str) -> None:
+            pass
+
+        def update(self) -> None:
+            self.n += 1
+            seen.append((self.n, self.total))
+
+    def blocks(fused: nn.Module, *rest: Any) -> list[Any]:
+        for name in bench.block_names(fused):
+            rest[-1](name)
+        return []
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr(bench, "verify", lambda *_, **options: SimpleNamespace(ok=True))
+    monkeypatch.setattr(bench, "measure", lambda models, x, mode, *_: [result(x, mode)])
+    monkeypatch.setattr(bench, "measure_blocks", blocks)
+    assert run("--model", HERE + "fused_net", "--batch-size", "2,2,1,2", "--blocks") == 0
+    # verified, two modes, two blocks
+    assert seen == [(n, 2 * 5) for n in range(1, 11)]
 
 
 def test_plots_need_matplotlib_before_anything_is_timed(
@@ -210,7 +257,7 @@ def test_results_before_an_interruption_are_kept(
         return real(models, x, mode, *rest)
 
     monkeypatch.setattr(bench, "measure", measure)
-    what = ["--model", HERE + "fused_net", "--batch-size", "1,2", "--seconds", "0"]
+    what = ["--model", HERE + "fused_net", "--batch-size", "1,2"]
     assert run(*what, "--out", str(tmp_path / "new")) == 130
     assert "written: bench.json" in capsys.readouterr().out
     found = json.loads((tmp_path / "new" / "bench.json").read_text())["results"]

@@ -280,6 +280,14 @@ def test_every_part_has_its_options() -> None:
         assert len(keys) == cases * 2 * 2 * 2
 
 
+@pytest.mark.parametrize("batches", ["0", "a", "1,"])
+def test_wrong_batches(batches: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check._parse(["--out", "x", f"--batches={batches}"])
+    message = f"{batches.removeprefix('1,')} is not a whole number of 1 or more\n"
+    assert capsys.readouterr().err.endswith(f"argument --batches: {message}")
+
+
 def test_what_matters_most_is_measured_first() -> None:
     """Tests, then the paper's network at 256, 32 and 1 against eager, compile and max-autotune;
     against eager alone before anything waits for torch.compile."""

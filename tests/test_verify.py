@@ -386,7 +386,10 @@ class TestCommands:
             ("resnet", "--model resnet: take torchvision:googlenet, paper"),
             ("no_such:thing", "--model no_such:thing: No module named 'no_such'"),
             ("tests.test_verify:missing", "has no attribute 'missing'"),
-            ("tests.test_verify:make_number", "made a int, no module"),
+            (
+                "tests.test_verify:make_number",
+                "returned an object of class int, not a torch.nn.Module",
+            ),
             ("torch.nn:ReLU", "no block of this ReLU can be fused"),
             ("paper", "image_size must be at least 47"),
         ],

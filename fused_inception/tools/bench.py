@@ -4,6 +4,7 @@ import argparse
 import copy
 import csv
 import json
+import math
 import platform
 import sys
 import time
@@ -24,7 +25,6 @@ from fused_inception.tools.bench_rows import BLOCK_MODES, BlockResult, Result
 from fused_inception.tools.blocks import tensors_of
 from fused_inception.tools.checkpoint import write_atomically
 from fused_inception.tools.errors import UserError, require, writable_folder
-from fused_inception.tools.options import positive
 from fused_inception.tools.precompile import precompile
 from fused_inception.tools.sources import version_of
 from fused_inception.tools.text import aligned
@@ -54,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--batch-size",
-        type=_sizes,
+        type=sample.sizes,
         default=[1, 8, 32],
         help="some (default: 1,8,32)",
         metavar="N,N",
     )
     add("--mode", choices=(*MODES, "both"), default="both", help="default: both")
     add("--compile", choices=COMPILE, help="torch.compile's mode (default: default, on a CPU off)")
-    add("--seconds", type=float, default=1.0, help="time of each measurement (default: 1)")
+    add("--seconds", type=_seconds, default=1.0, help="time of each measurement (default: 1)")
     add("--blocks", action="store_true", help="each fused block beside plain PyTorch's, too")
     files = f"{RESULTS}, {TABLE}, {PICTURE}; of blocks {BLOCK_TABLE}, {SPEED_UPS}, {RATES}"
     add("--out", type=Path, metavar="FOLDER", help=f"where to write {files}")
@@ -111,6 +111,9 @@ def _measure(
                 where.update(_where(x.device))
                 bar.set_description(f"batch {batch}, compile and verify")
                 models = _models(model, x, arguments.compile)
+                if arguments.blocks and not results:
+                    # of all batches, before anything is counted: a bar never runs backwards
+                    bar.total += len(arguments.batch_size) * len(block_names(models["fused"]))
                 if x.is_cuda or not results:
                     for mode in modes:
                         _verified(model, x if x.is_cuda else x[:CPU_VERIFIED], mode)
@@ -154,8 +157,6 @@ def _blocks(
 ) -> list[BlockResult]:
     """Those of the fused model in the same modes, each for a quarter of the time of a model."""
     batch = x.shape[0]
-    names = block_names(models["fused"])
-    bar.total += len(names)
 
     def done(name: str) -> None:
         bar.set_description(f"batch {batch}, block {name}")
@@ -296,5 +297,11 @@ def _where(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _sizes(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value

@@ -61,6 +61,11 @@ def add_model_arguments(
     add("--seed", type=int, default=0, help="of weights and images (default: 0)")
 
 
+def sizes(text: str) -> list[int]:
+    """Batch sizes with commas between them, each once, for argparse."""
+    return list(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
 @contextmanager
 def prepared(
     arguments: argparse.Namespace, batch_size: int | None = None
@@ -153,5 +158,6 @@ def _own_model(module: str, attribute: str) -> nn.Module:
         sys.path.insert(0, "")
     model = getattr(importlib.import_module(module), attribute)()
     if not isinstance(model, nn.Module):
-        raise UserError(f"--model {module}:{attribute} made a {type(model).__name__}, no module")
+        found = f"{type(model).__name__}, not a torch.nn.Module"
+        raise UserError(f"--model {module}:{attribute} returned an object of class {found}")
     return model
