@@ -234,7 +234,7 @@ def test_a_run_without_a_folder_gets_a_new_one(tmp_path, monkeypatch):
     for source, name in (("digits", "digits-paper-48px"), ("imagefolder:a/b", "b-paper-224px")):
         given = options.from_flags({"data": source}, None, "", testing=False)
         for number in ("", "-2", "-3"):
-            made = train._new_folder(None, given)
+            made = train._new_folder(given)
             assert made == Path("runs") / f"{name}{number}"
             made.mkdir(parents=True)
 

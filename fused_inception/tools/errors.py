@@ -1,6 +1,8 @@
 """Errors that a command prints in one line, without a traceback."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +31,18 @@ def writable_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"nothing can be written to {folder}: {error}") from error
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """A `writable_folder`, which goes again if the block made it and wrote nothing there."""
+    is_new = not folder.exists()
+    try:
+        writable_folder(folder)
+        yield
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def require(*modules: str) -> None:

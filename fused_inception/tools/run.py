@@ -14,7 +14,7 @@ from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.checkpoint import CHECKPOINT, KIND, network_of, write_atomically
 from fused_inception.tools.curves import draw_curves
 from fused_inception.tools.data import Data, held_out_batches, to_input, train_batches
-from fused_inception.tools.errors import UserError, writable_folder
+from fused_inception.tools.errors import UserError, output_folder
 from fused_inception.tools.loop import (
     autocast,
     evaluate,
@@ -79,30 +79,33 @@ class Run:
         Returns:
             The exit status: 0, 1 if fused and plain network disagree, 130 after Ctrl-C.
         """
-        epochs, is_new = self.options.epochs, not self.folder.exists()
+        epochs = self.options.epochs
         print(headline(self.model, self.options, self.device))
         print(f"{len(self.data.train)} training and {len(self.data.test)} test images", flush=True)
         if len(self.history) == epochs:
             print(f"all {epochs} epochs are finished: a larger --epochs goes on", flush=True)
-        try:
-            writable_folder(self.folder)
-            if self.device.type == "cuda" and len(self.history) < epochs:
-                self._precompile()
-            while len(self.history) < epochs:
-                self._epoch(len(self.history) + 1)
-            return self._report()
-        except KeyboardInterrupt:
-            if not self.history:  # the state before the first step follows from the seed
-                Run(self.options, self.data, self.device, self.folder, None)._save([])
-            command = f"python -m fused_inception train --resume {shlex.quote(str(self.folder))}"
-            print(
-                f"\nstopped: {len(self.history)} of {epochs} epochs are finished and saved; "
-                f"go on with: {command}"
-            )
-            return INTERRUPTED
-        finally:
-            if is_new and self.folder.is_dir() and not any(self.folder.iterdir()):
-                self.folder.rmdir()
+        with output_folder(self.folder):
+            try:
+                if self.history and not (self.folder / CHECKPOINT).exists():
+                    self._save(self.history)  # a copy, as the run goes on from here
+                if self.device.type == "cuda" and len(self.history) < epochs:
+                    self._precompile()
+                while len(self.history) < epochs:
+                    self._epoch(len(self.history) + 1)
+                return self._report()
+            except KeyboardInterrupt:
+                if not self.history:  # the state before the first step follows from the seed
+                    Run(self.options, self.data, self.device, self.folder, None)._save([])
+                print(
+                    f"\nstopped: {len(self.history)} of {epochs} epochs are finished and saved; "
+                    f"go on with: {self._resume}"
+                )
+                return INTERRUPTED
+
+    @property
+    def _resume(self) -> str:
+        """The command that goes on with what is saved."""
+        return f"python -m fused_inception train --resume {shlex.quote(str(self.folder))}"
 
     def _precompile(self) -> None:
         """Kernels of every batch size of training and of testing, in parallel."""

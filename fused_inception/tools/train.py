@@ -22,7 +22,7 @@ from fused_inception.tools.data import (
     synthetic_batches,
     to_input,
 )
-from fused_inception.tools.errors import UserError, require
+from fused_inception.tools.errors import UserError, output_folder, require
 from fused_inception.tools.loop import evaluate, new_optimizer, placed, train_epoch
 from fused_inception.tools.options import (
     Options,
@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         if contents is not None and testing:
             return _test(contents, data, options, device)
         require("matplotlib")
-        folder = source.parent if source is not None else _new_folder(arguments.out, options)
-        return Run(options, data, device, arguments.out or folder, contents).go()
+        folder = _folder(arguments.out, source, options)
+        return Run(options, data, device, folder, contents).go()
 
 
 def _checkpoint(arguments: argparse.Namespace) -> Path | None:
@@ -107,16 +107,28 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
     return None if path is None else checkpoint_file(path)
 
 
-def _new_folder(out: Path | None, options: Options) -> Path:
-    """The folder of a new run; made when the first file is written."""
-    if out is not None:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file, not a folder")
-        if (out / CHECKPOINT).exists():
-            raise UserError(
-                f"--out {out} holds a run: go on with it by --resume {shlex.quote(str(out))}"
-            )
-        return out
+def _folder(out: Path | None, source: Path | None, options: Options) -> Path:
+    """The folder to write to, which holds no run but that of `source`; made at the first file."""
+    if out is None:
+        out = _new_folder(options) if source is None else source.parent
+    _refuse_other_run(out, source)
+    return out
+
+
+def _refuse_other_run(out: Path, source: Path | None) -> None:
+    held = out / CHECKPOINT
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, not a folder")
+    if not held.exists() or (source is not None and held.samefile(source)):
+        return
+    if source is None:
+        way = f"go on with it by --resume {shlex.quote(str(out))}, or take another --out"
+        raise UserError(f"--out {out} holds a run: {way}")
+    raise UserError(f"{out} holds another run than {source}: take another --out")
+
+
+def _new_folder(options: Options) -> Path:
+    """A folder in runs that is not there yet."""
     name = Path(options.data.partition(":")[2]).resolve().name if ":" in options.data else "digits"
     first = Path("runs") / f"{name}-{options.variant}-{options.image_size}px"
     folder, number = first, 2
@@ -135,6 +147,18 @@ def _test(contents: dict[str, Any], data: Data, options: Options, device: torch.
 
 def _measure(options: Options, device: torch.device, out: Path | None) -> int:
     """Images per second on a random batch that stays on the device."""
+    if out is None:
+        _measured(options, device)
+        return 0
+    _refuse_other_run(out, None)
+    with output_folder(out):
+        speed = _measured(options, device)
+        metrics = {"images_per_second": speed, "options": asdict(options)}
+        write_json(out / "metrics.json", metrics | {"machine": machine(device)})
+    return 0
+
+
+def _measured(options: Options, device: torch.device) -> dict[str, float]:
     network = network_arguments(options, SYNTHETIC_CLASSES)
     torch.manual_seed(options.seed)
     model = placed(googlenet(**network), device)
@@ -155,8 +179,4 @@ def _measure(options: Options, device: torch.device, out: Path | None) -> int:
     pixels, labels = next(iter(batches))
     speed = training_speed(model, network, to_input(pixels, device), labels, options.amp)
     print(speed_line(speed, options.batch_size))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        metrics = {"images_per_second": speed, "options": asdict(options)}
-        write_json(out / "metrics.json", metrics | {"machine": machine(device)})
-    return 0
+    return speed
