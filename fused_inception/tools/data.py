@@ -4,7 +4,9 @@ Every image is a uint8 tensor [3, S, S]; `to_input` makes the network's input of
 The test part of a data set is fixed: it depends neither on the seed nor on the other options.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,7 @@ TEST_PARTS = ("val", "valid", "validation", "test", "testing")
 TEST_FRACTION = 0.2
 SMALLEST_CROP = 0.7  # of the shorter side, when training on a folder of images
 SYNTHETIC_BATCHES = 20
+PATIENCE = 2.0  # seconds without a progress bar
 
 
 class ImageSet(Sized, Protocol):
@@ -45,11 +48,16 @@ class Batches:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, split into a part to train on and a held-out part to test on."""
+    """A data set, split into a part to train on and a held-out part to test on.
+
+    Attributes:
+        names: a digest of the names of the files in both parts; None where there are none.
+    """
 
     classes: tuple[str, ...]
     train: ImageSet
     test: ImageSet
+    names: str | None = None
 
 
 def open_data(spec: str, image_size: int, *, flip: bool = False) -> Data:
@@ -64,6 +72,12 @@ def open_data(spec: str, image_size: int, *, flip: bool = False) -> Data:
     if name == "imagefolder" and path:
         return _image_folder(Path(path), image_size, flip)
     raise UserError(f"unknown data set {spec!r}: use digits, imagefolder:PATH or synthetic")
+
+
+def absolute(spec: str) -> str:
+    """`--data` that names the same images from every working directory."""
+    name, _, path = spec.partition(":")
+    return f"{name}:{Path(path).resolve()}" if path else spec
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
@@ -105,6 +119,31 @@ def held_out_batches(
     order = [i * len(images) // count for i in range(count)]
     # a generator of its own: without one the loader draws from the global one
     return _load(images, order, batch_size, workers, pin, torch.Generator())
+
+
+def check_images(data: Data, batch_size: int, **how: Any) -> None:
+    """See that what is read only after an epoch, or at its end, can be read at all.
+
+    Files to test on are decoded as a test would, with the keyword arguments of `held_out_batches`;
+    of those to train on, which the first epoch reads, only the headers.
+
+    Raises:
+        UserError: the message names the file.
+    """
+    if not isinstance(data.train, _Files):
+        return
+    from tqdm import tqdm
+
+    batches = held_out_batches(data.test, batch_size, **how)
+    total = len(data.train) + batches.images
+    with tqdm(
+        total=total, desc="looking at the images", unit="img", leave=False, delay=PATIENCE
+    ) as bar:
+        for path, _ in data.train.files:
+            with _opened(path):
+                bar.update()
+        for _, labels in batches:
+            bar.update(len(labels))
 
 
 def _load(
@@ -160,8 +199,8 @@ def _digits(image_size: int) -> Data:
     train, test = train_test_split(
         range(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0
     )
-    parts = [_Arrays(images[part], [labels[i] for i in part]) for part in (train, test)]
-    return Data(tuple(str(name) for name in raw.target_names), *parts)
+    train, test = (_Arrays(images[part], [labels[i] for i in part]) for part in (train, test))
+    return Data(tuple(str(name) for name in raw.target_names), train, test)
 
 
 class _Arrays:
@@ -208,6 +247,7 @@ def _image_folder(path: Path, size: int, flip: bool) -> Data:
     if not path.is_dir():
         raise UserError(f"no folder {path}: --data imagefolder:PATH needs PATH/<class>/<image>")
     parts = _parts(path)
+    roots = parts or (path, path)
     if parts is not None:
         train, test = (_class_files(part) for part in parts)
         unknown = sorted(set(test) - set(train))
@@ -224,7 +264,19 @@ def _image_folder(path: Path, size: int, flip: bool) -> Data:
         classes,
         _Files(train_files, size, crop=True, flip=flip),
         _Files(test_files, size, crop=False, flip=False),
+        _digest(*zip(roots, (train_files, test_files), strict=True)),
     )
+
+
+def _digest(*parts: tuple[Path, list[tuple[Path, int]]]) -> str:
+    """Of the names below the folder of each part: which image trains, and which one tests."""
+    digest = hashlib.sha256()
+    for root, files in parts:
+        for file, _ in files:
+            digest.update(file.relative_to(root).as_posix().encode(errors="surrogateescape"))
+            digest.update(b"\0")  # in no name
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def _parts(path: Path) -> tuple[Path, Path] | None:
@@ -255,7 +307,12 @@ def _class_files(path: Path) -> dict[str, list[Path]]:
     """Image files below each class folder, in the order of their names."""
     found = {}
     for folder in _folders(path):
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        # a folder may be called x.png; a link to nothing is an image that cannot be read
+        files = sorted(
+            file
+            for file in folder.rglob("*")
+            if file.suffix.lower() in SUFFIXES and not file.is_dir()
+        )
         if not files:
             raise UserError(f"no images in {folder}: looked for {', '.join(SUFFIXES)}")
         found[folder.name] = files
@@ -279,21 +336,30 @@ def _split(
     return train, test
 
 
-def _open_image(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     require("PIL")
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip, not scale
-                image = image.point(lambda value: value / 256, "L")
-            return image.convert("RGB")
+            yield file
     except FileNotFoundError:
         raise UserError(f"no image {path}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the image {path}: {reason}") from None
+
+
+def _open_image(path: Path) -> Any:
+    require("PIL")
+    from PIL import ImageOps
+
+    with _opened(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip, not scale
+            image = image.point(lambda value: value / 256, "L")
+        return image.convert("RGB")
 
 
 def _square(

@@ -23,6 +23,10 @@ REFRESH_SECONDS = 0.5  # reading the loss waits for the device, so not at every 
 Network = TypeVar("Network", bound=nn.Module)
 
 
+class DivergedError(UserError):
+    """The loss is no longer finite, and would not be in a second attempt."""
+
+
 @dataclass(frozen=True)
 class Result:
     """Mean loss of the main classifier, its accuracy, and how long that took."""
@@ -107,7 +111,7 @@ def train_epoch(
     """One pass over `batches`, with one of the learning rates for each.
 
     Raises:
-        UserError: the loss is no longer finite.
+        DivergedError: the loss is no longer finite.
     """
     model.train()
     with _Meter(batches.images, device, title) as meter:
@@ -177,6 +181,6 @@ class _Meter:
         """The means so far; waits for the device."""
         loss = self.loss.item() / self.images
         if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} in {self.title}: try a lower --lr")
+            raise DivergedError(f"the loss became {loss} in {self.title}: try a lower --lr")
         accuracy = self.hits.item() / self.images
         return Result(loss, accuracy, self.images, time.perf_counter() - self.started)

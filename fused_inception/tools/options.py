@@ -4,6 +4,7 @@ import argparse
 import os
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,12 @@ class Options:
     backend: str | None = None
     workers: int | None = None
     seed: int = 0
+
+    @property
+    def data_name(self) -> str:
+        """The last part of a folder's name, or what stands for it."""
+        name, _, path = self.data.partition(":")
+        return Path(path).resolve().name if path else name
 
 
 def add_option_flags(parser: argparse.ArgumentParser) -> None:

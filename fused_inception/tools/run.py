@@ -1,5 +1,6 @@
 """A training run: its epochs, its files and its closing report."""
 
+import io
 import json
 import platform
 import shlex
@@ -13,9 +14,10 @@ from torch import nn
 from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.checkpoint import CHECKPOINT, KIND, network_of, write_atomically
 from fused_inception.tools.curves import draw_curves
-from fused_inception.tools.data import Data, held_out_batches, to_input, train_batches
+from fused_inception.tools.data import Data, check_images, held_out_batches, to_input, train_batches
 from fused_inception.tools.errors import UserError, output_folder
 from fused_inception.tools.loop import (
+    DivergedError,
     autocast,
     evaluate,
     learning_rate,
@@ -88,8 +90,11 @@ class Run:
             try:
                 if self.history and not (self.folder / CHECKPOINT).exists():
                     self._save(self.history)  # a copy, as the run goes on from here
-                if self.device.type == "cuda" and len(self.history) < epochs:
-                    self._precompile()
+                if len(self.history) < epochs:
+                    how = loading(self.options, self.device)
+                    check_images(self.data, self.options.batch_size, **how)
+                    if self.device.type == "cuda":
+                        self._precompile()
                 while len(self.history) < epochs:
                     self._epoch(len(self.history) + 1)
                 return self._report()
@@ -101,6 +106,10 @@ class Run:
                     f"go on with: {self._resume}"
                 )
                 return INTERRUPTED
+            except (UserError, OSError) as error:
+                if isinstance(error, DivergedError) or not (self.folder / CHECKPOINT).exists():
+                    raise
+                raise UserError(f"{error}; what is saved goes on with: {self._resume}") from error
 
     @property
     def _resume(self) -> str:
@@ -158,17 +167,23 @@ class Run:
         )
 
     def _save(self, history: list[dict[str, Any]]) -> None:
+        data = self.data
+        counts = {"train": len(data.train), "test": len(data.test)}
         contents = {
             "kind": KIND,
             "network": self.network,
-            "classes": list(self.data.classes),
+            "classes": list(data.classes),
+            "files": None if data.names is None else counts | {"names": data.names},
             "options": asdict(self.options),
             "history": history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        write_atomically(self.folder / CHECKPOINT, lambda file: torch.save(contents, file))
+        # torch.save into a file hides from the caller that a disk is full
+        serialised = io.BytesIO()
+        torch.save(contents, serialised)
+        write_atomically(self.folder / CHECKPOINT, lambda file: file.write(serialised.getbuffer()))
 
     def _write_metrics(self, history: list[dict[str, Any]], **report: Any) -> None:
         metrics = {
@@ -188,6 +203,8 @@ class Run:
             f"test accuracy {100 * last['test_accuracy']:.2f} % on {last['test_images']} held-out "
             "images"
         )
+        title = f"GoogLeNet ({options.variant}) on {options.data_name}, {options.image_size} px"
+        draw_curves(self.history, title, self.folder / "curves.png")
 
         few = how | {"limit": PARITY_IMAGES}
         pixels, labels = next(iter(held_out_batches(self.data.test, PARITY_IMAGES, **few)))
@@ -209,8 +226,6 @@ class Run:
             parity=[asdict(parity) | {"verdict": parity.verdict} for parity in parities],
             images_per_second=speed,
         )
-        title = f"GoogLeNet ({options.variant}) on {options.data}, {options.image_size} px"
-        draw_curves(self.history, title, self.folder / "curves.png")
         print(f"wrote {CHECKPOINT}, metrics.json and curves.png in {self.folder}")
         return int(any(parity.verdict == "FAILED" for parity in parities))
 

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fused_inception.tools.checkpoint import (
 )
 from fused_inception.tools.data import (
     Data,
+    absolute,
     held_out_batches,
     open_data,
     synthetic_batches,
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--evaluate needs real images: --data digits or imagefolder:PATH")
     source = _checkpoint(arguments)
     contents = None if source is None else read_checkpoint(source)
-    saved = None if contents is None else contents["options"]
+    saved = None if contents is None else _saved_options(contents, given)
     options = from_flags(given, saved, str(source), testing=testing)
     device = pick_device(options.device)
     if device.type == "cuda":
@@ -92,8 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"{source} was trained on other classes than those of {options.data}")
         if contents is not None and testing:
             return _test(contents, data, options, device)
+        if contents is not None:
+            _check_files(contents.get("files"), data, options, source)
         require("matplotlib")
         folder = _folder(arguments.out, source, options)
+        # to be found from another working directory, too
+        options = replace(options, data=absolute(options.data))
         return Run(options, data, device, folder, contents).go()
 
 
@@ -105,6 +110,28 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
             raise UserError("--resume needs a checkpoint or a folder, or --out")
         path = arguments.out
     return None if path is None else checkpoint_file(path)
+
+
+def _saved_options(contents: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Options of a checkpoint; images whose names it knows may have moved to where `given` says."""
+    saved = contents["options"]
+    data = given.get("data", saved["data"])
+    moved = contents.get("files") is not None and data.startswith("imagefolder:")
+    same = moved or absolute(data) == absolute(saved["data"])
+    return saved | {"data": data} if same else saved
+
+
+def _check_files(
+    files: dict[str, Any] | None, data: Data, options: Options, source: Path | None
+) -> None:
+    """Other files are split in another way: images held out before would be trained on."""
+    if files is not None and files["names"] != data.names:
+        raise UserError(
+            f"{source} was trained on {files['train']} images and tested on {files['test']}; "
+            f"{options.data} has {len(data.train)} and {len(data.test)}, not all of them the same "
+            "files: undo what was added, removed or renamed, give their folder by --data, or start "
+            "a new run without the checkpoint"
+        )
 
 
 def _folder(out: Path | None, source: Path | None, options: Options) -> Path:
@@ -129,8 +156,7 @@ def _refuse_other_run(out: Path, source: Path | None) -> None:
 
 def _new_folder(options: Options) -> Path:
     """A folder in runs that is not there yet."""
-    name = Path(options.data.partition(":")[2]).resolve().name if ":" in options.data else "digits"
-    first = Path("runs") / f"{name}-{options.variant}-{options.image_size}px"
+    first = Path("runs") / f"{options.data_name}-{options.variant}-{options.image_size}px"
     folder, number = first, 2
     while folder.exists():
         folder, number = first.with_name(f"{first.name}-{number}"), number + 1
