@@ -296,7 +296,7 @@ def table(rows: list[Row]) -> str:
         "us of a call; ours/launch: us of a launch",
         head
         + "".join(f"{part:>11}" for part in PARTS)
-        + f"{'ours/launch':>13}{'replayed':>10}{'plain':>8}"
+        + f"{'ours/launch':>13}{'replayed':>10}{'plain':>8}",
     ]
     for row in rows:
         parts = "".join(f"{row.parts_us[part]:>11.1f}" for part in PARTS)
