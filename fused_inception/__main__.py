@@ -2,14 +2,13 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-
 from fused_inception.backend import BackendError
 from fused_inception.tools import bench, explain, info, predict, train, tune, verify
-from fused_inception.tools.errors import UserError
+from fused_inception.tools.errors import UserError, out_of_memory
 
 COMMANDS = {
     "train": (train, "train GoogLeNet on real images, or measure its speed"),
@@ -33,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status; 2 with one line on stderr for wrong arguments or files.
+        The exit status: what the command says, 2 with one line on stderr for wrong arguments or
+        files, 2 with a traceback for what nobody expected.
     """
     parser = _Parser(prog="fused-inception", description="GoogLeNet with fused Inception modules.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -43,12 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tool, _ = COMMANDS[parsed.command]
     try:
         return tool.run(parsed)
-    except torch.OutOfMemoryError:
-        message = "not enough device memory: lower --batch-size or --image-size"
     except (UserError, BackendError, OSError) as error:
         message = str(error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if not out_of_memory(error):
+            traceback.print_exc()
+            return 2  # 1 says that fused and plain PyTorch disagree
+        message = "not enough device memory: lower --batch-size or --image-size"
     print(f"{commands.choices[parsed.command].prog}: error: {message}", file=sys.stderr)
     return 2
 

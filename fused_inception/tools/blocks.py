@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fused_inception.adapters.ours import FUSED
 from fused_inception.adapters.report import ALREADY_FUSED, FusionReport
 from fused_inception.backend import choose, selected, why_no_triton
+from fused_inception.tools.errors import out_of_memory
 
 TRITON, ATEN, LAYERS = "Triton", "ATen", "layers"
 
@@ -166,9 +167,9 @@ def copy_of(model: nn.Module) -> nn.Module:
     """
     try:
         return copy.deepcopy(model)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(
             f"this {type(model).__name__} cannot be deep-copied, and only copies of it are run: "
             f"{_culprit(model)}{type(error).__name__}: {error}"

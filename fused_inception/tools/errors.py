@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 
 class UserError(ValueError):
     """A wrong argument or file; the message is one line that says what to do.
@@ -43,6 +45,18 @@ def output_folder(folder: Path) -> Iterator[None]:
     finally:
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had no memory left; for a CPU's PyTorch has no class of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+
+
+def without_advice(error: Exception) -> str:
+    """The message for a command, which has no argument aux_logits to advise."""
+    return str(error).partition("; aux_logits=")[0]
 
 
 def require(*modules: str) -> None:

@@ -12,7 +12,7 @@ from fused_inception.backend import BackendError, choose
 from fused_inception.cost import H200, ITEMSIZE
 from fused_inception.geometry import VARIANTS
 from fused_inception.nn.googlenet import googlenet
-from fused_inception.tools.errors import UserError
+from fused_inception.tools.errors import UserError, without_advice
 from fused_inception.tools.network_table import report
 from fused_inception.tools.options import pick_backend, positive
 from fused_inception.tools.sources import version_of
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch = settings.pop("batch_size")
             lines = report(arguments.network, batch=batch, **settings, device=H200)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(without_advice(error)) from None
         print("\n".join(lines))
         return 0
     if sizes:

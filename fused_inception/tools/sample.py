@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fused_inception.backend import NAMES, BackendError
 from fused_inception.geometry import VARIANTS
 from fused_inception.nn.googlenet import googlenet
-from fused_inception.tools.errors import UserError
+from fused_inception.tools.errors import UserError, out_of_memory, without_advice
 from fused_inception.tools.loop import autocast, placed
 from fused_inception.tools.options import pick_backend, pick_device, positive
 
@@ -90,9 +90,11 @@ def prepared(
     with pick_backend(arguments.backend), autocast(device, arguments.amp):
         try:
             yield model, x
-        except (BackendError, torch.OutOfMemoryError):
+        except BackendError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             raise UserError(f"--model {arguments.model}: {error}") from None
 
 
@@ -117,7 +119,10 @@ def model_of(name: str, image_size: int) -> nn.Module:
     except UserError:
         raise
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"--model {name}: {error}") from None
+        if out_of_memory(error):
+            raise
+        what = without_advice(error) if name in VARIANTS else error
+        raise UserError(f"--model {name}: {what}") from None
 
 
 def import_torchvision(module: str) -> ModuleType:

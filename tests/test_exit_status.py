@@ -1,0 +1,44 @@
+"""What a command returns and prints where it cannot do its work."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_inception.__main__ import main
+from tests.test_verify import biased
+
+
+def make_mistake() -> nn.Module:
+    raise KeyError("theirs")
+
+
+def make_huge() -> nn.Module:
+    class Huge(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.empty(1 << 60) + x
+
+    return nn.Sequential(*biased(), Huge())
+
+
+@pytest.mark.parametrize("tool", ["verify", "explain"])
+def test_what_nobody_expected_is_no_difference(tool: str, capsys: pytest.CaptureFixture) -> None:
+    """Exit status 1 says that fused and plain PyTorch disagree."""
+    assert main([tool, "--model", "tests.test_exit_status:make_mistake", "--image-size", "8"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("KeyError: 'theirs'\n")
+
+
+def test_a_cpu_without_memory(capsys: pytest.CaptureFixture) -> None:
+    command = ["verify", "--model", "tests.test_exit_status:make_huge", "--image-size", "8"]
+    assert main(command) == 2
+    message = "error: not enough device memory: lower --batch-size or --image-size\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+@pytest.mark.parametrize(
+    "command", ["verify --model paper", "info --network paper"], ids=["verify", "info"]
+)
+def test_commands_advise_no_argument_of_python(command: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([*command.split(), "--image-size", "8"]) == 2
+    assert capsys.readouterr().err.endswith("with the paper's heads, got 8\n")
