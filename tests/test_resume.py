@@ -62,6 +62,21 @@ def start(out: Path, source: str = "digits") -> Path:
     return out / "checkpoint.pt"
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--aux"], "was trained with --no-aux, not --aux: leave out --aux, or start"),
+        (["--limit", "8"], "was trained without --limit, not with it: leave out --limit, or"),
+        (["--flip"], "was trained without --flip, not with it: leave out --flip, or"),
+        (["--lr", "0.5"], "was trained with --lr 0.01, not 0.5: leave out --lr, or"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_flags_are_told_apart_as_one_types_them(flags, expected, tmp_path, capsys):
+    saved = start(tmp_path / "run")
+    assert expected in fails_with(capsys, ["train", "--resume", str(saved), *flags])
+
+
 @pytest.mark.usefixtures("_untrained")
 def test_another_run_is_not_overwritten(tmp_path, capsys):
     first, second = start(tmp_path / "first"), start(tmp_path / "second")
@@ -132,6 +147,20 @@ def test_files_of_the_parts_are_told_apart(folder, tmp_path):
     (tmp_path / "parts" / "val" / "dark" / "0.png").unlink()
     (tmp_path / "moved" / "train" / "dark" / "0.png").unlink()
     assert len({first, names("parts"), names("moved")}) == 3
+
+
+@pytest.mark.usefixtures("_quick")
+def test_small_rates_keep_their_digits(folder, tmp_path, capsys):
+    data_flags = ["--data", f"imagefolder:{folder}", "--epochs", "1", "--device", "cpu"]
+    flags = ["train", *FLAGS, *data_flags, "--out"]
+    assert main([*flags, str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "\n8 training and 2 test images\n" in printed
+    assert "fused 0.314 images/s, plain PyTorch 41.9 images/s" in printed
+    assert "   8 images/s" in printed
+    assert main([*flags, str(tmp_path / "odd"), "--batch-size", "3", "--limit", "7"]) == 0
+    note = "8 training and 2 test images; an epoch leaves out its incomplete training batch, of 1\n"
+    assert note in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_quick")
@@ -233,3 +262,17 @@ def test_curves_are_there_when_the_report_fails(tmp_path, monkeypatch, capsys):
     line = fails_with(capsys, ["train", "--resume", str(saved)])
     assert "no report; what is saved goes on with: python -m fused_inception train" in line
     assert saved.with_name("curves.png").exists()
+
+
+@pytest.mark.usefixtures("_untrained")
+def test_errors_of_other_kinds_name_the_way_on_too(tmp_path, monkeypatch, capsys):
+    saved = start(tmp_path / "run")
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(run, "train_epoch", fail)
+    assert main(["train", "--resume", str(saved)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.endswith(f"fused_inception train --resume {saved.parent}\n")
+    assert captured.err.count("\n") == 1

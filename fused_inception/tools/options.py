@@ -89,12 +89,23 @@ def from_flags(
     changeable = CHANGEABLE_IN_TESTS if testing else CHANGEABLE
     for name, value in given.items():
         if name not in changeable and value != saved[name]:
-            flag = "--" + name.replace("_", "-")
+            was, now, flag = _told_apart(name, saved[name], value)
             raise UserError(
-                f"{source} was trained with {flag} {saved[name]}, not {value}: "
+                f"{source} was trained {was}, not {now}: "
                 f"leave out {flag}, or start a new run without the checkpoint"
             )
     return _checked(Options(**{**saved, **given}))
+
+
+def _told_apart(name: str, saved: Any, given: Any) -> tuple[str, str, str]:
+    """What a run was trained with, and what is given for it, as one would type them; the flag."""
+    flag = "--" + name.replace("_", "-")
+    if name == "aux":
+        was, now = (flag if value else "--no-aux" for value in (saved, given))
+        return f"with {was}", now, now
+    if saved is None or saved is False:
+        return f"without {flag}", "with it", flag
+    return f"with {flag} {saved}", str(given), flag
 
 
 def pick_device(name: str) -> torch.device:

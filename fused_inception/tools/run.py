@@ -28,6 +28,7 @@ from fused_inception.tools.loop import (
 from fused_inception.tools.options import Options, loading, network_arguments
 from fused_inception.tools.parity import compare, modes, training_speed
 from fused_inception.tools.precompile import precompile
+from fused_inception.tools.text import rate
 
 PARITY_IMAGES = 16
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -83,7 +84,7 @@ class Run:
         """
         epochs = self.options.epochs
         print(headline(self.model, self.options, self.device))
-        print(f"{len(self.data.train)} training and {len(self.data.test)} test images", flush=True)
+        print(self._images(), flush=True)
         if len(self.history) == epochs:
             print(f"all {epochs} epochs are finished: a larger --epochs goes on", flush=True)
         with output_folder(self.folder):
@@ -106,10 +107,22 @@ class Run:
                     f"go on with: {self._resume}"
                 )
                 return INTERRUPTED
-            except (UserError, OSError) as error:
+            except Exception as error:
                 if isinstance(error, DivergedError) or not (self.folder / CHECKPOINT).exists():
                     raise
-                raise UserError(f"{error}; what is saved goes on with: {self._resume}") from error
+                way = f"what is saved goes on with: {self._resume}"
+                if isinstance(error, UserError | OSError):
+                    raise UserError(f"{error}; {way}") from error
+                print(way, flush=True)
+                raise
+
+    def _images(self) -> str:
+        """How many there are, and how many of them an epoch leaves out."""
+        count, test = len(self.data.train), len(self.data.test)
+        kept = min(count, self.options.limit or count)
+        left = kept % min(self.options.batch_size, kept)
+        note = f"; an epoch leaves out its incomplete training batch, of {left}" if left else ""
+        return f"{count} training and {test} test images{note}"
 
     @property
     def _resume(self) -> str:
@@ -162,7 +175,7 @@ class Run:
         print(
             f"{title}  loss {trained.loss:.3f}  accuracy {100 * trained.accuracy:5.1f} %"
             f"   test: loss {tested.loss:.3f}  accuracy {100 * tested.accuracy:5.1f} %"
-            f"   {trained.images_per_second:.0f} images/s",
+            f"   {rate(trained.images_per_second)} images/s",
             flush=True,
         )
 
@@ -253,8 +266,8 @@ def headline(model: nn.Module, options: Options, device: torch.device) -> str:
 def speed_line(speed: dict[str, float], batch_size: int) -> str:
     """One line about the result of `training_speed`."""
     return (
-        f"training steps of {batch_size} images: fused {speed['fused']:.0f} images/s, "
-        f"plain PyTorch {speed['reference']:.0f} images/s"
+        f"training steps of {batch_size} images: fused {rate(speed['fused'])} images/s, "
+        f"plain PyTorch {rate(speed['reference'])} images/s"
     )
 
 

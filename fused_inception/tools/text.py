@@ -14,3 +14,8 @@ def aligned(rows: Sequence[Sequence[str]], names: int = 1) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def rate(per_second: float) -> str:
+    """Whole where it is large, else three significant digits."""
+    return f"{per_second:.0f}" if per_second >= 100 else f"{per_second:.3g}"

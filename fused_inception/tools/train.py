@@ -36,6 +36,7 @@ from fused_inception.tools.options import (
 )
 from fused_inception.tools.parity import training_speed
 from fused_inception.tools.run import Run, headline, machine, speed_line, write_json
+from fused_inception.tools.text import rate
 
 SYNTHETIC_CLASSES = 1000
 
@@ -201,7 +202,7 @@ def _measured(options: Options, device: torch.device) -> dict[str, float]:
         result = train_epoch(
             model, batches, optimizer, scaler, rates, device=device, amp=options.amp, title=title
         )
-        print(f"{title}  {result.images_per_second:.0f} images/s")
+        print(f"{title}  {rate(result.images_per_second)} images/s")
     pixels, labels = next(iter(batches))
     speed = training_speed(model, network, to_input(pixels, device), labels, options.amp)
     print(speed_line(speed, options.batch_size))
