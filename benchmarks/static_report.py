@@ -238,10 +238,13 @@ def main(arguments: list[str] | None = None) -> int:
     text = markdown(rows)
     print(text)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "static.md").write_text(text)
-        with (options.out / "static.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([HEAD, *(row.cells() for row in rows)])
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "static.md").write_text(text)
+            with (options.out / "static.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([HEAD, *(row.cells() for row in rows)])
+        except OSError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0
 
 

@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (tool, text) in COMMANDS.items():
         tool.add_arguments(commands.add_parser(name, help=text, description=text))
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     tool, _ = COMMANDS[parsed.command]
     try:
         return tool.run(parsed)

@@ -42,3 +42,10 @@ def test_a_cpu_without_memory(capsys: pytest.CaptureFixture) -> None:
 def test_commands_advise_no_argument_of_python(command: str, capsys: pytest.CaptureFixture) -> None:
     assert main([*command.split(), "--image-size", "8"]) == 2
     assert capsys.readouterr().err.endswith("with the paper's heads, got 8\n")
+
+
+def test_the_command_names_what_it_does_not_know(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--varient", "paper"])
+    error = capsys.readouterr().err
+    assert error.startswith("fused-inception train: error: unrecognized arguments: --varient paper")

@@ -3,12 +3,13 @@
 import ast
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import products
+from benchmarks import products, static_report
 from benchmarks.padding import OPERANDS
 from benchmarks.static_report import HEAD, markdown, padded, row_of
 from fused_inception.geometry import GOOGLENET
@@ -190,3 +191,16 @@ def kernels_with_products() -> set[str]:
 def test_what_does_not_compile_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="_branches_kernel does not compile: ValueError: no"):
         row_of("a group", "bf16", Build(SPEC, 1.0, error="ValueError: no"), USES)
+
+
+def test_a_folder_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table is there all the same."""
+    monkeypatch.setattr(static_report, "groups_of", lambda name: [])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        static_report.main(["sm_90-bf16-3a", "--out", str(tmp_path / "file")])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("# Compiled kernels")
+    assert printed.err.endswith(f"File exists: '{tmp_path / 'file'}'\n")
