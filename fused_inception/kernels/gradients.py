@@ -122,31 +122,32 @@ def _gradients_kernel(
             pid += end5
             pid -= tl.where(pid >= end_p, end_p, 0)
             x_stride = x_stride8 * 8
+            # side by side: of one inside the other Triton 3.8 shares no shared memory
             if pid < end3:
                 wgrad_tile(
                     r_ptr, dz_ptr + SLOT_3, filters_ptr,
                     pid, chunk3, n_pixels, height, width, SR, DZ_STRIDE,
                     3, S3R, S3, False, PRECISION, M3, N3, P3, FILTER_STAGES,
                 )  # fmt: skip
-            elif pid < end1:
+            if (pid >= end3) & (pid < end1):
                 wgrad_tile(
                     x_ptr, dz_ptr, filters_ptr + start1.to(tl.int64) * 64,
                     pid - end3, chunk1, n_pixels, height, width, x_stride, DZ_STRIDE,
                     1, S_IN, S1, False, PRECISION, M1, N1, P1, FILTER_STAGES,
                 )  # fmt: skip
-            elif pid < end_r:
+            if (pid >= end1) & (pid < end_r):
                 wgrad_tile(
                     x_ptr, dr_ptr, filters_ptr + start_r.to(tl.int64) * 64,
                     pid - end1, chunk_r, n_pixels, height, width, x_stride, SR,
                     1, S_IN, SR, False, PRECISION, MR, NR, PR, FILTER_STAGES,
                 )  # fmt: skip
-            elif pid < end5:
+            if (pid >= end_r) & (pid < end5):
                 wgrad_tile(
                     r_ptr + S3R, dz_ptr + SLOT_5, filters_ptr + start5.to(tl.int64) * 64,
                     pid - end_r, chunk5, n_pixels, height, width, SR, DZ_STRIDE,
                     K5, S5R, S5, False, PRECISION, M5, N5, P5, FILTER_STAGES,
                 )  # fmt: skip
-            else:
+            if pid >= end5:
                 wgrad_tile(
                     x_ptr, dz_ptr + SLOT_P, filters_ptr + start_p.to(tl.int64) * 64,
                     pid - end5, chunk_p, n_pixels, height, width, x_stride, DZ_STRIDE,
