@@ -5,10 +5,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # further arguments of the command that a target runs
 ARGS ?=
+# of compile-triton; the oldest supported
+TRITON ?= 3.6.0
 
 METADATA := constraints.txt pyproject.toml setup.py
 
-.PHONY: help train test lint bench environment compile-all compile-triton36 clean
+.PHONY: help train test lint bench environment compile-all compile-triton clean
 
 help:
 	@echo "make train [ARGS=...]   train GoogLeNet; ARGS go to 'python -m fused_inception train'"
@@ -16,7 +18,7 @@ help:
 	@echo "make bench [ARGS=...]   run the benchmarks; ARGS go to pytest"
 	@echo "make lint               ruff and mypy"
 	@echo "make compile-all        compile all kernels for all targets, write tests/compiled/results"
-	@echo "make compile-triton36   the same with Triton 3.6, the oldest supported"
+	@echo "make compile-triton TRITON=3.6.0   the same with another Triton"
 	@echo "make environment        set up VENV for all of these, run nothing"
 	@echo "make clean              remove .venv and caches"
 	@echo
@@ -86,14 +88,14 @@ lint: ready-dev
 compile-all: ready-test
 	$(RUN) -m tests.compiled full --table tests/compiled/results $(ARGS)
 
-compile-triton36: build/triton-3.6/.installed
-	build/triton-3.6/bin/python -m tests.compiled full --table tests/compiled/results $(ARGS)
+compile-triton: build/triton-$(TRITON)/.installed
+	build/triton-$(TRITON)/bin/python -m tests.compiled full --table tests/compiled/results $(ARGS)
 
 # torch names one version of Triton; kernels compile with another all the same
-build/triton-3.6/.installed: constraints.txt
-	$(PYTHON) -m venv build/triton-3.6
-	build/triton-3.6/bin/python -m pip install --quiet -c constraints.txt torch numpy
-	build/triton-3.6/bin/python -m pip install --quiet --no-deps triton==3.6.0
+build/triton-$(TRITON)/.installed: constraints.txt
+	$(PYTHON) -m venv build/triton-$(TRITON)
+	build/triton-$(TRITON)/bin/python -m pip install --quiet -c constraints.txt torch numpy
+	build/triton-$(TRITON)/bin/python -m pip install --quiet --no-deps triton==$(TRITON)
 	@touch $@
 
 environment: ready-dev
