@@ -57,6 +57,8 @@ def parse(text: str) -> Program:
     Raises:
         ValueError: a line that is none of PTX's as Triton writes it.
     """
+    # of shared memory, Triton 3.8 says whose: a program's own
+    text = re.sub(r"\b(ld|st)\.shared::cta\b", r"\1.shared", text)
     lines = iter(text.splitlines())
     name, threads = "", 0
     parameters: list[tuple[str, str]] = []
