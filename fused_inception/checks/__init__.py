@@ -8,7 +8,7 @@ from fused_inception.checks.norms import (
     one_dtype,
     written_to,
 )
-from fused_inception.checks.options import norm_size, output_size, pool_window, probability
+from fused_inception.checks.options import count, pool_window, probability
 from fused_inception.checks.parameters import (
     conv_filter,
     conv_parameters,
@@ -26,16 +26,15 @@ __all__ = [
     "batch_statistics",
     "conv_filter",
     "conv_parameters",
+    "count",
     "image_batch",
     "inception_filters",
     "inception_parameters",
     "integer",
     "naive_parameters",
     "norm_pair",
-    "norm_size",
     "norm_vectors",
     "one_dtype",
-    "output_size",
     "pointwise_parameters",
     "pool_window",
     "probability",

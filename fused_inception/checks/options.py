@@ -6,16 +6,16 @@ from fused_inception.checks.tensors import integer
 from fused_inception.geometry import Window
 
 
-def output_size(size: int) -> int:
-    """`size` windows along a side.
+def count(name: str, value: int) -> int:
+    """`value` as an integer: so many of something, at least one.
 
     Raises:
         ValueError, TypeError: there are none; no integer.
     """
-    size = integer("output_size", size)
-    if size < 1:
-        raise ValueError(f"output_size must be at least 1, got {size}")
-    return size
+    value = integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def probability(p: float) -> None:
@@ -65,18 +65,6 @@ def window_of(
             f"padding must be at most half of kernel_size, {kernel // 2}, got {border}"
         )
     return Window(kernel, step, border, ceil_mode)
-
-
-def norm_size(size: int) -> int:
-    """`size` channels are a window.
-
-    Raises:
-        ValueError, TypeError: there are none; no integer.
-    """
-    size = integer("size", size)
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
-    return size
 
 
 def _side(name: str, value: int | Sequence[int], least: int) -> int:

@@ -134,7 +134,7 @@ def adaptive_avg_pool2d_conv1x1_relu(
         ValueError: `output_size` is below 1; else as `avg_pool2d_conv1x1_relu`.
     """
     checks.image_batch(x)
-    output_size = checks.output_size(output_size)
+    output_size = checks.count("output_size", output_size)
     return _pool_project(x, weight, bias, AvgWindow(0, 0, False, output_size))
 
 

@@ -88,7 +88,7 @@ def local_response_norm(
     RuntimeError.
     """
     checks.image_batch(input)
-    size = checks.norm_size(size)
+    size = checks.count("size", size)
     return pool(_pooling.local_response_norm, input, None, size, alpha, beta, k)
 
 
@@ -114,7 +114,7 @@ def lrn_max_pool2d(
     backward raises RuntimeError.
     """
     checks.image_batch(x)
-    size = checks.norm_size(size)
+    size = checks.count("size", size)
     window = pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
     return pool(_pooling.lrn_max_pool2d, x, window, size, alpha, beta, k)
 
@@ -140,7 +140,7 @@ def max_pool2d_lrn(
     and not `x`. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
-    size = checks.norm_size(size)
+    size = checks.count("size", size)
     window = pool_window(x, kernel_size, stride, padding, 1, ceil_mode)
     return pool(_pooling.max_pool2d_lrn, x, window, size, alpha, beta, k)
 

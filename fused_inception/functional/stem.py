@@ -80,7 +80,7 @@ def googlenet_stem(
         casts=casts,
     )
     for size in (norm1[0], norm2[0]):
-        checks.norm_size(size)
+        checks.count("size", size)
     impl = resolve(x)
     stem = Stem(stride, padding, pool1, norm1, norm2, pool2)
     if impl == "triton" and _stem.why_not(filters, stem) is None:
