@@ -70,7 +70,7 @@ def unfuse_(model: nn.Module) -> None:
             which is to be undone first. Nothing is changed.
         TypeError: `model` is no module.
     """
-    _check(model)
+    check_module(model)
     adopted = {name: m for name, m in model.named_modules() if origin_of(m) is not None}
     if not adopted:
         raise ValueError(
@@ -99,7 +99,7 @@ def _fuse(
     model: nn.Module, filter_fn: Filter | None, strict: bool
 ) -> tuple[FusionReport, list[nn.Module]]:
     """The report, and the modules that changed."""
-    _check(model)
+    check_module(model)
     survey = _Survey(filter_fn)
     survey.visit(model, "", None)
     report = survey.report
@@ -189,6 +189,11 @@ def _how_fused(module: nn.Module) -> str:
     return f"{ALREADY_FUSED}{': ' if obstacle == IN_PART else ', but '}{obstacle}"
 
 
-def _check(model: object) -> None:
+def check_module(model: object) -> None:
+    """`model` is a module.
+
+    Raises:
+        TypeError: it is not.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -36,8 +36,8 @@ def inception_filters(
     if len(filters) != len(_NAMES):
         raise ValueError(f"filters must be {len(_NAMES)}, got {len(filters)}")
     c = x.shape[1] if c_in is None else c_in
-    for name in (1, 3):
-        tensor(f"w{_NAMES[name]}", filters[name])
+    for i in (1, 3):  # whose shapes say what the others are to be
+        tensor(f"w{_NAMES[i]}", filters[i])
     reduced3, reduced5 = filters[1].shape[0], filters[3].shape[0]
     channels = (c, c, reduced3, c, reduced5, c)
     sides = ((1,), (1,), (3,), (1,), (3, 5), (1,))

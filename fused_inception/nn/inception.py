@@ -22,6 +22,7 @@ from fused_inception.nn.conv_block import (
     change_of_conv,
     global_hook,
 )
+from fused_inception.nn.pooling import change_of_pool
 from fused_inception.nn.tensors import tensor_of
 
 # depth first: name, type, filters that it may have
@@ -207,11 +208,11 @@ def change_of_layers(
 
 def _change_of_pool(pool: Any) -> str | None:
     """Options that make it another pool than 3x3, stride 1, same size."""
-    for name, value in (("kernel_size", 3), ("stride", 1), ("padding", 1), ("dilation", 1)):
+    for name, value in (("kernel_size", 3), ("stride", 1), ("padding", 1)):
         given = getattr(pool, name)
         if given != value and given != (value, value):
             return f"has {name} {given}"
-    return "returns indices" if pool.return_indices else None
+    return change_of_pool(pool)
 
 
 def parameters_of(module: Any) -> list[Tensor]:

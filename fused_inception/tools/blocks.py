@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_inception.adapters.fuse import check_module
 from fused_inception.adapters.ours import FUSED
 from fused_inception.adapters.report import ALREADY_FUSED, FusionReport
 from fused_inception.backend import choose, selected, why_no_triton
@@ -34,8 +35,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fused_inception.adapters.fuse import check_module
 from fused_inception.ops import filter_cache
 
 # as many as PyTorch's own capture of a training step runs ahead
@@ -118,8 +119,7 @@ def _between_replays(model: nn.Module) -> None:
 
 def _check(model: nn.Module, x: Tensor) -> None:
     """A graph is of one module on one GPU."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not isinstance(x, Tensor) or not x.is_cuda:
         came = f"a tensor on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"a CUDA graph needs an input on a CUDA device, got {came}")
