@@ -51,7 +51,7 @@ def build(spec: Specialisation) -> Build:
         return Build(spec, time.perf_counter() - start, f"{type(cause).__name__}: {cause}")
     seconds = time.perf_counter() - start
     if target.backend == "cuda":
-        code = read_nvidia(compiled.asm["cubin"])
+        code = read_nvidia(compiled.asm["cubin"], compiled.asm["ptx"])
     else:
         code = read_amd(compiled.asm["amdgcn"])
     threads = spec.num_warps * target.warp_size

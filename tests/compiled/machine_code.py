@@ -64,7 +64,7 @@ class MachineCode:
 class _Instruction:
     opcode: str
     file: str
-    line: int
+    lines: list[int]  # several where a load may be any of theirs
     branch: str  # label, or empty
     load_bytes: int  # 0 if it loads nothing from global memory
 
@@ -77,8 +77,8 @@ class _Instruction:
 _TENSOR_CORES = re.compile(r"UTC\w*MMA|HGMMA|QGMMA|HMMA|QMMA|OMMA|v_s?mfma\w*|v_smfmac\w*")
 
 
-def read_nvidia(cubin: bytes) -> MachineCode:
-    """A cubin, through the disassembler that comes with Triton."""
+def read_nvidia(cubin: bytes, ptx: str) -> MachineCode:
+    """A cubin, through the disassembler that comes with Triton, and the PTX that it is of."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -86,7 +86,7 @@ def read_nvidia(cubin: bytes) -> MachineCode:
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
         # without the dataflow analysis, a quarter of its time, which changes nothing here
         code = _output(tools / "nvdisasm", "-c", "-g", "-ndf", file.name)
-    instructions, labels = _parse_sass(code)
+    instructions, labels = _parse_sass(code, moved_loads(ptx))
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return _machine_code(found["REG"], found["STACK"] + found["LOCAL"], instructions, labels)
 
@@ -119,7 +119,29 @@ def _output(*command: object) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
-def _parse_sass(code: str) -> tuple[list[_Instruction], dict[str, int]]:
+def moved_loads(ptx: str) -> dict[tuple[str, int, int], list[int]]:
+    """(file, line, bytes) of loads that look as if they were further down -> their lines.
+
+    Triton writes a load as one piece of assembly, in front of it what lanes that are masked off
+    have. Since 3.8 each line of that counts as one more line of the source.
+    """
+    files = {n: source_file(name) for n, name in re.findall(r'\.file\s+(\d+) "(.*?)"', ptx)}
+    moved: dict[tuple[str, int, int], list[int]] = {}
+    for text in re.findall(r"// begin inline asm\n(.*?)// end inline asm", ptx, re.DOTALL):
+        lines = re.findall(r"\.loc\s+(\d+) (\d+)", text)
+        load = re.search(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+) ", text)
+        if load and len(lines) > 1:
+            (file, first), (_, last) = lines[0], lines[-1]
+            load_bytes = int(load[1] or 1) * int(load[2]) // 8
+            there = moved.setdefault((files[file], int(last), load_bytes), [])
+            if int(first) not in there:
+                there.append(int(first))
+    return moved
+
+
+def _parse_sass(
+    code: str, moved: dict[tuple[str, int, int], list[int]]
+) -> tuple[list[_Instruction], dict[str, int]]:
     instruction = re.compile(r"\s+/\*[0-9a-f]+\*/\s+\{?\s*(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*);")
     found: list[_Instruction] = []
     labels: dict[str, int] = {}
@@ -131,9 +153,9 @@ def _parse_sass(code: str) -> tuple[list[_Instruction], dict[str, int]]:
             labels[m[1]] = len(found)
         elif m := instruction.match(text):
             label = re.search(r"`\((\.L_x_\d+)\)", m[2]) if m[1].startswith("BRA") else None
-            found.append(
-                _Instruction(m[1], file, line, label[1] if label else "", _sass_bytes(m[1]))
-            )
+            width = _sass_bytes(m[1])
+            lines = moved.get((file, line, width), [line])
+            found.append(_Instruction(m[1], file, lines, label[1] if label else "", width))
     return found, labels
 
 
@@ -161,7 +183,7 @@ def _parse_amd(assembly: str) -> tuple[list[_Instruction], dict[str, int]]:
         elif m := re.match(r"\s+([a-z]\w+)(.*)", text):
             label = re.search(r"\.LBB\w+", m[2]) if m[1].startswith("s_cbranch") else None
             found.append(
-                _Instruction(m[1], file, line, label[0] if label else "", _amd_bytes(m[1]))
+                _Instruction(m[1], file, [line], label[0] if label else "", _amd_bytes(m[1]))
             )
     return found, labels
 
@@ -181,7 +203,8 @@ def _loads(instructions: Iterable[_Instruction]) -> Iterator[Load]:
     widths: dict[tuple[str, int], list[int]] = {}
     for i in instructions:
         if i.load_bytes:
-            widths.setdefault((i.file, i.line), []).append(i.load_bytes)
+            for line in i.lines:
+                widths.setdefault((i.file, line), []).append(i.load_bytes)
     for (file, line), each in widths.items():
         yield Load(file, line, len(each), min(each), max(each))
 
@@ -200,7 +223,7 @@ def _loops(instructions: list[_Instruction], labels: dict[str, int]) -> Iterator
         if marks:
             where = next((i for i in marks if i.load_bytes), marks[0])
             yield Loop(
-                function=_function(where.file, where.line),
+                function=_function(where.file, where.lines[0]),
                 instructions=len(body),
                 spills=sum(i.is_spill for i in body),
                 tensor_cycles=sum(map(_tensor_cycles, body)),

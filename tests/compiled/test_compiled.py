@@ -22,7 +22,7 @@ from tests.compiled import matrix, table
 from tests.compiled.bounds import violations
 from tests.compiled.build import Build
 from tests.compiled.collect import Specialisation
-from tests.compiled.machine_code import Load, MachineCode, source_file
+from tests.compiled.machine_code import Load, MachineCode, moved_loads, source_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,6 +95,41 @@ def test_a_kernel_that_another_checkout_compiled_is_read_from_this_one() -> None
     assert source_file("/elsewhere/triton/language/core.py") == "/elsewhere/triton/language/core.py"
     with pytest.raises(LookupError, match="has no source in line 1"):
         assert Load("/removed/conv.py", 1, instructions=1, narrowest=16, widest=16).text
+
+
+def test_a_load_whose_assembly_counts_as_lines_is_found_in_its_own() -> None:
+    # as Triton 3.8 writes them: line 38, into four registers and into one; a copy; as 3.7 does
+    ptx = """
+    .loc 2 38 12 // vectors.py:38:12
+    // begin inline asm
+    .loc\t2 38 12, function_name $L__info_string0, inlined_at 1 133 31 // vectors.py:38:12
+    mov.u32 %r2, %r6;
+    .loc\t2 39 12, function_name $L__info_string0, inlined_at 1 133 31 // vectors.py:39:12
+    mov.u32 %r3, %r6;
+    .loc\t2 40 12, function_name $L__info_string0, inlined_at 1 133 31 // vectors.py:40:12
+    mov.u32 %r4, %r6;
+    .loc\t2 41 12, function_name $L__info_string0, inlined_at 1 133 31 // vectors.py:41:12
+    mov.u32 %r5, %r6;
+    @%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd2 + 0 ];
+    // end inline asm
+    // begin inline asm
+    .loc\t2 38 12, function_name $L__info_string0, inlined_at 1 133 31 // vectors.py:38:12
+    mov.u32 %r7, %r6;
+    @%p1 ld.global.b32 { %r7 }, [ %rd3 + 0 ];
+    // end inline asm
+    // begin inline asm
+    .loc\t1 91 18
+    cp.async.cg.shared.global [ %r410 + 0 ], [ %rd144 + 0 ], 0x10, %r411;
+    // end inline asm
+    // begin inline asm
+    mov.u16 %rs1, 0x0;
+    ld.global.v2.b32 { %r8, %r9 }, [ %rd4 + 0 ];
+    // end inline asm
+    .file\t1 "/removed/checkout/fused_inception/kernels/conv.py"
+    .file\t2 "/removed/checkout/fused_inception/kernels/vectors.py"
+    """
+    vectors = str(ROOT / "fused_inception" / "kernels" / "vectors.py")
+    assert moved_loads(ptx) == {(vectors, 41, 16): [38]}
 
 
 def test_every_kernel_is_compiled() -> None:
