@@ -1,7 +1,9 @@
 """Remembered launches: the kernel is the one that Triton picks, its arguments are those that Triton
 passes, and whatever must see a launch still sees it."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,10 +42,19 @@ class Compiled:
     def launch_metadata(self, *_: Any) -> None:
         return None
 
-    def run(self, *arguments: Any) -> None:
-        # Triton passes its empty chains of hooks
-        plain = tuple(None if isinstance(a, knobs.HookChain) else a for a in arguments)
-        self.launched.append((self, plain))
+    @property
+    def run(self) -> Callable[..., None]:
+        # as Triton's, it does not keep the kernel that it is of
+        launched, this = self.launched, weakref.ref(self)
+
+        def launch(*arguments: Any) -> None:
+            # Triton passes its empty chains of hooks
+            plain = tuple(None if isinstance(a, knobs.HookChain) else a for a in arguments)
+            compiled = this()
+            assert compiled is not None
+            launched.append((compiled, plain))
+
+        return launch
 
 
 class Session:
@@ -243,6 +254,30 @@ def test_a_kernel_that_was_not_compiled_is_not_remembered(
     monkeypatch.setattr(JITFunction, "_do_compile", compile_it)
     session.launch(*args)
     assert len(session.launched) == 1
+
+
+def test_a_remembered_kernel_stays_loaded(session: Session) -> None:
+    # Triton 3.8 unloads a kernel that nobody holds
+    alive = weakref.ref(session.launch(X, X, 3, 3, 0.5))
+    session.launched.clear()
+    session.kernel.device_caches.clear()
+    gc.collect()
+    assert alive() is not None
+    assert session.launch(X, X, 3, 3, 0.5) is alive()
+    assert session.asked == 1
+
+
+def test_the_installed_triton_is_one_whose_launches_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if torch.version.hip is None:
+        assert relaunch.why_not() == ""
+    # each version is looked at: a launch with wrong arguments crashes
+    for version in ("3.5.1", "3.70.0", "4.0.0"):
+        monkeypatch.setattr("triton.__version__", version)
+        assert version in relaunch.why_not()
+    monkeypatch.setattr("torch.version.hip", "7.0")
+    assert "AMD" in relaunch.why_not()
 
 
 def test_memory_of_integers_is_bounded(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

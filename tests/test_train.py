@@ -357,5 +357,14 @@ def test_info_names_versions_and_what_is_fused(monkeypatch, capsys):
     assert lines[2] == "backend torch:"
     assert "PyTorch's own operators" in lines[3]
     assert sum("9 of 9 Inception modules" in line for line in lines) >= 1
+    assert "not replayed" not in "".join(lines)
     monkeypatch.setenv("FUSED_INCEPTION_BACKEND", "cuda")
     assert "must be one of" in fails_with(capsys, ["info"])
+
+
+def test_info_names_what_is_slower_with_a_triton_that_is_not_known(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("triton.__version__", "4.0.0")
+    assert main(["info"]) == 0
+    assert "launches are not replayed, each takes 20 us" in capsys.readouterr().out

@@ -16,12 +16,21 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 # whose specialisation and launch protocol this file follows; others take Triton's own way
-_VERSIONS = ("3.6.", "3.7.")
+VERSIONS = ("3.6", "3.7", "3.8")
 _MOST_INTEGERS = 10_000
-# types of devices; on AMD's GPUs, which torch calls "cuda" too, Triton also specialises on sizes
-DEVICES = frozenset(
-    {"cuda"} if triton.__version__.startswith(_VERSIONS) and torch.version.hip is None else ()
-)
+
+
+def why_not() -> str:
+    """Why launches on GPUs take Triton's own way; empty if they do not."""
+    if torch.version.hip is not None:
+        return "on AMD's GPUs Triton also specialises on sizes"
+    if not triton.__version__.startswith(tuple(f"{version}." for version in VERSIONS)):
+        known = f"{VERSIONS[0]} to {VERSIONS[-1]}"
+        return f"Triton {triton.__version__} may bind arguments otherwise than {known}"
+    return ""
+
+
+DEVICES = frozenset(() if why_not() else {"cuda"})  # types
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Known:
     """A compiled kernel and what Triton would launch it with."""
 
     kernel: Any  # alive, so that its id stays its own
+    compiled: Any  # alive, as Triton 3.8 unloads what is not
     run: Callable[..., None]
     function: Any
     metadata: Any
@@ -75,7 +85,7 @@ def launch(
     # None: a hook has stopped the compilation; other names: an argument has its default
     if key is not None and compiled is not None and constants.keys() == set(rest):
         _known[key] = Known(
-            kernel, compiled.run, compiled.function, compiled.packed_metadata,
+            kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata,
             tuple(constants[name] for name in rest),
         )  # fmt: skip
 

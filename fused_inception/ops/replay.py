@@ -347,6 +347,13 @@ def _may_replay(args: Sequence[Any]) -> bool:
     )
 
 
+def why_not() -> str:
+    """Why nothing is replayed on GPUs; empty if it is. Triton must be installed."""
+    from fused_inception.kernels import relaunch
+
+    return relaunch.why_not()
+
+
 def _is_watched() -> bool:
     from fused_inception.kernels import launch
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from fused_inception.backend import BackendError, choose
+from fused_inception.backend import TRITON_INSTALLED, BackendError, choose
 from fused_inception.cost import H200, ITEMSIZE
 from fused_inception.geometry import VARIANTS
 from fused_inception.nn.googlenet import googlenet
+from fused_inception.ops import replay
 from fused_inception.tools.errors import UserError, without_advice
 from fused_inception.tools.network_table import report
 from fused_inception.tools.options import pick_backend, positive
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"  cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
             f"sm_{properties.major}{properties.minor}): {_implementation(name, f'cuda:{index}')}"
         )
+    if torch.cuda.is_available() and TRITON_INSTALLED and (reason := replay.why_not()):
+        print(f"  launches are not replayed, each takes 20 us or more on the CPU: {reason}")
     print("googlenet:")
     for variant in VARIANTS:
         model = googlenet(variant, init_weights=False, device="meta")
