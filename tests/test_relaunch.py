@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from triton import knobs
 from triton import language as tl
-from triton.runtime import driver
+from triton.runtime import OutOfResources, driver
 from triton.runtime.jit import JITFunction
 
 from fused_inception.kernels import relaunch
@@ -27,6 +27,12 @@ CONSTANTS = {"BLOCK": 16, "RELU": True}
 
 
 def _kernel(x_ptr, y_ptr, n, m, scale, BLOCK: tl.constexpr, RELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    pass
+
+
+def _staged_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, BLOCK: tl.constexpr, NUM_STAGES: tl.constexpr, INPUT_STAGES: tl.constexpr
+):
     pass
 
 
@@ -265,6 +271,33 @@ def test_a_remembered_kernel_stays_loaded(session: Session) -> None:
     assert alive() is not None
     assert session.launch(X, X, 3, 3, 0.5) is alive()
     assert session.asked == 1
+
+
+def test_fewer_stages_where_shared_memory_does_not_hold_them(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = JITFunction(_staged_kernel)
+    limit = 2
+
+    def launch(self: Any, *args: Any, **options: Any) -> Any:
+        if options["NUM_STAGES"] > limit:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return counted(self, *args, **options)
+
+    counted = JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", launch)
+    constants = {"BLOCK": 16, "NUM_STAGES": 4, "INPUT_STAGES": 1}
+    with pytest.warns(UserWarning, match=r"Required: 300000, .* with .*'NUM_STAGES': 2") as told:
+        relaunch.launch(kernel, GRID, (X,), constants, 4)
+    assert len(told) == 1
+    relaunch.launch(kernel, GRID, (X,), constants, 4)
+    # remembered: with two stages, without a warning, and without asking Triton
+    assert session.asked == 1
+    assert [arguments[-3:] for _, arguments in session.launched] == [(16, 2, 1)] * 2
+    assert constants["NUM_STAGES"] == 4
+    limit = 0
+    with pytest.raises(OutOfResources, match="300000"):
+        relaunch.launch(kernel, GRID, (X[8:],), {**constants, "BLOCK": 32}, 4)
 
 
 def test_the_installed_triton_is_one_whose_launches_are_known(

@@ -5,6 +5,7 @@ depends on a key that takes a few microseconds to put together. The key here is 
 Triton's, so a remembered kernel is the one that Triton would have found.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import triton
 from triton import knobs
-from triton.runtime import driver
+from triton.runtime import OutOfResources, driver
 from triton.runtime.jit import JITFunction
 
 # whose specialisation and launch protocol this file follows; others take Triton's own way
@@ -80,7 +81,7 @@ def launch(
     if known is not None:
         known.launch(grid, stream_on(device_of(args)), args)
         return
-    compiled = kernel[grid](*args, **constants, num_warps=num_warps)
+    compiled, constants = _launch_by_triton(kernel, grid, args, constants, num_warps)
     rest = kernel.arg_names[len(args) :]
     # None: a hook has stopped the compilation; other names: an argument has its default
     if key is not None and compiled is not None and constants.keys() == set(rest):
@@ -88,6 +89,40 @@ def launch(
             kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata,
             tuple(constants[name] for name in rest),
         )  # fmt: skip
+
+
+def _launch_by_triton(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+) -> tuple[Any, dict[str, Any]]:
+    """The compiled kernel, and the constants that it has: with fewer stages where a Triton that
+    heuristics do not know needs more shared memory for them than there is.
+
+    Raises:
+        OutOfResources: one stage is too many.
+    """
+    fewer: dict[str, int] = {}
+    while True:
+        try:
+            compiled = kernel[grid](*args, **constants, num_warps=num_warps)
+        except OutOfResources as error:
+            stages = {name: n for name, n in constants.items() if name.endswith("STAGES") and n > 1}
+            if not stages:
+                raise
+            why = error
+            fewer |= {name: n - 1 for name, n in stages.items()}
+            constants = {**constants, **fewer}
+        else:
+            if fewer:
+                warnings.warn(
+                    f"{kernel.__name__} as Triton {triton.__version__} compiles it: {why}. It runs "
+                    f"with {fewer}, and may be slower",
+                    stacklevel=2,
+                )
+            return compiled, constants
 
 
 def find(
