@@ -15,7 +15,7 @@ where programs do not happen to meet.
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 GAP = 2**20  # bytes that are nobody's, before and behind a tensor
 LARGEST = 2**28  # bytes of a tensor; a launch with a larger one is not watched
@@ -117,6 +118,8 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
     for arg in args:
         if isinstance(arg, tuple):
             yield from _tensors(arg)
+        elif isinstance(arg, TensorDescriptor):
+            yield arg.base
         elif isinstance(arg, Tensor):
             yield arg
 
@@ -158,10 +161,10 @@ class _Watch:
                     "\n".join([f"{executor.fn.__name__}:", *self.found.values()])
                 )
 
-        def watched_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        def watched_load(builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
             if self.watches:
                 self._access(pointers, mask, self._loads, "reads")
-            return load(builder, pointers, mask, *rest)
+            return load(builder, pointers, mask, *rest, **named)
 
         def watched_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
             if not self.watches:
@@ -194,6 +197,8 @@ class _Watch:
     def _copied(self, arg: Any, name: str) -> Any:
         if isinstance(arg, tuple):
             return tuple(self._copied(part, name) for part in arg)
+        if isinstance(arg, TensorDescriptor):
+            return replace(arg, base=self._copied(arg.base, name))
         if not isinstance(arg, Tensor):
             return arg
         storage = arg.untyped_storage()

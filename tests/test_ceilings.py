@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import ceilings
+from benchmarks.gpu import ceilings, forms
 from benchmarks.gpu.parts import Turn
+from benchmarks.gpu.table import PARTS
 from tests.conftest import INTERPRETED
 
 pytest.importorskip("triton")
@@ -66,7 +67,7 @@ def test_wrong_results_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(AssertionError, match="has not read everything"):
         ceilings.stream(torch.device("cpu"), 0.0, SMALL)
     with pytest.raises(AssertionError, match="relative error"):
-        ceilings._close(torch.ones(2, 2), 1.1 * torch.ones(2, 2))
+        ceilings.close(torch.ones(2, 2), 1.1 * torch.ones(2, 2))
 
 
 def test_every_ceiling_is_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +83,45 @@ def test_every_ceiling_is_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured == [0.25] * 7
 
 
+TINY = forms.Shape(5, 32, 24, (forms.Tile(32, 32, 16, 2, 4),))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="gpu_check measures them at their true size")
+def test_forms_of_a_3x3_agree(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is compared with fp32 before it is timed; the last tile of pixels is not full."""
+    monkeypatch.setattr(ceilings, "MIN_ROUNDS", 2)
+    conv = forms.Convolution.draw(TINY, 3, torch.float16, device)
+    for form, tile in (("library", None), ("pointers", None), ("descriptors", TINY.tiles[0])):
+        facts = forms.speed(conv, form, tile, device, 0.0)
+        seconds = sorted(facts["samples_s"])
+        flops = 2 * 3 * 25 * 9 * 32 * 24
+        assert facts["unit"] == "FLOP/s"
+        assert seconds[0] <= flops / facts["value"] * 1.01
+        assert flops / facts["value"] <= seconds[-1] * 1.01
+    taps = forms.Convolution._taps
+    monkeypatch.setattr(forms.Convolution, "_taps", lambda self: taps(self).flip(1))
+    with pytest.raises(AssertionError, match="relative error"):
+        conv.by_pointers()
+    with pytest.raises(AssertionError, match="relative error"):
+        conv.by_descriptors(TINY.tiles[0])
+
+
+def test_every_form_is_an_item() -> None:
+    items = PARTS["ceilings"].items({"seconds": 0.25}, torch.device("cpu"))
+    keys = [item.key for item in items[len(ceilings.CEILINGS) :]]
+    assert len(set(keys)) == 2 * 2 * 4
+    assert keys[3] == "3x3 14x14 96 to 208, N = 256, descriptors 256x128x32"
+
+
 COMPILE = """
 import json
+import torch
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+from benchmarks.gpu.ceiling_kernels import _descriptor_conv_kernel
+from benchmarks.gpu.forms import SHAPES
+from tests.compiled.collect import StubDriver
+from tests.compiled.machine_code import read_nvidia
 from benchmarks.gpu.ceilings import GEMM_TILE, Sizes
 from tests.compiled.build import build
 from tests.compiled.collect import Specialisation
@@ -108,6 +146,26 @@ for s in (gemm, stream, one):
     print(json.dumps({"kernel": s.kernel, "stack": code.stack, "registers": code.registers,
                       "tensor_cores": code.tensor_cores, "shared": b.shared,
                       "loads": [load.narrowest for load in code.loads]}))
+
+driver.set_active(StubDriver("sm_90"))
+for shape in SHAPES:
+    x, w, y = (torch.empty(a, b, dtype=torch.bfloat16) for a, b in (
+        ((shape.side + 1) ** 2, shape.c_in), (shape.c_out, 9 * shape.c_in),
+        (shape.side**2, shape.c_out),
+    ))
+    for tile in shape.tiles:
+        kernel = _descriptor_conv_kernel.warmup(
+            TensorDescriptor.from_tensor(x, [tile.pixels, tile.channels]),
+            TensorDescriptor.from_tensor(w, [tile.filters, tile.channels]),
+            torch.empty(shape.c_out), y, x.shape[0], shape.side, shape.side,
+            9 * shape.c_in // tile.channels, C_IN=shape.c_in, C_OUT=shape.c_out,
+            **tile.constants(), num_warps=tile.num_warps, grid=(1,),
+        )
+        code = read_nvidia(kernel.asm["cubin"], kernel.asm["ptx"])
+        (loop,) = code.loops
+        print(json.dumps({"kernel": f"{shape.side} {tile}", "stack": code.stack,
+                          "registers": code.registers, "tensor_cores": code.tensor_cores,
+                          "shared": kernel.metadata.shared, "issue_ratio": loop.issue_ratio}))
 """
 
 
@@ -118,8 +176,14 @@ def test_ceiling_kernels_compile_for_sm_90() -> None:
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    gemm, stream, one = map(json.loads, done.stdout.splitlines())
+    gemm, stream, one, *convs = map(json.loads, done.stdout.splitlines())
     assert gemm["stack"] == stream["stack"] == one["stack"] == 0
     assert set(gemm["tensor_cores"]) == {"HGMMA"}
     assert gemm["shared"] <= 232448
     assert set(gemm["loads"]) == set(stream["loads"]) == {16}
+    assert len(convs) == 4
+    for conv in convs:
+        assert conv["stack"] == 0
+        assert set(conv["tensor_cores"]) == {"HGMMA"}
+        assert conv["shared"] <= 232448
+        assert conv["issue_ratio"] < 0.45

@@ -70,3 +70,55 @@ def _stream_kernel(
 def _one_kernel(y_ptr):
     """y[0] = 1: as little as a launch can do."""
     tl.store(y_ptr, 1)
+
+
+@triton.jit
+def _descriptor_conv_kernel(
+    # tensors
+    x_desc,  # [N (H + 1) (W + 1), C_IN] zeros behind each row and each image
+    w_desc,  # [C_OUT, 9 C_IN]
+    b_ptr,  # [C_OUT] fp32
+    y_ptr,  # [N H W, C_OUT]
+    # sizes
+    n_padded,
+    height,
+    width,
+    n_steps,  # 9 C_IN / BLOCK_CI
+    # problem
+    C_IN: tl.constexpr,  # a multiple of BLOCK_CI
+    C_OUT: tl.constexpr,
+    # tile
+    BLOCK_P: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """y = relu(conv(x, w) + b), 3x3 of stride 1; one program a tile of padded pixels.
+
+    What a descriptor reads outside of its tensor is zero: in front of the first image, behind the
+    last, filters that are none.
+    """
+    TILES_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
+    BLOCKS_CI: tl.constexpr = C_IN // BLOCK_CI
+    p0 = tl.program_id(0) // TILES_CO * BLOCK_P
+    co0 = tl.program_id(0) % TILES_CO * BLOCK_CO
+    acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+    for step in tl.range(0, n_steps, num_stages=NUM_STAGES):
+        tap = step // BLOCKS_CI
+        shift = (tap // 3 - 1) * (width + 1) + tap % 3 - 1
+        x_tile = x_desc.load([p0 + shift, (step - tap * BLOCKS_CI) * BLOCK_CI])
+        w_tile = w_desc.load([co0, step * BLOCK_CI])
+        acc = tl.dot(x_tile, w_tile.T, acc)
+    offs_p = p0 + tl.arange(0, BLOCK_P)
+    offs_co = co0 + tl.arange(0, BLOCK_CO)
+    column = offs_p % (width + 1)
+    row = offs_p // (width + 1) % (height + 1)
+    image = offs_p // (width + 1) // (height + 1)
+    inside = (offs_p < n_padded) & (column < width) & (row < height)
+    mask_co = offs_co < C_OUT
+    bias = tl.load(b_ptr + offs_co, mask=mask_co, other=0.0)
+    y_tile = tl.maximum(acc + bias[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    pixel = (image * height + row).to(tl.int64) * width + column
+    y_offs = pixel[:, None] * C_OUT + offs_co[None, :]
+    mask = inside[:, None] & mask_co[None, :]
+    tl.store(y_ptr + y_offs, y_tile.to(y_ptr.dtype.element_ty), mask=mask)

@@ -45,7 +45,7 @@ def copy(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[s
     source = torch.randn(sizes.copied // 4, device=device)
     target = torch.empty_like(source)
     piece = Work(None, lambda _: target.copy_(source))
-    return _measured(piece, device, seconds, 2 * sizes.copied, "bytes/s")
+    return measured(piece, device, seconds, 2 * sizes.copied, "bytes/s")
 
 
 def library_gemm(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def library_gemm(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -
     a, b = _matrices(device, sizes.gemm)
     c = torch.empty_like(a)
     piece = Work(None, lambda _: torch.mm(a, b, out=c))
-    return _measured(piece, device, seconds, 2 * sizes.gemm**3, "FLOP/s")
+    return measured(piece, device, seconds, 2 * sizes.gemm**3, "FLOP/s")
 
 
 def triton_gemm(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def triton_gemm(device: torch.device, seconds: float, sizes: Sizes = Sizes()) ->
         _gemm_kernel[grid](a, b, c, n, N=n, K=n, **tile, num_warps=8)
 
     run(None)
-    _close(c, a.float() @ b.float())
-    return _measured(Work(None, run), device, seconds, 2 * n**3, "FLOP/s")
+    close(c, a.float() @ b.float())
+    return measured(Work(None, run), device, seconds, 2 * n**3, "FLOP/s")
 
 
 def stream(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def stream(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict
     run(None)
     assert (y == x.max()).all(), "a program has not read everything"
     amount = sizes.programs * sizes.streamed
-    return _measured(Work(None, run), device, seconds, amount, "bytes/s")
+    return measured(Work(None, run), device, seconds, amount, "bytes/s")
 
 
 def launch(device: torch.device, seconds: float) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def launch(device: torch.device, seconds: float) -> dict[str, Any]:
         return y
 
     piece, _ = captured(Work(None, run))
-    facts = _measured(piece, device, seconds, GRAPH_LAUNCHES, "1/s")
+    facts = measured(piece, device, seconds, GRAPH_LAUNCHES, "1/s")
     # of seconds the low ones are those of high rates
     rates = {"value": "value", "p20": "p80", "p80": "p20"}
     inverse = {name: float(f"{1 / facts[rate]:.4g}") for name, rate in rates.items()}
@@ -113,7 +113,7 @@ def our_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> di
     problem = _conv_problem(device, sizes)
     subject = LineUp(problem).admit("fused", "forward").subject.in_mode("forward")
     flops = problem.flops("forward")
-    return _measured(subject.work("forward"), device, seconds, flops, "FLOP/s")
+    return measured(subject.work("forward"), device, seconds, flops, "FLOP/s")
 
 
 def library_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def library_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -
         subject = LineUp(problem).admit("eager", "forward").subject
         x, weight = subject.x.detach(), subject.module.get_parameter("p0").detach()
         piece = Work(None, lambda _: F.conv2d(x, weight, padding=1))
-        return _measured(piece, device, seconds, problem.flops("forward"), "FLOP/s")
+        return measured(piece, device, seconds, problem.flops("forward"), "FLOP/s")
 
 
 CEILINGS: dict[str, Callable[[torch.device, float], dict[str, Any]]] = {
@@ -147,12 +147,12 @@ def _matrices(device: torch.device, n: int) -> tuple[Tensor, Tensor]:
     return a.bfloat16(), b.bfloat16()
 
 
-def _close(got: Tensor, want: Tensor) -> None:
+def close(got: Tensor, want: Tensor) -> None:
     error = ((got.float() - want).norm() / want.norm()).item()
     assert error < 0.01, f"relative error {error:.3g}"
 
 
-def _measured(
+def measured(
     piece: Work, device: torch.device, seconds: float, amount: float, unit: str
 ) -> dict[str, Any]:
     """`amount` by the median time of a call."""
