@@ -9,30 +9,18 @@ from torch import Tensor
 from fused_inception.geometry import align_up, sums_in_stages
 from fused_inception.kernels.batch_norm import launch_batch_statistics
 from fused_inception.kernels.batch_norm_grad import launch_norm_grad
-from fused_inception.kernels.conv2d import (
-    conv2d_unfinished,
-    launch_conv2d_dgrad,
-    launch_conv2d_fwd,
-    launch_conv2d_wgrad,
-    pack_filter,
-)
+from fused_inception.kernels.conv2d import launch_conv2d_fwd, pack_filter
 from fused_inception.kernels.epilogue import launch_epilogue
-from fused_inception.kernels.finish import launch_finish
-from fused_inception.kernels.image_conv import (
-    launch_image_conv_dgrad,
-    launch_image_conv_fwd,
-    launch_image_conv_wgrad,
-)
+from fused_inception.kernels.image_conv import launch_image_conv_fwd
 from fused_inception.kernels.launch import cdiv
 from fused_inception.kernels.moments import Moments, merged_moments
 from fused_inception.kernels.normalise import launch_normalise
 from fused_inception.kernels.stem import launch_image_pack
 from fused_inception.kernels.stem_conv import launch_stem_conv_fwd, packed_image_shape
-from fused_inception.kernels.stem_wgrad import launch_packed_wgrad
 from fused_inception.ops import library_triton
-from fused_inception.ops.conv2d_triton import image_of, map_shape
+from fused_inception.ops.conv2d_triton import image_of, input_and_filter_gradients, map_shape
 from fused_inception.ops.inception_bn_triton import norm_parameters
-from fused_inception.ops.layout import empty_channels_last, empty_filter_grad, for_kernels
+from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
 from fused_inception.ops.replay import replayed
 from fused_inception.ops.running import Running
@@ -43,7 +31,7 @@ from fused_inception.tuning.chosen import (
     norm_config,
     stem_conv_config,
 )
-from fused_inception.tuning.conv_heuristic import epilogue_config, packed_wgrad_config
+from fused_inception.tuning.conv_heuristic import epilogue_config
 from fused_inception.tuning.heuristic import finish_config
 from fused_inception.tuning.norm_heuristic import merge_config, statistics_config
 
@@ -150,58 +138,19 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, filter, gamma and beta; 0 elements where `needs` says no."""
-    need_x, need_w, need_gamma, need_beta = needs
     (weight,) = filters
     z, norm, packed = saved
-    c_out, c_in, k, _ = weight.shape
-    ops, target, pixels = problem_of(dy)
+    c_out = weight.shape[0]
+    _, target, pixels = problem = problem_of(dy)
     like = gammas[0] if gammas else norm[0, :c_out]
-    dgamma, dbeta = (torch.empty_like(like) if need else None for need in (need_gamma, need_beta))
+    dgamma, dbeta = (torch.empty_like(like) if need else None for need in needs[2:])
     dz = launch_norm_grad(
         (c_out,), dy, z, norm, 0, [dgamma], [dbeta],
         norm_config(z.shape[1], pixels, target), finish_config(),
     )  # fmt: skip
-    plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target, norm=True)
-    their_dx, their_dw = library_triton.gradients(
-        dz, x, weight, stride, padding,
-        need_x=need_x and plan.library("conv.dgrad"), need_w=need_w and plan.library("conv.wgrad"),
-    )  # fmt: skip
-    need_x, need_w = need_x and their_dx is None, need_w and their_dw is None
-    dx, dw = x.new_empty(0), weight.new_empty(0)
-    if need_x:
-        dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-    image = image_of(weight, stride, padding)
-    if image is not None:
-        image_config = image_conv_config(image.positions, c_out, pixels, ops, target)
-        if need_x:
-            launch_image_conv_dgrad(
-                image, dz, weight.contiguous(), dx, image_config, precision=ops.precision
-            )
-    else:
-        config = conv_config(c_in, c_out, k, pixels, ops, target, norm=True)
-        if need_x:
-            w, _ = pack_filter(weight, None, dz.dtype)
-            launch_conv2d_dgrad(dz, w, dx, None, config, kernel=k, precision=ops.precision)
-    if need_w and packed.numel():
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        launch_packed_wgrad(
-            packed, dz, dw, packed_wgrad_config(z.shape[1], pixels, ops, target), finish_config(),
-            precision=ops.precision,
-        )  # fmt: skip
-    elif need_w:
-        if image is not None:
-            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            partial = launch_image_conv_wgrad(
-                image, x, dz, image_config, finish_config(), precision=ops.precision
-            )
-        else:
-            dw = empty_filter_grad(weight)
-            partial = launch_conv2d_wgrad(
-                for_kernels(x), dz, config, kernel=k, precision=ops.precision
-            )
-        taps = 1 if image is not None else k * k
-        part = conv2d_unfinished(partial, norm[:0], dw, norm.new_empty(0), taps=taps)
-        launch_finish([part], finish_config())
+    # behind a BatchNorm there is no bias
     empty = norm.new_empty(0)
-    dx, dw = dx if their_dx is None else their_dx, dw if their_dw is None else their_dw
+    dx, dw = input_and_filter_gradients(
+        dz, x, packed, weight, stride, padding, needs[:2], norm[:0], empty, problem, norm=True
+    )
     return [dx, dw, empty if dgamma is None else dgamma, empty if dbeta is None else dbeta]

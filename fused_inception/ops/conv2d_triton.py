@@ -1,5 +1,7 @@
 """The script of one convolution with bias and ReLU on the Triton path."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from fused_inception.kernels.image_conv import (
 from fused_inception.kernels.relu_mask import launch_relu_mask
 from fused_inception.kernels.stem import launch_image_pack
 from fused_inception.kernels.stem_conv import launch_stem_conv_fwd, packed_image_shape
+from fused_inception.kernels.stem_wgrad import launch_packed_wgrad
 from fused_inception.ops import filter_cache, library_triton
 from fused_inception.ops.layout import empty_channels_last, empty_filter_grad, for_kernels
 from fused_inception.ops.problem import problem_of
@@ -32,8 +35,9 @@ from fused_inception.tuning.chosen import (
     mask_config,
     stem_conv_config,
 )
-from fused_inception.tuning.conv_heuristic import epilogue_config
-from fused_inception.tuning.heuristic import finish_config
+from fused_inception.tuning.conv_heuristic import epilogue_config, packed_wgrad_config
+from fused_inception.tuning.heuristic import Operands, finish_config
+from fused_inception.tuning.targets import Target
 
 
 def forward(
@@ -100,58 +104,87 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weight, bias; 0 elements where `needs` says no."""
-    need_x, need_w, need_b = needs
-    c_out, c_in, k, _ = weight.shape
-    ops, target, pixels = problem_of(dy)
+    *needs, need_b = needs
+    _, target, pixels = problem = problem_of(dy)
     (mask,) = saved
-    dz, partial_bias = launch_relu_mask(
-        (c_out,), dy, mask, mask_config(align_up(c_out), pixels, target)
+    c_out = weight.shape[0]
+    dz, sums = launch_relu_mask((c_out,), dy, mask, mask_config(align_up(c_out), pixels, target))
+    db = torch.empty_like(bias) if need_b else bias.new_empty(0)
+    dx, dw = input_and_filter_gradients(
+        dz, x, None, weight, stride, padding, needs, sums, db, problem, norm=False
     )
-    plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target)
+    return [dx, dw, db]
+
+
+def input_and_filter_gradients(
+    dz: Tensor,
+    x: Tensor,
+    packed: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    needs: Sequence[bool],
+    sums: Tensor,
+    db: Tensor,
+    problem: tuple[Operands, Target, int],
+    *,
+    norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight, of the convolution alone, from that of its raw result, `dz` [N,
+    slots of C_OUT, H_out, W_out] dense; 0 elements where `needs` says no.
+
+    packed: the elements of the packed image, ahead of a BatchNorm; of x that is not packed none.
+    `db` is filled from `sums`, partial sums of dz [rows, slots of C_OUT], where it has elements.
+    problem: of dz. norm: whether a BatchNorm is behind the convolution.
+    """
+    need_x, need_w = needs
+    c_out, c_in, k, _ = weight.shape
+    ops, target, pixels = problem
+    plan = dispatch.conv_plan(c_in, c_out, k, stride, pixels, ops, target, norm=norm)
     their_dx, their_dw = library_triton.gradients(
         dz, x, weight, stride, padding,
         need_x=need_x and plan.library("conv.dgrad"), need_w=need_w and plan.library("conv.wgrad"),
     )  # fmt: skip
     need_x, need_w = need_x and their_dx is None, need_w and their_dw is None
-    dx, dw, db = x.new_empty(0), weight.new_empty(0), bias.new_empty(0)
+    dx, dw = x.new_empty(0), weight.new_empty(0)
     if need_x:
         dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-    if need_w:
-        dw = empty_filter_grad(weight)
-    if need_b:
-        db = torch.empty_like(bias)
-    shape = image_of(weight, stride, padding)
     taps = k * k
-    if shape is not None:
-        image = image_conv_config(shape.positions, c_out, pixels, ops, target)
-        if need_x:
-            launch_image_conv_dgrad(
-                shape, dz, weight.contiguous(), dx, image, precision=ops.precision
-            )
-        if need_w:
-            partial = launch_image_conv_wgrad(
-                shape, x, dz, image, finish_config(), precision=ops.precision
-            )
-            # the last row of each split is the gradient of the bias
-            partial_bias = partial[:, -1]
-            taps, dw = 1, torch.empty_like(weight, memory_format=torch.contiguous_format)
-        else:
-            partial = partial_bias[:0, None]
-    else:
-        config = conv_config(c_in, c_out, k, pixels, ops, target)
+    image = image_of(weight, stride, padding)
+    if image is None:
+        config = conv_config(c_in, c_out, k, pixels, ops, target, norm=norm)
         if need_x:
             w, _ = pack_filter(weight, None, dz.dtype)
             launch_conv2d_dgrad(dz, w, dx, None, config, kernel=k, precision=ops.precision)
         if need_w:
+            dw = empty_filter_grad(weight)
             partial = launch_conv2d_wgrad(
                 for_kernels(x), dz, config, kernel=k, precision=ops.precision
             )
-        else:
-            partial = partial_bias[:0, None]
-    if need_w or need_b:
-        part = conv2d_unfinished(partial, partial_bias, dw, db, taps=taps)
-        launch_finish([part], finish_config())
-    return [dx if their_dx is None else their_dx, dw if their_dw is None else their_dw, db]
+    else:
+        image_config = image_conv_config(image.positions, c_out, pixels, ops, target)
+        if need_x:
+            launch_image_conv_dgrad(
+                image, dz, weight.contiguous(), dx, image_config, precision=ops.precision
+            )
+        if need_w:
+            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            if packed is not None and packed.numel():
+                launch_packed_wgrad(
+                    packed, dz, dw, packed_wgrad_config(dz.shape[1], pixels, ops, target),
+                    finish_config(), precision=ops.precision,
+                )  # fmt: skip
+                return dx if their_dx is None else their_dx, dw
+            partial = launch_image_conv_wgrad(
+                image, x, dz, image_config, finish_config(), precision=ops.precision
+            )
+            # the last row of each split is the gradient of the bias
+            taps, sums = 1, partial[:, -1]
+    if need_w or db.numel():
+        if not need_w:
+            partial = sums[:0, None]
+        launch_finish([conv2d_unfinished(partial, sums, dw, db, taps=taps)], finish_config())
+    return dx if their_dx is None else their_dx, dw if their_dw is None else their_dw
 
 
 def image_of(weight: Tensor, stride: int, padding: int) -> ImageConv | None:
