@@ -38,7 +38,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, tile: VectorConfig, rows: int) -> No
 
 
 def arguments(case: PoolingCase, op: str) -> list[Any]:
-    norm = [*case.norm] * (op != "max_pool2d")
+    norm: list[Any] = [case.norm] * (op != "max_pool2d")
     return norm + [case.window] * (op != "local_response_norm")
 
 

@@ -43,8 +43,10 @@ class _Family:
 
     def options(self, flat: Sequence[Any]) -> list[Any]:
         """The options as implementations take them: the norm's four numbers, the window."""
-        norm, window = flat[: 4 * self.has_norm], flat[4 * self.has_norm :]
-        return [*norm, Window(*window)] if self.has_window else [*norm]
+        options: list[Any] = [tuple(flat[:4])] if self.has_norm else []
+        if self.has_window:
+            options.append(Window(*flat[-4:]))
+        return options
 
     def implementation(self, impl: str, suffix: str) -> Any:
         """The function of this family in the module of `impl`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_inception.geometry import Window
 from fused_inception.ops.layout import channels_last, empty_channels_last
+from fused_inception.ops.stages import NormNumbers
 
 aten = torch.ops.aten
 
@@ -37,12 +38,10 @@ def max_pool2d_backward(
     return dx
 
 
-def local_response_norm(
-    x: Tensor, size: int, alpha: float, beta: float, k: float, save: bool
-) -> tuple[Tensor, list[Tensor]]:
+def local_response_norm(x: Tensor, norm: NormNumbers, save: bool) -> tuple[Tensor, list[Tensor]]:
     """y; nothing but x is needed for its gradient."""
     wide = _wide(channels_last(x))
-    power, _ = _powers(wide, size, alpha, beta, k)
+    power, _ = _powers(wide, norm)
     return channels_last(power.mul_(wide).to(x.dtype)), []
 
 
@@ -51,13 +50,12 @@ def local_response_norm_saved_like(y: Tensor) -> list[Tensor]:
     return []
 
 
-def local_response_norm_backward(
-    dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
-) -> Tensor:
+def local_response_norm_backward(dy: Tensor, x: Tensor, norm: NormNumbers) -> Tensor:
     """dx[c] = dy[c] s[c]^-b - 2 b alpha / size x[c] sum of dy[i] x[i] s[i]^(-b - 1)."""
+    size, alpha, beta, _ = norm
     dtype = x.dtype
     x, dy = _wide(channels_last(x)), _wide(channels_last(dy))
-    power, inverse = _powers(x, size, alpha, beta, k)
+    power, inverse = _powers(x, norm)
     dx = power.mul_(dy)
     if beta != 0:
         # x before 1 / s, which may be out of range
@@ -67,10 +65,10 @@ def local_response_norm_backward(
 
 
 def lrn_max_pool2d(
-    x: Tensor, size: int, alpha: float, beta: float, k: float, window: Window, save: bool
+    x: Tensor, norm: NormNumbers, window: Window, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """y, and with `save` the int64 index; the normalised map is not kept."""
-    normalised, _ = local_response_norm(x, size, alpha, beta, k, save)
+    normalised, _ = local_response_norm(x, norm, save)
     return max_pool2d(normalised, window, save)
 
 
@@ -78,27 +76,20 @@ lrn_max_pool2d_saved_like = max_pool2d_saved_like
 
 
 def lrn_max_pool2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    index: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    window: Window,
+    dy: Tensor, x: Tensor, index: Tensor, norm: NormNumbers, window: Window
 ) -> Tensor:
     """The gradient of x."""
     n, c, h, w = x.shape
     dz = max_pool2d_backward(dy, (n, c, h, w), index, window)
-    return local_response_norm_backward(dz, x, size, alpha, beta, k)
+    return local_response_norm_backward(dz, x, norm)
 
 
 def max_pool2d_lrn(
-    x: Tensor, size: int, alpha: float, beta: float, k: float, window: Window, save: bool
+    x: Tensor, norm: NormNumbers, window: Window, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """y, and with `save` the pooled map and its int64 index."""
     pooled, saved = max_pool2d(x, window, save)
-    y, _ = local_response_norm(pooled, size, alpha, beta, k, save)
+    y, _ = local_response_norm(pooled, norm, save)
     return y, [pooled, *saved] if save else []
 
 
@@ -113,14 +104,11 @@ def max_pool2d_lrn_backward(
     shape: tuple[int, int, int, int],
     pooled: Tensor,
     index: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
+    norm: NormNumbers,
     window: Window,
 ) -> Tensor:
     """The gradient of x, which is of `shape`."""
-    dz = local_response_norm_backward(dy, pooled, size, alpha, beta, k)
+    dz = local_response_norm_backward(dy, pooled, norm)
     return max_pool2d_backward(dz, shape, index, window)
 
 
@@ -134,8 +122,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _powers(x: Tensor, size: int, alpha: float, beta: float, k: float) -> tuple[Tensor, Tensor]:
+def _powers(x: Tensor, norm: NormNumbers) -> tuple[Tensor, Tensor]:
     """(s ** -beta, 1 / s) in new memory, s = k + alpha / size * sum of squares over the window."""
+    size, alpha, beta, k = norm
     s = _window_sum(x * x, size // 2, (size - 1) // 2).mul_(alpha / size).add_(k)
     if beta == 0.75:
         r = s.rsqrt_()

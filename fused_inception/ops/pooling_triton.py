@@ -14,6 +14,7 @@ from fused_inception.kernels.pool_lrn import launch_max_pool_lrn_bwd, launch_max
 from fused_inception.kernels.vectors import lanes_of
 from fused_inception.ops.layout import empty_channels_last, for_kernels
 from fused_inception.ops.problem import problem_of
+from fused_inception.ops.stages import NormNumbers
 from fused_inception.tuning.chosen import march_config, vector_config
 from fused_inception.tuning.configs import MarchConfig, VectorConfig
 from fused_inception.tuning.pool_heuristic import masked_pool_config
@@ -63,11 +64,11 @@ def max_pool2d_backward_masked(
 
 
 def local_response_norm(
-    x: torch.Tensor, size: int, alpha: float, beta: float, k: float, save: bool
+    x: torch.Tensor, norm: NormNumbers, save: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """y, exactly channels last; nothing but x is needed for its gradient."""
     y = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-    launch_lrn_fwd(for_kernels(x), y, Norm(size, alpha, beta, k), _by_pixel(y))
+    launch_lrn_fwd(for_kernels(x), y, Norm(*norm), _by_pixel(y))
     return y, []
 
 
@@ -77,23 +78,16 @@ def local_response_norm_saved_like(y: torch.Tensor) -> list[torch.Tensor]:
 
 
 def local_response_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, size: int, alpha: float, beta: float, k: float
+    dy: torch.Tensor, x: torch.Tensor, norm: NormNumbers
 ) -> torch.Tensor:
     """The gradient of x."""
     dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-    norm = Norm(size, alpha, beta, k)
-    launch_lrn_bwd(for_kernels(x), for_kernels(dy), dx, norm, _by_pixel(dx))
+    launch_lrn_bwd(for_kernels(x), for_kernels(dy), dx, Norm(*norm), _by_pixel(dx))
     return dx
 
 
 def lrn_max_pool2d(
-    x: torch.Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    window: Window,
-    save: bool,
+    x: torch.Tensor, norm: NormNumbers, window: Window, save: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """y, exactly channels last, and with `save` the winning tap of each window, 1 byte."""
     y, saved = _pooled_like(x, window), []
@@ -102,8 +96,7 @@ def lrn_max_pool2d(
         (index,) = saved = max_pool2d_saved_like(y)
     n, _, height, width = y.shape
     config = _marching(y, n * width, height, window)
-    norm = Norm(size, alpha, beta, k)
-    launch_lrn_max_pool_fwd(for_kernels(x), y, index, norm, window, config, save=save)
+    launch_lrn_max_pool_fwd(for_kernels(x), y, index, Norm(*norm), window, config, save=save)
     return y, saved
 
 
@@ -114,31 +107,22 @@ def lrn_max_pool2d_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     index: torch.Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
+    norm: NormNumbers,
     window: Window,
     *,
     gated: bool = False,
 ) -> torch.Tensor:
     """The gradient of x; with `gated`, masked by the ReLU that x is the output of."""
     dx = empty_channels_last(*x.shape, dtype=x.dtype, device=x.device)
-    norm, config = Norm(size, alpha, beta, k), _by_cell(dx, window)
     launch_lrn_max_pool_bwd(
-        for_kernels(x), for_kernels(dy), index, dx, norm, window, config, gated=gated
-    )
+        for_kernels(x), for_kernels(dy), index, dx, Norm(*norm), window, _by_cell(dx, window),
+        gated=gated,
+    )  # fmt: skip
     return dx
 
 
 def max_pool2d_lrn(
-    x: torch.Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    window: Window,
-    save: bool,
+    x: torch.Tensor, norm: NormNumbers, window: Window, save: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """y, exactly channels last, and with `save` the pooled map and its winning taps, 1 byte each.
 
@@ -149,8 +133,9 @@ def max_pool2d_lrn(
     pooled, index = x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
     if save:
         pooled, index = saved = max_pool2d_lrn_saved_like(y)
-    norm = Norm(size, alpha, beta, k)
-    launch_max_pool_lrn_fwd(for_kernels(x), y, pooled, index, norm, window, _by_pixel(y), save=save)
+    launch_max_pool_lrn_fwd(
+        for_kernels(x), y, pooled, index, Norm(*norm), window, _by_pixel(y), save=save
+    )
     return y, saved
 
 
@@ -166,10 +151,7 @@ def max_pool2d_lrn_backward(
     shape: tuple[int, int, int, int],
     pooled: torch.Tensor,
     index: torch.Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
+    norm: NormNumbers,
     window: Window,
     *,
     gated: bool = False,
@@ -179,8 +161,9 @@ def max_pool2d_lrn_backward(
     dx = empty_channels_last(*shape, dtype=dy.dtype, device=dy.device)
     n, _, height, width = shape
     config = _marching(dx, n * window.cells(width), window.cells(height), window)
-    norm = Norm(size, alpha, beta, k)
-    launch_max_pool_lrn_bwd(pooled, for_kernels(dy), index, dx, norm, window, config, gated=gated)
+    launch_max_pool_lrn_bwd(
+        pooled, for_kernels(dy), index, dx, Norm(*norm), window, config, gated=gated
+    )
     return dx
 
 

@@ -92,11 +92,11 @@ def _layers(
 ) -> tuple[Tensor, list[Tensor]]:
     """`forward` behind the packing, and what it saves but for the image. What conv1 gives is of use
     to the first pool alone."""
-    z, pooled_and_index = pooling_triton.max_pool2d_lrn(conv1(), *stem.norm1, stem.pool1, save)
+    z, pooled_and_index = pooling_triton.max_pool2d_lrn(conv1(), stem.norm1, stem.pool1, save)
     packed2, packed3 = shape.packed(flat, backward=False)
     r = _convolve(z, packed2, b[: shape.c2], kernel=1)
     y2 = _convolve(r, packed3, b[shape.c2 : shape.c2 + shape.c3], kernel=3)
-    y, index = pooling_triton.lrn_max_pool2d(y2, *stem.norm2, stem.pool2, save)
+    y, index = pooling_triton.lrn_max_pool2d(y2, stem.norm2, stem.pool2, save)
     return y, [*pooled_and_index, z, r, y2, *index]
 
 
@@ -121,9 +121,7 @@ def backward(
     need2 = need1 or need_w[1] or need_b[1]
     shape = _shape(filters, stem)
     precision = problem_of(y2)[0].precision
-    dz3 = pooling_triton.lrn_max_pool2d_backward(
-        dy, y2, index2, *stem.norm2, stem.pool2, gated=True
-    )
+    dz3 = pooling_triton.lrn_max_pool2d_backward(dy, y2, index2, stem.norm2, stem.pool2, gated=True)
     dz1, dz2, sums2 = None, None, dz3.new_empty((0, shape.c2), dtype=torch.float32)
     if need2:
         ((flat, _),) = launch_pack([shape.packing], filters[1:], None, y2.dtype)
@@ -134,7 +132,7 @@ def backward(
             n, height, width, _ = image.shape
             map_shape = (n, shape.conv1.c_out, height - BORDER, width - BORDER)
             dz1 = pooling_triton.max_pool2d_lrn_backward(
-                dz, map_shape, pooled, index1, *stem.norm1, stem.pool1, gated=True
+                dz, map_shape, pooled, index1, stem.norm1, stem.pool1, gated=True
             )  # fmt: skip
     dx = y2.new_empty(0)
     if need_x and dz1 is not None and x is not None:

@@ -306,21 +306,19 @@ class Pooling:
                     _like(y), shape, index, window, _mask_of(x)
                 )
         elif self.name == "lrn":
-            y, _ = pooling_triton.local_response_norm(x, *norm, training)
+            y, _ = pooling_triton.local_response_norm(x, norm, training)
             if training:
-                pooling_triton.local_response_norm_backward(_like(y), x, *norm)
+                pooling_triton.local_response_norm_backward(_like(y), x, norm)
         elif self.name == "lrn_max_pool":
-            y, saved = pooling_triton.lrn_max_pool2d(x, *norm, window, training)
+            y, saved = pooling_triton.lrn_max_pool2d(x, norm, window, training)
             if training:
                 (index,) = saved
-                pooling_triton.lrn_max_pool2d_backward(_like(y), x, index, *norm, window)
+                pooling_triton.lrn_max_pool2d_backward(_like(y), x, index, norm, window)
         elif self.name == "max_pool_lrn":
-            y, saved = pooling_triton.max_pool2d_lrn(x, *norm, window, training)
+            y, saved = pooling_triton.max_pool2d_lrn(x, norm, window, training)
             if training:
                 pooled, index = saved
-                pooling_triton.max_pool2d_lrn_backward(
-                    _like(y), shape, pooled, index, *norm, window
-                )
+                pooling_triton.max_pool2d_lrn_backward(_like(y), shape, pooled, index, norm, window)
         else:
             raise ValueError(f"no pooling is called {self.name!r}")
 
