@@ -19,34 +19,19 @@ WINDOW = "int kernel, int stride, bool ceil_mode, int grid"
 
 
 @replayed
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    kernel: int,
-    stride: int,
-    ceil_mode: bool,
-    grid: int,
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    window = AvgWindow(kernel, stride, ceil_mode, grid)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> tuple[Tensor, list[Tensor]]:
     from fused_inception.ops import avg_pool_project_triton
 
-    return avg_pool_project_triton.forward(x, weight, bias, window, save)
+    *numbers, save = options
+    return avg_pool_project_triton.forward(x, weight, bias, AvgWindow(*numbers), save)
 
 
 def _forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    kernel: int,
-    stride: int,
-    ceil_mode: bool,
-    grid: int,
-    save: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, *options: Any
 ) -> tuple[Tensor, list[Tensor]]:
+    *numbers, save = options
+    window = AvgWindow(*numbers)
     n, c, height, width = x.shape
-    window = AvgWindow(kernel, stride, ceil_mode, grid)
     sides = window.out(height), window.out(width)
     y = x.new_empty((n, weight.shape[0] * sides[0] * sides[1]))
     pooled = empty_channels_last(n, align_up(c), *sides, dtype=x.dtype, device=x.device)
@@ -61,16 +46,14 @@ def _backward(
     weight: Tensor,
     bias: Tensor,
     x_shape: Sequence[int],
-    kernel: int,
-    stride: int,
-    ceil_mode: bool,
-    grid: int,
-    needs: list[bool],
+    *options: Any,
 ) -> list[Tensor]:
-    window, shape = AvgWindow(kernel, stride, ceil_mode, grid), tuple(x_shape)
     from fused_inception.ops import avg_pool_project_triton
 
-    gradients = avg_pool_project_triton.backward(dy, y, pooled, weight, bias, shape, window, needs)
+    *numbers, needs = options
+    gradients = avg_pool_project_triton.backward(
+        dy, y, pooled, weight, bias, tuple(x_shape), AvgWindow(*numbers), needs
+    )
     return settle_all(gradients, dy, (weight, bias), needs)
 
 
@@ -81,13 +64,9 @@ def _backward_fake(
     weight: Tensor,
     bias: Tensor,
     x_shape: Sequence[int],
-    kernel: int,
-    stride: int,
-    ceil_mode: bool,
-    grid: int,
-    needs: list[bool],
+    *options: Any,
 ) -> list[Tensor]:
-    return gradients_like(dy.new_empty(x_shape), (weight, bias), needs)
+    return gradients_like(dy.new_empty(x_shape), (weight, bias), options[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:

@@ -58,9 +58,9 @@ def _backward(
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, saved: list[Tensor], weight: Tensor, bias: Tensor, *rest: Any
+    dy: Tensor, x: Tensor, saved: list[Tensor], weight: Tensor, bias: Tensor, *options: Any
 ) -> list[Tensor]:
-    return gradients_like(x, (weight, bias), rest[-1])
+    return gradients_like(x, (weight, bias), options[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:

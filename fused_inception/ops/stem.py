@@ -108,11 +108,9 @@ def _backward_fake(
     saved: list[Tensor],
     filters: list[Tensor],
     biases: list[Tensor],
-    integers: list[int],
-    constants: list[float],
-    needs: list[bool],
+    *options: Any,
 ) -> list[Tensor]:
-    return gradients_like(dy if x is None else x, (*filters, *biases), needs)
+    return gradients_like(dy if x is None else x, (*filters, *biases), options[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:

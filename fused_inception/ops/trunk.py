@@ -133,10 +133,9 @@ def _backward_fake(
     saved: list[Tensor],
     filters: list[Tensor],
     biases: list[Tensor],
-    *rest: Any,
+    *options: Any,
 ) -> list[Tensor]:
-    *_, needs = rest
-    return gradients_like(x, (*filters, *biases), needs)
+    return gradients_like(x, (*filters, *biases), options[-1])
 
 
 def _setup_context(
