@@ -165,7 +165,7 @@ def _products(
             return parts[PARTS_OF_A.get(launch, slice(None))]
         case Module(NaiveDims() as dims, batch, side):
             found = products.naive(dims, batch * side**2, *where)
-        case Convolution() | NormConvolution():
+        case Convolution():
             filters = problem.c_in, problem.c_out, problem.kernel
             batch, side = problem.batch, problem.side
             if problem.c_in <= IMAGE_CHANNELS:

@@ -1,5 +1,6 @@
 """Calls of the operators' Triton scripts on tensors without data."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,8 +93,7 @@ class Module:
 
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The module's script."""
-        filters = [torch.empty(shape, device="meta") for shape in self.dims.filter_shapes]
-        biases = [torch.empty(f.shape[0], device="meta") for f in filters]
+        filters, biases = _parameters(self.dims.filter_shapes)
         x = _map(self.batch, align_up(self.dims.in_channels), self.side, dtype)
         x = x[:, : self.dims.in_channels]
         naive = isinstance(self.dims, NaiveDims)
@@ -121,9 +121,8 @@ class Stage:
 
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """These launches."""
-        filters = [[torch.empty(shape, device="meta") for shape in dims.filter_shapes]
-                   for dims in self.modules]  # fmt: skip
-        biases = [[torch.empty(f.shape[0], device="meta") for f in of] for of in filters]
+        each = [_parameters(dims.filter_shapes) for dims in self.modules]
+        filters, biases = zip(*each, strict=True)
         inception_triton.packed_modules(self.modules, filters, biases, dtype, save=training)
         if not training:
             return
@@ -188,8 +187,7 @@ class NormModule:
 
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The module's script."""
-        filters = [torch.empty(shape, device="meta") for shape in self.dims.filter_shapes]
-        gammas, betas, running = _norm_parameters(filters)
+        filters, gammas, betas, running = _norm_parameters(self.dims.filter_shapes)
         x = _map(self.batch, self.dims.in_channels, self.side, dtype)
         y, saved = inception_bn_triton.forward(x, filters, gammas, betas, running, 1e-3)
         if training:
@@ -197,8 +195,8 @@ class NormModule:
 
 
 @dataclass(frozen=True)
-class NormConvolution:
-    """A convolution with BatchNorm and ReLU, in training."""
+class Convolution:
+    """A convolution with bias and ReLU; of few channels, of an image in torch's own layout."""
 
     batch: int
     c_in: int
@@ -207,17 +205,42 @@ class NormConvolution:
     stride: int
     side: int
 
+    @property
+    def filter_shape(self) -> tuple[int, int, int, int]:
+        """[C_OUT, C_IN, K, K]."""
+        return self.c_out, self.c_in, self.kernel, self.kernel
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Stride and padding."""
+        return self.stride, self.kernel // 2
+
+    def input(self, dtype: torch.dtype) -> torch.Tensor:
+        """A map, or an image."""
+        x = _map(self.batch, self.c_in, self.side, dtype)
+        return x.contiguous() if self.c_in <= IMAGE_CHANNELS else x
+
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The script of the operator."""
-        x = _map(self.batch, self.c_in, self.side, dtype)
-        if self.c_in <= IMAGE_CHANNELS:
-            x = torch.empty(x.shape, dtype=dtype, device="meta")
-        filters = [torch.empty((self.c_out, self.c_in, self.kernel, self.kernel), device="meta")]
-        gammas, betas, running = _norm_parameters(filters)
-        window = self.stride, self.kernel // 2
-        y, saved = conv2d_bn_triton.forward(x, filters, gammas, betas, running, 1e-3, *window)
+        x = self.input(dtype)
+        (weight,), (bias,) = _parameters([self.filter_shape])
+        y, saved = conv2d_triton.forward(x, weight, bias, *self.window, training)
         if training:
-            conv2d_bn_triton.backward(_like(y), x, saved, filters, gammas, *window, [True] * 4)
+            conv2d_triton.backward(_like(y), x, saved, weight, bias, *self.window, [True] * 3)
+
+
+@dataclass(frozen=True)
+class NormConvolution(Convolution):
+    """A convolution with BatchNorm and ReLU, in training."""
+
+    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
+        """The script of the operator."""
+        x = self.input(dtype)
+        filters, gammas, betas, running = _norm_parameters([self.filter_shape])
+        y, saved = conv2d_bn_triton.forward(x, filters, gammas, betas, running, 1e-3, *self.window)
+        if training:
+            dy, needs = _like(y), [True] * 4
+            conv2d_bn_triton.backward(dy, x, saved, filters, gammas, *self.window, needs)
 
 
 @dataclass(frozen=True)
@@ -248,38 +271,6 @@ class PackedConvolution:
             packed, z, weight, packed_wgrad_config(z.shape[1], pixels, ops, target),
             finish_config(), precision=ops.precision,
         )  # fmt: skip
-
-
-def _norm_parameters(
-    filters: list[torch.Tensor],
-) -> tuple[list[torch.Tensor], list[torch.Tensor], Running]:
-    vectors = [[torch.empty(f.shape[0], device="meta") for f in filters] for _ in range(4)]
-    gammas, betas, means, variances = vectors
-    return gammas, betas, Running(means, variances, [], 0.1, False)
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution with bias and ReLU; of few channels, of an image in torch's own layout."""
-
-    batch: int
-    c_in: int
-    c_out: int
-    kernel: int
-    stride: int
-    side: int
-
-    def launch(self, dtype: torch.dtype, *, training: bool) -> None:
-        """The script of the operator."""
-        x = _map(self.batch, self.c_in, self.side, dtype)
-        if self.c_in <= conv2d_triton.IMAGE_CHANNELS:
-            x = torch.empty(x.shape, dtype=dtype, device="meta")
-        weight = torch.empty((self.c_out, self.c_in, self.kernel, self.kernel), device="meta")
-        bias = torch.empty(self.c_out, device="meta")
-        window = self.stride, self.kernel // 2
-        y, saved = conv2d_triton.forward(x, weight, bias, *window, training)
-        if training:
-            conv2d_triton.backward(_like(y), x, saved, weight, bias, *window, [True] * 3)
 
 
 @dataclass(frozen=True)
@@ -345,9 +336,7 @@ class Stem:
         options = StemOptions(2, 3, STEM_POOL, STEM_NORM, STEM_NORM, STEM_POOL)
         image = (self.batch, 3, self.side, self.side)
         x = torch.empty(image, dtype=dtype, device="meta")
-        shapes = [(c.c_out, c.c_in, c.kernel, c.kernel) for c in self.convolutions]
-        filters = [torch.empty(shape, device="meta") for shape in shapes]
-        biases = [torch.empty(shape[0], device="meta") for shape in shapes]
+        filters, biases = _parameters([conv.filter_shape for conv in self.convolutions])
         y, saved = stem_triton.forward(x, filters, biases, options, training)
         if training:
             needs = [False, *[True] * 6]
@@ -366,8 +355,7 @@ class Auxiliary:
     def launch(self, dtype: torch.dtype, *, training: bool) -> None:
         """The script of the operator."""
         x = _map(self.batch, self.c_in, self.side, dtype)
-        weight = torch.empty((AUX_CHANNELS, self.c_in, 1, 1), device="meta")
-        bias = torch.empty(AUX_CHANNELS, device="meta")
+        (weight,), (bias,) = _parameters([(AUX_CHANNELS, self.c_in, 1, 1)])
         y, saved = avg_pool_project_triton.forward(x, weight, bias, self.window, training)
         if training:
             avg_pool_project_triton.backward(
@@ -392,6 +380,21 @@ class GlobalPool:
         if training:
             global_pool_triton.backward(_like(y), *drawn, x.shape)
             global_pool_triton.backward_masked(_like(y), *drawn, x.shape, _mask_of(x))
+
+
+def _parameters(shapes: Iterable[Sequence[int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Filters of these shapes and their biases."""
+    filters = [torch.empty(shape, device="meta") for shape in shapes]
+    return filters, [torch.empty(f.shape[0], device="meta") for f in filters]
+
+
+def _norm_parameters(
+    shapes: Iterable[Sequence[int]],
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], Running]:
+    """Filters of these shapes, and what belongs to the BatchNorm behind each."""
+    filters, gammas = _parameters(shapes)
+    betas, means, variances = ([torch.empty_like(g) for g in gammas] for _ in range(3))
+    return filters, gammas, betas, Running(means, variances, [], 0.1, False)
 
 
 def _map(n: int, c: int, side: int, dtype: torch.dtype) -> torch.Tensor:
