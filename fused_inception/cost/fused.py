@@ -131,9 +131,7 @@ class Fused(Plan):
         if self.training:
             one.append(parts.mask_slice(dims.ch1x1))
             window.append(parts.mask_slice(dims.ch3x3 + dims.ch5x5))
-        width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
-        gemm = self.gemm(module.pixels, width, dims.in_channels, "pointwise")
-        pool_gemm = self.gemm(module.pixels, dims.pool_proj, dims.in_channels, "pointwise")
+        gemm, pool_gemm = parts.pointwise_gemms
         kernel = "_pointwise_kernel"
         reads = [x, parts.packed_cat]
         if self.training and power_of_two(self.batch * module.pixels) > APART_PIXELS:
@@ -143,12 +141,8 @@ class Fused(Plan):
         else:
             reads.append(parts.packed_projection)
             self._launch("A", layer, reads, [*one, *pool], [gemm, pool_gemm], kernel=kernel)
-        gemms = [
-            self.gemm(module.pixels, dims.ch3x3, 9 * dims.ch3x3red, "window"),
-            self.gemm(module.pixels, dims.ch5x5, dims.kernel_5x5**2 * dims.ch5x5red, "window"),
-        ]
-        kernel = "_branches_kernel"
-        self._launch("B", layer, [parts.r, parts.packed_windows], window, gemms, kernel=kernel)
+        reads, kernel = [parts.r, parts.packed_windows], "_branches_kernel"
+        self._launch("B", layer, reads, window, parts.window_gemms, kernel=kernel)
         self.save(layer, x, parts.r, parts.index, parts.mask)
         if self._is_trunk:
             self._masks[y.name] = parts.mask
@@ -218,30 +212,22 @@ class Fused(Plan):
     def _norm_module(self, module: Module, x: Tensor) -> Tensor:
         """BatchNorm in training: raw results and their statistics, then a pass that normalises."""
         parts = ModuleTensors(self, module, x)
-        layer, dims, pixels = module.name, module.dims, module.pixels
+        layer, dims = module.name, module.dims
         raw, moments = parts.raw, parts.moments
         activated = Tensor(f"{layer} activated", parts.r.bytes)
         self._pack(layer, [parts])
-        width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
-        gemms = [
-            self.gemm(pixels, width, dims.in_channels, "pointwise"),
-            self.gemm(pixels, dims.pool_proj, dims.in_channels, "pointwise"),
-        ]
         launch = self._launcher(layer)
-        first = parts.raw_slice(dims.ch1x1 + dims.pool_proj)
         reads = [x, parts.packed_cat, parts.packed_projection]
-        launch("A", reads, [first, parts.r, parts.index], "_pointwise_kernel", *gemms)
-        many = sums_in_stages(self.batch * pixels)
+        writes = [parts.raw_slice(dims.ch1x1 + dims.pool_proj), parts.r, parts.index]
+        launch("A", reads, writes, "_pointwise_kernel", *parts.pointwise_gemms)
+        many = sums_in_stages(self.batch * module.pixels)
         if many:
             launch("merge", [moments], [moments], "_merge_moments_kernel")
         launch("statistics", [moments], [moments], "_batch_statistics_kernel")
         launch("normalise reductions", [parts.r, moments], [activated], "_normalise_kernel")
-        gemms = [
-            self.gemm(pixels, dims.ch3x3, 9 * dims.ch3x3red, "window"),
-            self.gemm(pixels, dims.ch5x5, dims.kernel_5x5**2 * dims.ch5x5red, "window"),
-        ]
-        second = parts.raw_slice(dims.ch3x3 + dims.ch5x5)
-        launch("B", [activated, parts.packed_windows], [second], "_branches_kernel", *gemms)
+        reads = [activated, parts.packed_windows]
+        writes = [parts.raw_slice(dims.ch3x3 + dims.ch5x5)]
+        launch("B", reads, writes, "_branches_kernel", *parts.window_gemms)
         if many:
             launch("merge", [moments], [moments], "_merge_moments_kernel")
         launch("normalise", [raw, moments], [parts.y], "_normalise_kernel")

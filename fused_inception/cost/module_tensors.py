@@ -1,4 +1,4 @@
-"""The tensors of one module under our plan."""
+"""The tensors of one module under our plan, and what it multiplies."""
 
 from fused_inception.cost.layers import Module
 from fused_inception.cost.ops import Tensor
@@ -37,6 +37,15 @@ class ModuleTensors:
         self.packed_projection = plan.parameter(f"{name} packed projection", sp * s_in)
         total = self.packed_cat.bytes + self.packed_windows.bytes + self.packed_projection.bytes
         self.packed = Tensor(f"{name} packed", total)
+        width = dims.ch1x1 + dims.ch3x3red + dims.ch5x5red
+        self.pointwise_gemms = [
+            plan.gemm(pixels, columns, dims.in_channels, "pointwise")
+            for columns in (width, dims.pool_proj)
+        ]
+        self.window_gemms = [
+            plan.gemm(pixels, dims.ch3x3, 9 * dims.ch3x3red, "window"),
+            plan.gemm(pixels, dims.ch5x5, taps * dims.ch5x5red, "window"),
+        ]
         products = (
             (9 * dims.ch3x3red, dims.ch3x3),
             (dims.in_channels, dims.ch1x1),

@@ -273,9 +273,9 @@ class Recorder:
         return Cost(tuple(self._ops), tuple(self._saved.values()))
 
 
-def gradient(tensor: Tensor, itemsize_ratio: int = 1) -> Tensor:
-    """The gradient of an activation; `itemsize_ratio` 2 stores a 16-bit one in fp32."""
-    return Tensor("d " + tensor.name, tensor.bytes * itemsize_ratio)
+def gradient(tensor: Tensor) -> Tensor:
+    """That of a loss, as large as the tensor itself."""
+    return Tensor("d " + tensor.name, tensor.bytes)
 
 
 def filter_splits(rows: int, columns: int, pixels: int, partials: int) -> int:
