@@ -125,11 +125,6 @@ class InceptionDims:
         return sum(align_up(n) for n in self.branch_widths)
 
     @property
-    def reduced_slots(self) -> tuple[int, int]:
-        """First channel of the 3x3 and the 5x5 reduction in their common scratch tensor."""
-        return 0, align_up(self.ch3x3red)
-
-    @property
     def reduced_channels(self) -> int:
         """Channels of the scratch tensor that holds both reductions."""
         return align_up(self.ch3x3red) + align_up(self.ch5x5red)

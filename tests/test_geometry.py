@@ -52,7 +52,6 @@ def test_offsets_are_exact_and_slots_aligned() -> None:
     assert ODD.offsets == (0, 7, 18, 35)
     assert ODD.slots == (0, 8, 24, 48)
     assert ODD.slot_channels == 8 + 16 + 24 + 24
-    assert ODD.reduced_slots == (0, 8)
     assert ODD.reduced_channels == 16
 
 

@@ -363,11 +363,11 @@ def launch_image_conv_fwd(
     x: [N, C_IN, H, W] of any strides and floating dtype; weight contiguous in any floating dtype.
     """
     tile, x = config.forward, within_reach(x)
-    n_pixels = _sizes(x, y.shape)[0]
+    sizes = _sizes(x, y.shape)
     run(
         _image_conv_fwd_kernel,
-        (cdiv(n_pixels, tile.block_m) * cdiv(shape.c_out, tile.block_n),),
-        (x, weight, bias, y, mask, moments, *_sizes(x, y.shape), *x.stride()),
+        (cdiv(sizes[0], tile.block_m) * cdiv(shape.c_out, tile.block_n),),
+        (x, weight, bias, y, mask, moments, *sizes, *x.stride()),
         dict(
             **_constants(shape, precision),
             Y_STRIDE=y.shape[1],

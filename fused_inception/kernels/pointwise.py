@@ -275,7 +275,7 @@ def _constants(
         R5=dims.ch5x5red,
         NP=align_up(dims.pool_proj) if norm else dims.pool_proj,
         S1=s1,
-        S3R=dims.reduced_slots[1],
+        S3R=align_up(dims.ch3x3red),
         SR=sr,
         FILTER_P=layout.wp,
         BIAS_P=layout.bp,
