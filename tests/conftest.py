@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
@@ -33,6 +34,7 @@ from fused_inception.tuning.configs import (  # noqa: E402
     VectorConfig,
 )
 from fused_inception.tuning.targets import Target  # noqa: E402
+from tests.torchvision_import import import_torchvision  # noqa: E402
 
 _emulated: set[str] = set()
 HAS_TRITON = find_spec("triton") is not None
@@ -52,6 +54,12 @@ if INTERPRETED and HAS_TRITON:
 
 if PARALLEL:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tv() -> ModuleType:
+    """torchvision's module of GoogLeNet."""
+    return import_torchvision("torchvision.models.googlenet")
 
 
 @pytest.fixture(scope="session")

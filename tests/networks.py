@@ -114,6 +114,16 @@ class Networks:
             network.eval()
 
 
+def draw_norms(model: nn.Module) -> None:
+    """Give every BatchNorm statistics and parameters away from their start."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, std=0.1)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+            nn.init.uniform_(layer.weight, 0.5, 2.0)
+            nn.init.normal_(layer.bias, std=0.1)
+
+
 def on_some_draw(agree: Callable[[], None]) -> None:
     """`agree`, which draws its data, holds on one of a few draws.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fused_inception as fi
 from fused_inception import reference
-from tests.torchvision_import import import_torchvision
+from tests.networks import draw_norms
 
 WIDTHS = (16, 8, 16, 24, 8, 16, 8)
 MODULES = [f"inception{name}" for name in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b")]
@@ -22,22 +22,12 @@ POOLS = ["maxpool1", "maxpool2", "maxpool3", "maxpool4"]
 HEADS = ["aux1", "aux2", "avgpool"]
 
 
-@pytest.fixture(scope="module")
-def tv() -> ModuleType:
-    return import_torchvision("torchvision.models.googlenet")
-
-
 def network(tv: ModuleType, **options: Any) -> nn.Module:
     """Without dropout, with statistics and affine parameters away from their start."""
     torch.manual_seed(1)
     options = {"num_classes": 5, "dropout": 0.0, "dropout_aux": 0.0, **options}
     model = tv.GoogLeNet(init_weights=False, **options)
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.normal_(layer.running_mean, std=0.1)
-            nn.init.uniform_(layer.running_var, 0.5, 2.0)
-            nn.init.uniform_(layer.weight, 0.5, 2.0)
-            nn.init.normal_(layer.bias, std=0.1)
+    draw_norms(model)
     return model
 
 

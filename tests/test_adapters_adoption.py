@@ -14,15 +14,9 @@ import fused_inception as fi
 from fused_inception import reference
 from fused_inception.nn.adoption import origin_of, release
 from fused_inception.nn.inception import change_inside
-from tests.torchvision_import import import_torchvision
 
 WIDTHS = (16, 8, 16, 24, 8, 16, 8)
 norms = pytest.mark.parametrize("norm", [None, "batch"])
-
-
-@pytest.fixture(scope="module")
-def tv() -> ModuleType:
-    return import_torchvision("torchvision.models.googlenet")
 
 
 def inception(norm: str | None) -> reference.Inception:

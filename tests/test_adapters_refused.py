@@ -12,14 +12,8 @@ from torch.nn.utils import parametrize, prune, weight_norm
 
 import fused_inception as fi
 from fused_inception import reference
-from tests.torchvision_import import import_torchvision
 
 WIDTHS = (16, 8, 16, 24, 8, 16, 8)
-
-
-@pytest.fixture(scope="module")
-def tv() -> ModuleType:
-    return import_torchvision("torchvision.models.googlenet")
 
 
 class Double(nn.Module):

@@ -15,12 +15,6 @@ from fused_inception.tools.explain import Launches
 from fused_inception.tuning import dispatch
 from tests.conftest import INTERPRETED
 from tests.test_verify import WIDTHS, biased, images
-from tests.torchvision_import import import_torchvision
-
-
-@pytest.fixture(scope="module")
-def tv() -> ModuleType:
-    return import_torchvision("torchvision.models.googlenet")
 
 
 class TestExplain:

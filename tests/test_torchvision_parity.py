@@ -8,14 +8,9 @@ from torch import Tensor, nn
 
 from fused_inception import reference
 from tests.facts import FACTS
-from tests.torchvision_import import import_torchvision
+from tests.networks import draw_norms
 
 VARIANTS = ("torchvision", "torchvision5x5")
-
-
-@pytest.fixture(scope="module")
-def torchvision_googlenet() -> ModuleType:
-    return import_torchvision("torchvision.models.googlenet")
 
 
 def build_theirs(module: ModuleType, variant: str, **options) -> nn.Module:
@@ -35,42 +30,37 @@ def build_theirs(module: ModuleType, variant: str, **options) -> nn.Module:
 def pair(module: ModuleType, variant: str, **options) -> tuple[nn.Module, nn.Module]:
     """Ours and theirs with the same weights, and running statistics away from their start."""
     theirs = build_theirs(module, variant, **options)
-    for layer in theirs.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.normal_(layer.running_mean, std=0.1)
-            nn.init.uniform_(layer.running_var, 0.5, 2.0)
-            nn.init.uniform_(layer.weight, 0.5, 2.0)
-            nn.init.normal_(layer.bias, std=0.1)
+    draw_norms(theirs)
     ours = reference.googlenet(variant, init_weights=False, **options)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_state_dicts_load_both_ways(torchvision_googlenet: ModuleType, variant: str) -> None:
-    theirs = build_theirs(torchvision_googlenet, variant)
+def test_state_dicts_load_both_ways(tv: ModuleType, variant: str) -> None:
+    theirs = build_theirs(tv, variant)
     ours = reference.googlenet(variant)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert len(ours.state_dict()) == len(FACTS["torchvision_state_dict"]) == 364
     theirs.load_state_dict(ours.state_dict(), strict=True)
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(value, ours.state_dict()[key], rtol=0, atol=0)
-    ours.load_state_dict(build_theirs(torchvision_googlenet, variant).state_dict(), strict=True)
+    ours.load_state_dict(build_theirs(tv, variant).state_dict(), strict=True)
 
 
 @pytest.mark.parametrize("image_size", [224, 97])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_eval(torchvision_googlenet: ModuleType, variant: str, image_size: int) -> None:
-    ours, theirs = pair(torchvision_googlenet, variant, transform_input=True)
+def test_eval(tv: ModuleType, variant: str, image_size: int) -> None:
+    ours, theirs = pair(tv, variant, transform_input=True)
     x = torch.randn(2, 3, image_size, image_size)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_training_step(torchvision_googlenet: ModuleType, variant: str) -> None:
+def test_training_step(tv: ModuleType, variant: str) -> None:
     """Outputs with dropout, every gradient, the input's too, and all running statistics."""
-    ours, theirs = pair(torchvision_googlenet, variant, num_classes=10)
+    ours, theirs = pair(tv, variant, num_classes=10)
     x = torch.randn(4, 3, 80, 80)
     targets = torch.randint(10, (4,))
     our_outputs, our_dx = step(ours.train(), x, targets)
@@ -104,17 +94,17 @@ def step(model: nn.Module, x: Tensor, targets: Tensor) -> tuple[tuple[Tensor, ..
     return outputs, x.grad
 
 
-def test_same_seed_gives_the_same_weights(torchvision_googlenet: ModuleType) -> None:
+def test_same_seed_gives_the_same_weights(tv: ModuleType) -> None:
     torch.manual_seed(5)
-    theirs = torchvision_googlenet.GoogLeNet(init_weights=True, aux_logits=False, num_classes=10)
+    theirs = tv.GoogLeNet(init_weights=True, aux_logits=False, num_classes=10)
     torch.manual_seed(5)
     ours = reference.googlenet("torchvision", aux_logits=False, num_classes=10)
     for key, value in ours.state_dict().items():
         torch.testing.assert_close(value, theirs.state_dict()[key], rtol=0, atol=0)
 
 
-def test_outputs_without_heads(torchvision_googlenet: ModuleType) -> None:
-    ours, theirs = pair(torchvision_googlenet, "torchvision", aux_logits=False, num_classes=10)
+def test_outputs_without_heads(tv: ModuleType) -> None:
+    ours, theirs = pair(tv, "torchvision", aux_logits=False, num_classes=10)
     assert len(ours.state_dict()) == 344
     x = torch.randn(2, 3, 64, 64)
     torch.manual_seed(7)

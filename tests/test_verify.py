@@ -20,15 +20,9 @@ from fused_inception.nn.adoption import origin_of
 from fused_inception.tools import precompile as precompile_tool
 from fused_inception.tools import verify as verify_tool
 from fused_inception.tools.side_by_side import Error
-from tests.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (16, 8, 16, 24, 8, 16, 8)
-
-
-@pytest.fixture(scope="module")
-def tv() -> ModuleType:
-    return import_torchvision("torchvision.models.googlenet")
 
 
 @pytest.fixture
