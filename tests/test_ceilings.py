@@ -1,11 +1,7 @@
 """The ceilings' kernels: right in the interpreter, compiled with tensor cores and wide loads."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +10,10 @@ from benchmarks.gpu import ceilings, forms
 from benchmarks.gpu.parts import Turn
 from benchmarks.gpu.table import PARTS
 from tests.conftest import INTERPRETED
+from tests.processes import output_of
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ceilings.Sizes(
     copied=2**12, gemm=32, streamed=2**9, stream_block=32, programs=3, conv_batch=1,
     tile=dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP=1),
@@ -170,13 +166,7 @@ for shape in SHAPES:
 
 
 def test_ceiling_kernels_compile_for_sm_90() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    gemm, stream, one, *convs = map(json.loads, done.stdout.splitlines())
+    gemm, stream, one, *convs = map(json.loads, output_of("-c", COMPILE).splitlines())
     assert gemm["stack"] == stream["stack"] == one["stack"] == 0
     assert set(gemm["tensor_cores"]) == {"HGMMA"}
     assert gemm["shared"] <= 232448

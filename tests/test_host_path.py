@@ -2,9 +2,7 @@
 GPU."""
 
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.host_path import PARTS, Clock
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.processes import run_python
 
 
 def test_a_part_does_not_count_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +85,4 @@ def test_a_table_is_printed_though_its_file_cannot_be_written(tmp_path: Path) ->
 
 
 def host_path(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # its kernels are not interpreted
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.host_path", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run_python("-m", "benchmarks.host_path", *arguments)

@@ -2,8 +2,6 @@
 
 import ast
 import graphlib
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HAS_TRITON
+from tests.processes import ROOT, output_of
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_inception"
 MAX_LINES = 450
 
@@ -238,7 +236,7 @@ print("triton" in sys.modules, torch.cuda.is_initialized())
 
 def test_import_loads_nothing_heavy() -> None:
     """Neither Triton nor another third-party package, nor the compiler, nor a CUDA context."""
-    lines = run_python(IMPORT_PROBE).splitlines()
+    lines = output_of("-W", "error", "-c", IMPORT_PROBE).splitlines()
     assert lines == ["[]", "[]", "False False"]
 
 
@@ -254,18 +252,4 @@ print(tuple(y.shape))
 
 @pytest.mark.skipif(not HAS_TRITON, reason="the whole session runs without Triton")
 def test_package_works_without_triton() -> None:
-    assert run_python(NO_TRITON_PROBE).strip() == "(1, 5)"
-
-
-def run_python(code: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert output_of("-W", "error", "-c", NO_TRITON_PROBE).strip() == "(1, 5)"

@@ -3,9 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from fused_inception.tools.data import Data
 from fused_inception.tools.options import from_flags
 from fused_inception.tuning.targets import standing_for, target_of
 from tests.conftest import HAS_TRITON
-from tests.test_house import ROOT
+from tests.processes import output_of
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -136,17 +133,8 @@ specs = kernels_of(calls, sm_90)
 def run_compiling(code: str, folder: Path, *arguments: str) -> Any:
     """What `code` prints as JSON, in a process whose kernels are compiled, for a GPU that is not
     there."""
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROBE + code, *arguments],
-        cwd=ROOT,
-        env=environment | {"TRITON_CACHE_DIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    words = ("-W", "error", "-c", PROBE + code, *arguments)
+    return json.loads(output_of(*words, TRITON_CACHE_DIR=str(folder)).splitlines()[-1])
 
 
 @needs_triton

@@ -18,7 +18,8 @@ from tests.compiled.collect import Specialisation
 from tests.compiled.machine_code import Loop, MachineCode
 from tests.compiled.matrix import Use
 from tests.compiled.table import RANGES
-from tests.test_house import run_python, sources
+from tests.processes import output_of
+from tests.test_house import sources
 
 CONSTANTS = (
     ("N3", 288),
@@ -159,7 +160,7 @@ print(json.dumps({"shares": shares, "asked": len(asked), "others": others}))
 def test_what_multiplies_has_a_share() -> None:
     """Every kernel in whose code is a product, in all launches for sm_90 in bf16, and no other one;
     the heuristics are asked for nothing that the operators' scripts do not ask."""
-    found = json.loads(run_python(PROBE))
+    found = json.loads(output_of("-W", "error", "-c", PROBE))
     multiplying = kernels_with_products()
     wrong = [
         (kernel, layer, share)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from tests.compiled.bounds import violations
 from tests.compiled.build import Build
 from tests.compiled.collect import Specialisation
 from tests.compiled.machine_code import Load, MachineCode, moved_loads, source_file
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, run_python
 
 # broken kernel -> what must be said of it
 BROKEN = {
@@ -43,16 +41,9 @@ BROKEN = {
 
 def compile_in_own_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m tests.compiled` without the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # pytest's own workers share the cores already
     workers = "1" if PARALLEL else str(os.cpu_count())
-    return subprocess.run(
-        [sys.executable, "-m", "tests.compiled", *arguments, "--workers", workers],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    return run_python("-m", "tests.compiled", *arguments, "--workers", workers)
 
 
 @pytest.mark.parametrize("group", matrix.EVERY_RUN)

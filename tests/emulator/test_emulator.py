@@ -1,10 +1,6 @@
 """The emulator sees what it should, and the kernels pass in it as they are compiled."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +10,11 @@ from tests.conftest import EMULATED, HAS_TRITON
 from tests.emulator.machine import Machine
 from tests.emulator.memory import EmulatorError, Global
 from tests.emulator.ptx import parse
+from tests.processes import output_of
 
 own_process = pytest.mark.skipif(
     not HAS_TRITON or EMULATED != "", reason="compiles kernels, in processes of its own"
 )
-ROOT = Path(__file__).resolve().parents[2]
 
 HEADER = """
 .visible .entry _test_kernel(
@@ -138,15 +134,6 @@ def test_what_is_missing_is_seen(body: str, old: str, new: str, message: str) ->
         first_words(body.replace(old, new))
 
 
-def python(*arguments: str, **variables: str) -> str:
-    """The output of `python`, in which kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
-    return result.stdout
-
-
 MODULE = "tests/test_inception_kernels.py::test_output_and_all_gradients[prime-widths-{}]"
 # each kernel at least once, forward and each gradient
 KERNELS = [
@@ -178,7 +165,7 @@ KERNELS = [
 )
 def test_kernels_as_they_are_compiled(target: str, tests: list[str]) -> None:
     arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests)
-    output = python(*arguments, EMULATE=target)
+    output = output_of(*arguments, EMULATE=target)
     assert re.search(rf"^{len(tests)} passed", output, re.MULTILINE), output
     ran = set(re.findall(r"^emulated: (\w+)$", output, re.MULTILINE))
     if tests is KERNELS:
@@ -200,7 +187,7 @@ SCATTERED = {
 @pytest.mark.parametrize("layer", ["3b", "4b"])
 def test_requests_reach_into_as_few_sectors_as_they_can(layer: str) -> None:
     """A step of a module in bf16 at N = 32 on sm_90, a few programs of each launch."""
-    output = python("-m", "tests.emulator", "sm_90", layer, "--batch", "32")
+    output = output_of("-m", "tests.emulator", "sm_90", layer, "--batch", "32")
     row = r"^(\w+) +(\w+\.py):\d+ +(\w+\.\w+) +(\d+) of at least +(\d+)"
     rows = [
         (kernel, file, what, int(units) / int(least))
