@@ -1,5 +1,6 @@
 """Named Inception problems; each name says which regime it stands for."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,27 @@ class InceptionTensors(NamedTuple):
             [b.to(dtype) for b in self.biases],
             self.dy.to(dtype),
         )
+
+    def laid_out(self, layout: str) -> "InceptionTensors":
+        """x and dy in other strides, one of LAYOUTS; "expanded" has one number for dy."""
+        if layout == "nchw":
+            return self._replace(x=self.x.contiguous(), dy=self.dy.contiguous())
+        if layout == "expanded":
+            return self._replace(dy=self.dy.new_full((1, 1, 1, 1), 0.5).expand(self.dy.shape))
+        return self._replace(x=slice_of_wider(self.x, layout), dy=slice_of_wider(self.dy, layout))
+
+
+LAYOUTS = ("nchw", "slice", "odd-slice", "expanded")
+
+
+def slice_of_wider(t: Tensor, layout: str) -> Tensor:
+    """`t` as channels of a channels-last tensor, NaN beside them: an aligned "slice", or an
+    "odd-slice", where 16-byte loads are impossible."""
+    n, c, h, w = t.shape
+    start = {"slice": 8, "odd-slice": 3}[layout]
+    wide = torch.full((n, h, w, c + 24), math.nan, device=t.device).permute(0, 3, 1, 2)
+    wide[:, start : start + c] = t
+    return wide[:, start : start + c]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fused_inception.launches import record_launches
 from fused_inception.ops import avg_pool_project_triton
 from fused_inception.tuning.configs import AvgPoolProjectConfig, Tile, WgradJob
 from tests.auxiliary_cases import AUXILIARY_CASES, BY_NAME, AuxiliaryCase
+from tests.cases import LAYOUTS, slice_of_wider
 from tests.tolerances import assert_within
 
 # every case in fp32, what differs between types in each
@@ -132,7 +133,7 @@ def test_not_a_number_spreads_as_in_torch(name: str, device: torch.device) -> No
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
-@pytest.mark.parametrize("layout", ["nchw", "slice", "odd-slice", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout: str, device: torch.device) -> None:
     case = AuxiliaryCase("", (2, 24, 6, 7), 8, BY_NAME["paper"].window)
     (x, *parameters), dy = case.tensors(torch.float32, device)
@@ -142,11 +143,7 @@ def test_any_strides(layout: str, device: torch.device) -> None:
     if layout == "nchw":
         x, dy = x.contiguous(), dy.t().contiguous().t()
     elif layout != "expanded":
-        # a slice of a wider channels-last tensor: aligned, or where 16-byte loads are impossible
-        start = 8 if layout == "slice" else 3
-        wide = torch.full((2, 6, 7, 48), math.nan, device=device).permute(0, 3, 1, 2)
-        wide[:, start : start + 24] = x
-        x = wide[:, start : start + 24]
+        x = slice_of_wider(x, layout)
     ours, _, gradients = run(case, [x, *parameters], dy)
     assert torch.equal(ours, y)
     for a, b in zip(gradients, want, strict=True):

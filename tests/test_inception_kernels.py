@@ -19,7 +19,7 @@ from fused_inception.ops.problem import problem_of
 from fused_inception.tuning import chosen, heuristic
 from fused_inception.tuning.configs import BranchesConfig, DgradConfig, PointwiseConfig, Tile
 from tests import tf32
-from tests.cases import INCEPTION_CASES, InceptionCase, InceptionTensors
+from tests.cases import INCEPTION_CASES, LAYOUTS, InceptionCase, InceptionTensors
 from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -327,25 +327,10 @@ def test_infinity_does_not_turn_to_nan_in_padding(device: torch.device) -> None:
     assert torch.equal(dx.isinf(), want_dx.isinf())
 
 
-@pytest.mark.parametrize("layout", ["nchw", "slice", "odd-slice", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_input_and_gradient_strides(layout: str, device: torch.device) -> None:
-    p = problem(device)
-    x, dy = p.x, p.dy
-    if layout == "nchw":
-        x, dy = x.contiguous(), dy.contiguous()
-    elif layout == "expanded":
-        dy = torch.full((1, 1, 1, 1), 0.5, device=device).expand(p.dy.shape)
-    else:
-        # a slice of a wider channels-last tensor: aligned, or where 16-byte loads are impossible
-        start = 8 if layout == "slice" else 3
-        wide = torch.full((2, 4, 5, 48), math.nan, device=device).permute(0, 3, 1, 2)
-        wide[:, start : start + 24] = x
-        x = wide[:, start : start + 24]
-        wide_dy = torch.full((2, 4, 5, 80), math.nan, device=device).permute(0, 3, 1, 2)
-        wide_dy[:, start : start + DIMS.out_channels] = dy
-        dy = wide_dy[:, start : start + DIMS.out_channels]
-    q = p._replace(x=x, dy=dy)
-    check(q, run(q))
+    p = problem(device).laid_out(layout)
+    check(p, run(p))
 
 
 def test_pixels_beyond_two_to_the_31_elements(device: torch.device) -> None:

@@ -13,7 +13,7 @@ import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.geometry import NaiveDims
 from fused_inception.ops.inception import inception_naive, inception_naive_backward
-from tests.cases import NAIVE_CASES, InceptionCase, InceptionTensors
+from tests.cases import LAYOUTS, NAIVE_CASES, InceptionCase, InceptionTensors
 from tests.conftest import HAS_TRITON
 from tests.tolerances import assert_within
 
@@ -115,24 +115,10 @@ def test_filters_in_channels_last_memory_and_their_own_dtype(
 
 
 @implementations
-@pytest.mark.parametrize("layout", ["nchw", "slice", "odd-slice", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_input_and_gradient_strides(layout: str, impl: str, device: torch.device) -> None:
-    p = problem(device)
-    x, dy = p.x, p.dy
-    if layout == "nchw":
-        x, dy = x.contiguous(), dy.contiguous()
-    elif layout == "expanded":
-        dy = torch.full((1, 1, 1, 1), 0.5, device=device).expand(p.dy.shape)
-    else:
-        start = 8 if layout == "slice" else 3
-        wide = torch.full((2, 4, 3, 32), math.nan, device=device).permute(0, 3, 1, 2)
-        wide[:, start : start + 16] = x
-        x = wide[:, start : start + 16]
-        wide_dy = torch.full((2, 4, 3, 64), math.nan, device=device).permute(0, 3, 1, 2)
-        wide_dy[:, start : start + DIMS.out_channels] = dy
-        dy = wide_dy[:, start : start + DIMS.out_channels]
-    q = p._replace(x=x, dy=dy)
-    check(q, run(q, impl))
+    p = problem(device).laid_out(layout)
+    check(p, run(p, impl))
 
 
 @implementations

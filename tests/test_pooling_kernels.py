@@ -14,6 +14,7 @@ from fused_inception.geometry import LARGEST_WINDOW, Window
 from fused_inception.launches import record_launches
 from fused_inception.ops import pooling_triton
 from fused_inception.tuning.configs import MarchConfig, VectorConfig
+from tests.cases import LAYOUTS, slice_of_wider
 from tests.conftest import INTERPRETED
 from tests.pooling_cases import OPS, POOLING_CASES, PoolingCase
 from tests.tolerances import assert_within
@@ -198,7 +199,7 @@ def test_not_a_number_spreads_as_in_torch(op: str, k: float, device: torch.devic
 
 @pytest.mark.usefixtures("nan_filled_empty")
 @ops
-@pytest.mark.parametrize("layout", ["nchw", "slice", "odd-slice", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_input_and_gradient_strides(op: str, layout: str, device: torch.device) -> None:
     case = PoolingCase("", (2, 24, 4, 5), Window(2, 2, 1))
     x, dy = case.tensors(op, torch.float32, device)
@@ -209,18 +210,9 @@ def test_any_input_and_gradient_strides(op: str, layout: str, device: torch.devi
         dy = dy[:1, :, :1, :1].expand(dy.shape)
         want = run(case, op, x, dy.contiguous())
     else:
-        # a slice of a wider channels-last tensor: aligned, or where 16-byte loads are impossible
-        start = 8 if layout == "slice" else 3
-        x, dy = (within(t, start) for t in (x, dy))
+        x, dy = (slice_of_wider(t, layout) for t in (x, dy))
     for ours, dense in zip(run(case, op, x, dy), want, strict=True):
         assert torch.equal(ours, dense)
-
-
-def within(t: Tensor, start: int) -> Tensor:
-    n, c, h, w = t.shape
-    wide = torch.full((n, h, w, c + 24), math.nan, device=t.device).permute(0, 3, 1, 2)
-    wide[:, start : start + c] = t
-    return wide[:, start : start + c]
 
 
 @pytest.mark.parametrize("op", ["max_pool2d_lrn", "lrn_max_pool2d", "local_response_norm"])
