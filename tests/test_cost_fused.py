@@ -229,6 +229,26 @@ def predicted(training: bool = True) -> cost.Cost:
     return cost.network("paper", batch=2, image_size=96, training=training)
 
 
+def in_inference(network: torch.nn.Module, x: torch.Tensor) -> list[str]:
+    """What a pass launches whose packed filters are there."""
+    network.eval()
+    with torch.no_grad():
+        network(x)
+        with record_launches() as launches:
+            network(x)
+    return names(launches)
+
+
+def saved_by(layer: str, total: cost.Cost, device: torch.device) -> int:
+    """Bytes that are predicted. On a CPU dropout keeps its mask in the type of its input, on a GPU
+    one byte an element."""
+    wide = 2 if device.type == "cpu" else 1
+    return sum(
+        kept.bytes * (wide if kept.name.endswith("dropout mask") else 1)
+        for kept in total.part(layer=layer).saved
+    )
+
+
 @pytest.mark.parametrize("batch", [2, 128])
 def test_network_launches_what_is_predicted(batch, fused_pass):
     """With 128 images conv1 has so many pixels that its filter's gradient is summed in stages."""
@@ -247,27 +267,16 @@ def test_network_launches_what_is_predicted(batch, fused_pass):
 
 
 def test_network_without_gradients_launches_what_is_predicted(fused_pass):
-    network, x = fused_pass
-    network.eval()
-    with torch.no_grad():
-        network(x)
-        with record_launches() as launches:
-            network(x)
-    assert names(launches) == kernels(predicted(training=False))
+    assert in_inference(*fused_pass) == kernels(predicted(training=False))
 
 
 def test_inference_at_a_large_batch_launches_what_is_predicted(fused_pass):
     """conv1 reads a packed image."""
     network, x = fused_pass
-    network.eval()
-    x = x[:1].expand(32, -1, -1, -1)
     total = cost.network("paper", batch=32, image_size=96, training=False)
-    with torch.no_grad():
-        network(x)
-        with record_launches() as launches:
-            network(x)
-    assert names(launches) == kernels(total)
-    assert "_stem_pack_kernel" in names(launches)
+    launched = in_inference(network, x[:1].expand(32, -1, -1, -1))
+    assert launched == kernels(total)
+    assert "_stem_pack_kernel" in launched
 
 
 def test_network_saves_what_is_predicted(fused_pass):
@@ -282,14 +291,8 @@ def test_network_saves_what_is_predicted(fused_pass):
         network(x)
     assert memory.by_layer[""] == sum(total.part(layer=layer).saved_bytes for layer in stem)
     for layer in total.layers[len(stem) :]:
-        # on a CPU dropout keeps its mask in the type of its input, on a GPU one byte an element
-        wide = 2 if x.device.type == "cpu" else 1
-        want = sum(
-            kept.bytes * (wide if kept.name.endswith("dropout mask") else 1)
-            for kept in total.part(layer=layer).saved
-        )
         kept = sum(memory.by_layer[part] for part in {layer, *layer.split()})
-        assert kept == want, layer
+        assert kept == saved_by(layer, total, x.device), layer
 
 
 AUX_MASKS = ("aux1 dropout mask", "aux2 dropout mask")
@@ -363,12 +366,7 @@ def test_network_with_batch_norm_launches_what_is_predicted(norm_pass):
     with record_launches() as launches:
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
     assert Counter(names(launches)) == Counter(kernels(total.part(phase=cost.BACKWARD)))
-    network.eval()
-    with torch.no_grad():
-        network(x)
-        with record_launches() as launches:
-            network(x)
-    assert names(launches) == kernels(predicted_norm(training=False))
+    assert in_inference(network, x) == kernels(predicted_norm(training=False))
 
 
 def test_network_with_batch_norm_saves_what_is_predicted(norm_pass):
@@ -378,13 +376,7 @@ def test_network_with_batch_norm_saves_what_is_predicted(norm_pass):
     with memory.watch():
         network(x)
     for layer in total.layers:
-        # on a CPU dropout keeps its mask in the type of its input, on a GPU one byte an element
-        wide = 2 if x.device.type == "cpu" else 1
-        want = sum(
-            kept.bytes * (wide if kept.name.endswith("dropout mask") else 1)
-            for kept in total.part(layer=layer).saved
-        )
-        assert memory.by_layer[layer] == want, layer
+        assert memory.by_layer[layer] == saved_by(layer, total, x.device), layer
 
 
 def test_launches_of_the_whole_network_are_within_the_plan():
