@@ -6,15 +6,15 @@ from fused_inception.checks.tensors import integer
 from fused_inception.geometry import Window
 
 
-def count(name: str, value: int) -> int:
-    """`value` as an integer: so many of something, at least one.
+def count(name: str, value: int, *, least: int = 1) -> int:
+    """`value` as an integer: so many of something.
 
     Raises:
-        ValueError, TypeError: there are none; no integer.
+        ValueError, TypeError: there are fewer than `least`; no integer.
     """
     value = integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
 
 

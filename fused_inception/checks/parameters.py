@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fused_inception.checks.options import window_of
+from fused_inception.checks.options import count, window_of
 from fused_inception.checks.tensors import filter_placed, tensor, vector_placed
 from fused_inception.geometry import Window, conv_out
 
@@ -161,10 +161,8 @@ def conv_filter(x: Tensor, weight: Tensor, stride: int, padding: int, *, casts: 
             f"weight must be of shape [C_out, {c_in}, K, K], got {list(shape)}; "
             f"x has {c_in} channels{takes}"
         )
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1, got {stride}")
-    if padding < 0:
-        raise ValueError(f"padding must be at least 0, got {padding}")
+    count("stride", stride)
+    count("padding", padding, least=0)
     for side in x.shape[2:]:
         conv_out(side, shape[2], stride, padding)
     filter_placed(x, "weight", weight, casts)
@@ -185,10 +183,8 @@ def stem_parameters(
     Raises:
         ValueError, TypeError: of shapes, options or devices, of dtypes.
     """
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1, got {stride}")
-    if padding < 0:
-        raise ValueError(f"padding must be at least 0, got {padding}")
+    count("stride", stride)
+    count("padding", padding, least=0)
     c_in = x.shape[1]
     for name, weight, bias, kernel in zip("123", filters, biases, (None, 1, 3), strict=True):
         tensor(f"w{name}", weight)
