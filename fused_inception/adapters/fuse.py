@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -182,8 +183,8 @@ def _subclass(module: nn.Module, known: tuple[type[nn.Module], ...]) -> str:
     return f"{type(module).__name__}, a subclass of {base.__module__}.{base.__qualname__}"
 
 
-def _how_fused(module: nn.Module) -> str:
-    obstacle = getattr(module, "_obstacle", lambda: None)()
+def _how_fused(module: Any) -> str:
+    obstacle = module._obstacle()
     if obstacle is None:
         return ALREADY_FUSED
     return f"{ALREADY_FUSED}{': ' if obstacle == IN_PART else ', but '}{obstacle}"

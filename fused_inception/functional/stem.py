@@ -41,8 +41,7 @@ def googlenet_stem(
     Caffe's model. On the Triton path one operator: five launches forward; six backward, and one
     more for the gradient of the image. Elsewhere, and for images of more than 3 channels, another
     conv1 than 7 x 7 of stride 2 and padding 3, widths that are no multiples of 8 or pools of more
-    than 3 x 3, it is `conv2d_relu`, `max_pool2d_lrn`,
-    `conv2d_relu` twice and `lrn_max_pool2d`.
+    than 3 x 3, it is `conv2d_relu`, `max_pool2d_lrn`, `conv2d_relu` twice and `lrn_max_pool2d`.
 
     Args:
         x: images [N, C_in, H, W] in fp16, bf16, fp32 or fp64, read in their own layout.

@@ -43,10 +43,10 @@ def inception_trunk(
     pools and its global pool. On the Triton path one operator: the launch that makes the gradient
     of a module's output applies that module's ReLU mask and sums its bias gradients, and filters of
     all modules are packed together; that takes one to three launches and a pass over the gradient
-    of each module less than `inception`. Elsewhere, and where a
-    branch's width is no multiple of 8, a pool is of more than 3 x 3, the last module is tapped or
-    one that has a pool behind it, or the global pool is behind a max pool, it is `inception`,
-    `max_pool2d` and `global_avg_pool2d_dropout`.
+    of each module less than `inception`. Elsewhere, and where a branch's width is no multiple of 8,
+    a pool is of more than 3 x 3, the last module is tapped or one that has a pool behind it, or the
+    global pool is behind a max pool, it is `inception`, `max_pool2d` and
+    `global_avg_pool2d_dropout`.
 
     Args:
         x: [N, C_in, H, W], as in `inception`.

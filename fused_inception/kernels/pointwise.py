@@ -216,8 +216,7 @@ def launch_pointwise(
     squared deviations of each tile of pixels, of the 1x1 GEMM [tiles, 3, slots of all its channels]
     and of the projection.
 
-    x: [N, slots of C_IN, H, W] channels last, pixel stride a multiple of 8; y: [N, C_OUT, H, W]
-    channels last;
+    x: [N, slots of C_IN, H, W] channels last, pixel stride a multiple of 8; y: [N, C_OUT, H, W] and
     r: [N, reduced_channels, H, W] channels last; index: like x, uint8; mask: [P, slot_channels / 8]
     uint8. `config.pool_in_launch` decides between one launch and two.
     """

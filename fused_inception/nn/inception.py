@@ -35,9 +35,9 @@ class Inception(nn.Module):
     cat(1x1(x), 3x3(3x3 reduce(x)), 5x5(5x5 reduce(x)), projection(3x3 max pool(x))), each
     convolution with ReLU. The module is one fused operator, `functional.inception` or, with
     `norm="batch"`, `functional.inception_bn`. The children hold the parameters under torchvision's
-    names: `branch1`, `branch2.0`, `branch2.1`, `branch3.0`,
-    `branch3.1`, `branch4.1`. Where one of them has got a hook or another type, or an option that
-    the operator does not have, the children compute, so that nothing is passed over; `print` tells.
+    names: `branch1`, `branch2.0`, `branch2.1`, `branch3.0`, `branch3.1`, `branch4.1`. Where one of
+    them has got a hook or another type, or an option that the operator does not have, the children
+    compute, so that nothing is passed over; `print` tells.
 
     Args:
         in_channels: channels of the input.

@@ -51,7 +51,7 @@ def fused_blocks(report: FusionReport) -> list[str]:
     return [*report.fused, *before]
 
 
-def path_of(block: nn.Module, x: Tensor) -> Path:
+def path_of(block: Any, x: Tensor) -> Path:
     """How `block` computes for such an input, under the backend and autocast in force.
 
     Raises:
@@ -59,7 +59,7 @@ def path_of(block: nn.Module, x: Tensor) -> Path:
     """
     if type(block) not in FUSED:
         return Path(LAYERS, "not fused")
-    obstacle = getattr(block, "_obstacle", lambda: None)()
+    obstacle = block._obstacle()
     if obstacle is not None:
         return Path(LAYERS, obstacle)
     name, device = selected(), x.device.type

@@ -1,5 +1,4 @@
-"""A model and a batch for it, by flags: what `verify`, `explain`, `bench` and
-`tune` look at."""
+"""A model and a batch for it, by flags: what `verify`, `explain`, `bench` and `tune` look at."""
 
 import argparse
 import importlib
