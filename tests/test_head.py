@@ -131,13 +131,15 @@ def test_any_strides_of_what_is_kept(device: torch.device) -> None:
 
 
 @on_triton
-def test_operator_passes_opcheck(device: torch.device) -> None:
-    x = draw((2, 13, 3, 4), torch.float32, device).requires_grad_()
-    kept = torch.arange(26, device=device).view(2, 13) % 3 > 0
+@pytest.mark.parametrize("shape", [(2, 13, 3, 4), (0, 5, 4, 3), (1, 1, 1, 1)], ids=str)
+def test_operator_passes_opcheck(shape: tuple[int, ...], device: torch.device) -> None:
+    x = draw(shape, torch.float32, device).requires_grad_()
+    n, c, _, _ = shape
+    kept = torch.arange(n * c, device=device).view(n, c) % 3 > 0
     for drop in ((kept, 1.5), (None, 1.0)):
         torch.library.opcheck(ops.global_avg_pool2d, (x, *drop))
-        dy = torch.randn(2, 13, 1, 1, device=device)
-        torch.library.opcheck(ops.global_avg_pool2d_backward, (dy, *drop, (2, 13, 3, 4)))
+        dy = torch.randn(n, c, 1, 1, device=device)
+        torch.library.opcheck(ops.global_avg_pool2d_backward, (dy, *drop, shape))
 
 
 def test_gradcheck_in_fp64() -> None:

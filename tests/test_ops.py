@@ -11,7 +11,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fused_inception as fi
 from fused_inception import functional, reference
 from fused_inception.geometry import InceptionDims
-from fused_inception.ops.global_pool import global_avg_pool2d, global_avg_pool2d_backward
 from fused_inception.ops.inception import inception, inception_backward
 from tests.cases import INCEPTION_CASES, SMALL, InceptionCase, InceptionTensors
 from tests.conftest import HAS_TRITON
@@ -280,15 +279,6 @@ def test_opcheck_inception_backward(every: int, device: torch.device) -> None:
     needs = [i % every == 0 for i in range(13)]
     arguments = (data.dy, data.x, saved, data.filters, data.biases, needs)
     torch.library.opcheck(inception_backward, arguments)
-
-
-@on_triton
-@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (0, 5, 4, 3), (1, 1, 1, 1)], ids=str)
-def test_opcheck_global_pool(shape: tuple[int, int, int, int], device: torch.device) -> None:
-    x = torch.randn(shape, device=device, requires_grad=True)
-    torch.library.opcheck(global_avg_pool2d, (x, None, 1.0))
-    dy = torch.randn(shape[0], shape[1], 1, 1, device=device)
-    torch.library.opcheck(global_avg_pool2d_backward, (dy, None, 1.0, shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (0, 5, 4, 3), (1, 1, 1, 1), (3, 8, 7, 7)], ids=str)
