@@ -1,4 +1,5 @@
-"""Global average pool and dropout in one kernel: against torch's own, with torch's generator."""
+"""Global average pool, alone and with dropout in one kernel: against torch's own, with torch's
+generator."""
 
 import math
 
@@ -17,8 +18,13 @@ from tests.conftest import HAS_TRITON
 from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = {"googlenet": (2, 1024, 7, 7), "one-pixel": (3, 24, 1, 1), "odd": (1, 13, 5, 9),
-          "empty-batch": (0, 16, 3, 3)}  # fmt: skip
+SHAPES = {
+    "googlenet": (2, 1024, 7, 7),
+    "one-pixel": (3, 24, 1, 1),
+    "odd": (1, 13, 5, 9),
+    "more-pixels-than-a-tile": (1, 16, 13, 11),
+    "empty-batch": (0, 16, 3, 3),
+}
 on_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 implementations = pytest.mark.parametrize("impl", ["torch", *["triton"] * HAS_TRITON])
 
@@ -38,23 +44,44 @@ def step(module: object, x: Tensor, p: float, *, seed: int = 5) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("share", [1.0, 0.6], ids=["alone", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernels(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_kernels(name: str, dtype: torch.dtype, share: float, device: torch.device) -> None:
     x = draw(SHAPES[name], dtype, device)
     n, c, h, w = x.shape
-    kept = torch.rand(n, c, generator=torch.Generator().manual_seed(2)).to(device) < 0.6
+    kept = torch.rand(n, c, generator=torch.Generator().manual_seed(2)).to(device) < share
+    drawn = (None if share == 1 else kept), 1 / share
     dy = draw((n, c, 1, 1), dtype, device)
     with record_launches() as launches:
-        y = global_pool_triton.forward(x, kept, 1 / 0.6)
-        dx = global_pool_triton.backward(dy, kept, 1 / 0.6, (n, c, h, w))
+        y = global_pool_triton.forward(x, *drawn)
+        dx = global_pool_triton.backward(dy, *drawn, (n, c, h, w))
     assert len(launches) == (2 if n else 0)
     factor = kept[:, :, None, None]
-    want = x.double().mean((2, 3), keepdim=True) * factor / 0.6
-    assert_within("y", y, want, x.mean((2, 3), keepdim=True) * factor / 0.6)
-    want, baseline = ((t * factor / 0.6 / (h * w)).expand(x.shape) for t in (dy.double(), dy))
+    want = x.double().mean((2, 3), keepdim=True) * factor / share
+    assert_within("y", y, want, x.mean((2, 3), keepdim=True) * factor / share)
+    want, baseline = ((t * factor / share / (h * w)).expand(x.shape) for t in (dy.double(), dy))
     assert_within("dx", dx, want, baseline, slack=3.0)
     assert dx.stride() == (h * w * c, 1, w * c, c)
+
+
+def test_any_strides_of_x_and_dy(device: torch.device) -> None:
+    x, dy = (draw((2, 24, *sides), torch.float32, device) for sides in ((5, 6), (1, 1)))
+    want = global_pool_triton.forward(x, None, 1.0)
+    wide = torch.full((2, 40, 5, 6), torch.nan, device=device)
+    wide[:, 3:27] = x
+    for other in (x.contiguous(), wide[:, 3:27], x.transpose(2, 3)):
+        torch.testing.assert_close(global_pool_triton.forward(other, None, 1.0), want)
+    expanded = dy[:1, :1].expand(dy.shape)
+    dx = global_pool_triton.backward(expanded, None, 1.0, tuple(x.shape))
+    torch.testing.assert_close(dx, (expanded / 30).expand(x.shape))
+
+
+def test_nan_stays_in_its_channel(device: torch.device) -> None:
+    x = draw((2, 24, 3, 3), torch.float32, device)
+    x[1, 5, 2, 0] = torch.nan
+    y = global_pool_triton.forward(x, None, 1.0)
+    assert y.isnan().nonzero().tolist() == [[1, 5, 0, 0]]
 
 
 @implementations
