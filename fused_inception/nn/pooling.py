@@ -108,7 +108,9 @@ class LocalResponseNorm(_Layer):
 
 
 class _NormAndPool(_Layer):
-    """The options of both."""
+    """The options of both; subclasses say which comes first."""
+
+    _function: Any
 
     def __init__(
         self,
@@ -132,6 +134,20 @@ class _NormAndPool(_Layer):
         self.padding = padding
         self.ceil_mode = ceil_mode
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H_out, W_out]."""
+        return self._function(
+            x,
+            self.size,
+            self.kernel_size,
+            self.stride,
+            alpha=self.alpha,
+            beta=self.beta,
+            k=self.k,
+            padding=self.padding,
+            ceil_mode=self.ceil_mode,
+        )
+
     def extra_repr(self) -> str:
         """Constants, window and path, for `print`."""
         return (
@@ -145,38 +161,14 @@ class LRNMaxPool2d(_NormAndPool):
     """Local response normalisation, then a max pool, `functional.lrn_max_pool2d`; arguments are
     those of `LocalResponseNorm` and `MaxPool2d`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H_out, W_out]."""
-        return functional.lrn_max_pool2d(
-            x,
-            self.size,
-            self.kernel_size,
-            self.stride,
-            alpha=self.alpha,
-            beta=self.beta,
-            k=self.k,
-            padding=self.padding,
-            ceil_mode=self.ceil_mode,
-        )
+    _function = staticmethod(functional.lrn_max_pool2d)
 
 
 class MaxPoolLRN2d(_NormAndPool):
     """A max pool, then local response normalisation, `functional.max_pool2d_lrn`; arguments are
     those of `LocalResponseNorm` and `MaxPool2d`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H_out, W_out]."""
-        return functional.max_pool2d_lrn(
-            x,
-            self.size,
-            self.kernel_size,
-            self.stride,
-            alpha=self.alpha,
-            beta=self.beta,
-            k=self.k,
-            padding=self.padding,
-            ceil_mode=self.ceil_mode,
-        )
+    _function = staticmethod(functional.max_pool2d_lrn)
 
 
 def change_of_pool(pool: Any) -> str | None:
