@@ -246,19 +246,8 @@ def launch_lrn_max_pool_fwd(
         _lrn_max_pool_fwd_kernel,
         (cdiv(columns * groups, config.block_v),),
         (
-            *(
-                x,
-                y,
-                index,
-                columns,
-                config.rows,
-                height,
-                width,
-                out_height,
-                out_width,
-                x.stride(3) // ALIGN,
-            ),
-            *(norm.alpha_mean, norm.k),
+            *(x, y, index, columns, config.rows, height, width, out_height, out_width),
+            *(x.stride(3) // ALIGN, norm.alpha_mean, norm.k),
         ),
         dict(
             C=c,

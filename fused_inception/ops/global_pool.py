@@ -52,11 +52,8 @@ def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, No
     if dy is None:
         return None, None, None
     (kept,) = ctx.saved_tensors
-    return (
-        call_below_autograd(global_avg_pool2d_backward, dy, kept, ctx.scale, ctx.shape),
-        None,
-        None,
-    )
+    dx = call_below_autograd(global_avg_pool2d_backward, dy, kept, ctx.scale, ctx.shape)
+    return dx, None, None
 
 
 global_avg_pool2d, global_avg_pool2d_backward = register_with_backward(

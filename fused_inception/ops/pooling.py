@@ -116,9 +116,8 @@ def _define(family: _Family) -> tuple[torch._ops.OpOverload, torch._ops.OpOverlo
         refuse_unsaved(ctx.saves)
         saved = list(ctx.saved_tensors)
         x = saved.pop(0) if family.keeps_x else dy.new_empty(0)
-        return call_below_autograd(
-            backward_op, dy, x, saved, ctx.shape, *ctx.options, ctx.impl
-        ), *nothing
+        dx = call_below_autograd(backward_op, dy, x, saved, ctx.shape, *ctx.options, ctx.impl)
+        return dx, *nothing
 
     register_autograd(op, differentiate, family.setup_context)
     return op, backward_op
