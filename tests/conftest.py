@@ -56,6 +56,10 @@ if PARALLEL:
     torch.set_num_threads(1)
 
 
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+implementations = pytest.mark.parametrize("impl", ["torch", *["triton"] * HAS_TRITON])
+
+
 @pytest.fixture(scope="session")
 def tv() -> ModuleType:
     """torchvision's module of GoogLeNet."""

@@ -13,12 +13,10 @@ from fused_inception import functional, reference
 from fused_inception.geometry import AvgWindow
 from fused_inception.ops import avg_pool_project as ops
 from tests.auxiliary_cases import AUXILIARY_CASES, BY_NAME, AuxiliaryCase, adaptive
-from tests.conftest import HAS_TRITON
+from tests.conftest import implementations, needs_triton
 from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-on_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-implementations = pytest.mark.parametrize("impl", ["torch", *["triton"] * HAS_TRITON])
 cases = pytest.mark.parametrize("case", AUXILIARY_CASES, ids=lambda case: case.name)
 names = pytest.mark.parametrize("name", ["odd-widths", "adaptive-uneven"])
 
@@ -83,7 +81,7 @@ def test_windows_are_those_of_torch(window: AvgWindow) -> None:
         assert window.overlap(side) >= taken.sum(1).max()
 
 
-@on_triton
+@needs_triton
 @names
 def test_operator_passes_opcheck(name: str, device: torch.device) -> None:
     case = BY_NAME[name]
@@ -118,7 +116,7 @@ def test_compiles_into_one_graph(impl: str, device: torch.device) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@on_triton
+@needs_triton
 def test_saves_the_pooled_map_and_its_output(device: torch.device) -> None:
     case = BY_NAME["paper"]
     inputs, _ = case.tensors(torch.float32, device)
@@ -132,7 +130,7 @@ def test_saves_the_pooled_map_and_its_output(device: torch.device) -> None:
     assert list(kept.values()) == [4 * 2 * 24 * 16]
 
 
-@on_triton
+@needs_triton
 def test_inference_saves_nothing_and_says_so(device: torch.device) -> None:
     case = BY_NAME["odd-widths"]
     inputs, _ = case.tensors(torch.float32, device)

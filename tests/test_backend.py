@@ -13,10 +13,9 @@ from torch import Tensor
 import fused_inception as fi
 from fused_inception.backend import ENVIRONMENT_VARIABLE, choose, resolve, selected
 from tests.cases import SMALL, InceptionCase
-from tests.conftest import HAS_TRITON, INTERPRETED
+from tests.conftest import INTERPRETED, needs_triton
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 X = torch.zeros(1)
 BACKEND = sys.modules["fused_inception.backend"]
 

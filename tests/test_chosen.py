@@ -17,7 +17,7 @@ from fused_inception.tuning.fields import from_fields
 from fused_inception.tuning.heuristic import Operands, branches_config
 from fused_inception.tuning.limits import why_not
 from fused_inception.tuning.targets import TARGETS, Target, target_of
-from tests.conftest import HAS_TRITON
+from tests.conftest import needs_triton
 from tests.tables import SM_90, contents, put
 from tests.test_house import ROOT
 
@@ -129,7 +129,7 @@ def test_measurement_that_cannot_be_launched_is_ignored_with_a_warning(
     assert config == branches_config(*ARGUMENTS["branches"][:3], SM_90)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.usefixtures("own_tables")
 def test_launches_follow_the_table(device: torch.device) -> None:
     dims, own = InceptionDims(8, 8, 8, 8, 8, 8, 8), target_of(device)

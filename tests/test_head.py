@@ -14,7 +14,7 @@ from fused_inception import functional, reference
 from fused_inception.launches import record_launches
 from fused_inception.ops import global_pool as ops
 from fused_inception.ops import global_pool_triton
-from tests.conftest import HAS_TRITON
+from tests.conftest import HAS_TRITON, implementations, needs_triton
 from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -25,8 +25,6 @@ SHAPES = {
     "more-pixels-than-a-tile": (1, 16, 13, 11),
     "empty-batch": (0, 16, 3, 3),
 }
-on_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-implementations = pytest.mark.parametrize("impl", ["torch", *["triton"] * HAS_TRITON])
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -148,7 +146,7 @@ def test_any_strides(impl: str, device: torch.device) -> None:
                 torch.testing.assert_close(ours, theirs)
 
 
-@on_triton
+@needs_triton
 def test_any_strides_of_what_is_kept(device: torch.device) -> None:
     x = draw((2, 24, 5, 6), torch.float32, device)
     kept = torch.tensor([[True], [False]], device=device).expand(2, 24)
@@ -157,7 +155,7 @@ def test_any_strides_of_what_is_kept(device: torch.device) -> None:
     assert not y[1].any()
 
 
-@on_triton
+@needs_triton
 @pytest.mark.parametrize("shape", [(2, 13, 3, 4), (0, 5, 4, 3), (1, 1, 1, 1)], ids=str)
 def test_operator_passes_opcheck(shape: tuple[int, ...], device: torch.device) -> None:
     x = draw(shape, torch.float32, device).requires_grad_()

@@ -14,7 +14,7 @@ from fused_inception import functional, reference
 from fused_inception.geometry import NaiveDims
 from fused_inception.ops.inception import inception_naive, inception_naive_backward
 from tests.cases import LAYOUTS, NAIVE_CASES, InceptionCase, InceptionTensors
-from tests.conftest import HAS_TRITON
+from tests.conftest import implementations, needs_triton
 from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -22,8 +22,6 @@ NAMES = ["y", "x", "w1", "w3", "w5", "b1", "b3", "b5"]
 DIMS = NaiveDims(16, 8, 16, 8)
 WIDTHS = (16, 8, 16, 8)
 ALL = [True] * 7
-implementations = pytest.mark.parametrize("impl", ["torch", *["triton"] * HAS_TRITON])
-on_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 cases = pytest.mark.parametrize("case", NAIVE_CASES, ids=lambda case: case.name)
 
 
@@ -141,14 +139,14 @@ def test_each_gradient_alone(position: int, impl: str, device: torch.device) -> 
         assert ("_finish_kernel" in kernels) == (position > 0)
 
 
-@on_triton
+@needs_triton
 def test_runs_are_bitwise_repeatable(device: torch.device) -> None:
     p = problem(device, dims=NaiveDims(8, 8, 8, 8), height=9, width=8)
     for first, second in zip(run(p), run(p), strict=True):
         assert torch.equal(first, second)
 
 
-@on_triton
+@needs_triton
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_launches(training: bool, device: torch.device) -> None:
     module = fi.InceptionNaive(*WIDTHS).to(device)
@@ -173,7 +171,7 @@ def test_launches(training: bool, device: torch.device) -> None:
         ]
 
 
-@on_triton
+@needs_triton
 def test_packed_filters_are_kept_until_one_changes(device: torch.device) -> None:
     module = fi.InceptionNaive(*WIDTHS).to(device)
     x = problem(device).x
@@ -231,7 +229,7 @@ def test_nan_passes_relu_forward_and_backward(impl: str, device: torch.device) -
     assert all(g.isfinite().all() for g in gradients)
 
 
-@on_triton
+@needs_triton
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize("save", [False, True], ids=["forward", "training"])
 def test_opcheck(batch: int, save: bool, device: torch.device) -> None:
@@ -241,7 +239,7 @@ def test_opcheck(batch: int, save: bool, device: torch.device) -> None:
     torch.library.opcheck(inception_naive, (p.x, p.filters, p.biases, save))
 
 
-@on_triton
+@needs_triton
 @pytest.mark.parametrize("every", [1, 2], ids=["all", "every-second"])
 def test_opcheck_backward(every: int, device: torch.device) -> None:
     p = problem(device, dims=NaiveDims(8, 8, 8, 8), height=2, width=1)
@@ -310,7 +308,7 @@ def test_autocast_casts_input_and_filters(impl: str, device: torch.device) -> No
         assert_within(name, a, b, c, slack=2.0 if name == "y" else 3.0)
 
 
-@on_triton
+@needs_triton
 def test_saved_for_backward(device: torch.device) -> None:
     """Bytes beside x, y and the parameters."""
     module = fi.InceptionNaive(*WIDTHS).to(device)

@@ -19,10 +19,10 @@ from fused_inception.tools.tune import Tuning
 from fused_inception.tuning import table
 from fused_inception.tuning.targets import target_of
 from tests import tables
-from tests.conftest import HAS_TRITON
+from tests.conftest import needs_triton
 
 pytestmark = [
-    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    needs_triton,
     pytest.mark.usefixtures("on_device"),
 ]
 

@@ -13,12 +13,11 @@ from fused_inception import functional, reference
 from fused_inception.geometry import InceptionDims
 from fused_inception.ops.inception import inception, inception_backward
 from tests.cases import INCEPTION_CASES, SMALL, InceptionCase, InceptionTensors
-from tests.conftest import HAS_TRITON
+from tests.conftest import needs_triton
 from tests.tolerances import assert_within
 
 NAMES = ("x", "w1", "w3r", "w3", "w5r", "w5", "wp", "b1", "b3r", "b3", "b5r", "b5", "bp")
 TINY = InceptionDims(4, 2, 3, 2, 2, 3, 2)
-on_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 cases = pytest.mark.parametrize("case", INCEPTION_CASES, ids=lambda case: case.name)
 
 
@@ -163,7 +162,7 @@ def test_filter_gradients_take_the_strides_of_the_filters(layout: torch.memory_f
         assert dw.untyped_storage().nbytes() == dw.nbytes
 
 
-@on_triton
+@needs_triton
 def test_nothing_is_saved_without_gradients(device: torch.device) -> None:
     data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32, device)
     y, saved = inception(data.x, data.filters, data.biases, False)
@@ -171,7 +170,7 @@ def test_nothing_is_saved_without_gradients(device: torch.device) -> None:
     assert y.shape[1] == SMALL.out_channels
 
 
-@on_triton
+@needs_triton
 def test_backward_without_saved_tensors_is_an_error(device: torch.device) -> None:
     data = InceptionCase("", SMALL, 2, 4, 4).tensors(torch.float32, device)
     data.x.requires_grad_()
@@ -206,7 +205,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=on_triton)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_without_a_gradient_there_are_none(block: str, backend: str, device: torch.device) -> None:
     """As of PyTorch's own layers: neither zeros nor an error."""
@@ -220,7 +219,7 @@ def test_without_a_gradient_there_are_none(block: str, backend: str, device: tor
     assert all(p.grad is None for p in module.parameters())
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=on_triton)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_stem_without_a_gradient_has_none(backend: str, device: torch.device) -> None:
     shapes = (8, 3, 7, 7), (8,), (8, 8, 1, 1), (8,), (8, 8, 3, 3), (8,)
     parameters = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
@@ -259,7 +258,7 @@ def test_gradcheck_of_the_pool() -> None:
     assert torch.autograd.gradcheck(functional.global_avg_pool2d, x)
 
 
-@on_triton
+@needs_triton
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize("save", [False, True], ids=["forward", "training"])
 def test_opcheck_inception(batch: int, save: bool, device: torch.device) -> None:
@@ -271,7 +270,7 @@ def test_opcheck_inception(batch: int, save: bool, device: torch.device) -> None
     torch.library.opcheck(inception, (data.x, filters, biases, save))
 
 
-@on_triton
+@needs_triton
 @pytest.mark.parametrize("every", [1, 2], ids=["all", "every-second"])
 def test_opcheck_inception_backward(every: int, device: torch.device) -> None:
     data = InceptionCase("", SMALL, 2, 4, 3).tensors(torch.float32, device)
@@ -356,7 +355,7 @@ def test_autocast_casts_input_and_filters() -> None:
         assert_within(f"tensor {i}", a, b, c, slack=3.0 if i else 2.0)
 
 
-@on_triton
+@needs_triton
 def test_autocast_rule_of_the_operator_itself(device: torch.device) -> None:
     data = InceptionCase("", SMALL, 2, 5, 4).tensors(torch.float32, device)
     with torch.autocast(device.type, torch.bfloat16):
@@ -390,7 +389,7 @@ def test_biases_may_be_fp32() -> None:
     assert [t.dtype for t in got[3::2]] == [torch.float32] * 6
 
 
-@on_triton
+@needs_triton
 def test_no_gradient_of_what_is_saved(device: torch.device) -> None:
     data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32, device)
     data.x.requires_grad_()

@@ -14,7 +14,7 @@ from fused_inception.geometry import Window
 from fused_inception.ops import pooling
 from fused_inception.tuning.pool_heuristic import march_config, vector_config
 from fused_inception.tuning.targets import TARGETS
-from tests.conftest import HAS_TRITON
+from tests.conftest import HAS_TRITON, implementations
 from tests.pooling_cases import OPS, POOLING_CASES, PoolingCase
 from tests.tolerances import assert_within
 
@@ -22,7 +22,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PLAIN = PoolingCase("", (2, 13, 5, 6), Window(3, 2, 1, True))
 ops = pytest.mark.parametrize("op", OPS)
 cases = pytest.mark.parametrize("case", POOLING_CASES, ids=lambda case: case.name)
-implementations = pytest.mark.parametrize("impl", ["torch", *["triton"] * HAS_TRITON])
 
 
 def step(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> list[Tensor]:

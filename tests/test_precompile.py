@@ -18,10 +18,8 @@ from fused_inception.tools import parity, run
 from fused_inception.tools.data import Data
 from fused_inception.tools.options import from_flags
 from fused_inception.tuning.targets import standing_for, target_of
-from tests.conftest import HAS_TRITON
+from tests.conftest import needs_triton
 from tests.processes import output_of
-
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
 def small_model() -> nn.Sequential:

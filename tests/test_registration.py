@@ -17,9 +17,9 @@ from fused_inception.ops.global_pool import global_avg_pool2d, global_avg_pool2d
 from fused_inception.ops.inception import inception
 from fused_inception.ops.registration import IMPLEMENTATIONS, call
 from tests.cases import SMALL, InceptionCase
-from tests.conftest import HAS_TRITON
+from tests.conftest import needs_triton
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+pytestmark = needs_triton
 
 
 def plain(op: Any, *arguments: Any) -> Any:

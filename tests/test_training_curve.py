@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fused_inception as fi
 from fused_inception import reference
-from tests.conftest import HAS_TRITON
+from tests.conftest import needs_triton
 from tests.torchvision_import import import_torchvision
 
 CLASSES = 4
@@ -172,7 +172,7 @@ CURVES: dict[str | None, tuple[int, float, dict[str, int]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.usefixtures("few_large_tiles")
 @pytest.mark.parametrize("norm", CURVES)
 def test_the_kernels_learn_as_the_reference_does(norm: str | None, device: torch.device) -> None:

@@ -22,11 +22,10 @@ from fused_inception.tuning.configs import BranchesConfig, Tile
 from fused_inception.tuning.heuristic import Operands
 from fused_inception.tuning.limits import shared_bytes, why_not
 from fused_inception.tuning.targets import TARGETS, target_of
-from tests.conftest import HAS_TRITON
+from tests.conftest import needs_triton
 from tests.tables import SM_90
 from tests.test_chosen import ARGUMENTS, problem_of
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 BRANCHES = problem_of("branches", SM_90)
 
 
