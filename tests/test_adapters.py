@@ -422,7 +422,7 @@ def test_sync_batch_norm_after_fusing(tv: ModuleType) -> None:
     torch.testing.assert_close(model(x), want)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_torchscript_after_going_back(tv: ModuleType) -> None:
     block = tv.Inception(*WIDTHS).eval()
     before = torch.jit.script(block).code

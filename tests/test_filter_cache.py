@@ -237,7 +237,7 @@ def test_nothing_fake_is_kept() -> None:
         assert type(module(x)) is torch.Tensor
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_traces_hold_no_packed_filters() -> None:
     module, x = block("batch"), torch.randn(1, 8, 3, 3)
     made: list[int] = []

@@ -135,7 +135,7 @@ def test_no_module_to_look_at(call: Any) -> None:
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("norm", [None, "batch"])
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_tangents_are_not_dropped(norm: str | None, train: bool) -> None:
     """Forward-mode differentiation of a frozen module, where no gradient is recorded."""
     module = fi.Inception(*WIDTHS, norm=norm).train(train).requires_grad_(False)
@@ -188,7 +188,7 @@ def test_errors_of_a_copy_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) ->
         fi.functional.max_pool2d(torch.rand(1, 2, 4, 4), 2)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_scripting_says_what_to_do() -> None:
     layers = [torch.nn.Conv2d(3, 16, 1), fi.reference.Inception(*WIDTHS), torch.nn.ReLU()]
     model = torch.nn.Sequential(*layers)
