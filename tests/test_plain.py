@@ -1,5 +1,6 @@
 """The ATen path: what autograd keeps of it, and what may be done around it."""
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -161,3 +162,15 @@ def test_frozen_parts_compute_no_gradient() -> None:
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::convolution_backward"] == 1
     assert "aten::max_pool2d_with_indices_backward" not in counts
+
+
+def test_a_filter_written_to_before_backward_is_named() -> None:
+    """In the words that PyTorch's layers have for a step of an optimiser that comes too early."""
+    data = InceptionCase("", SMALL, 1, 3, 3).tensors(torch.float32)
+    leaves = [t.detach().contiguous().requires_grad_() for t in in_public_order(data)]
+    y, weight = functional.inception(*leaves), leaves[5]
+    with torch.no_grad():
+        weight.mul_(2)
+    shape = re.escape(str([*weight.shape]))
+    with pytest.raises(RuntimeError, match=f"modified by an inplace operation: .*{shape}"):
+        y.sum().backward()

@@ -29,7 +29,9 @@ class _Strides(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.strides = [t.stride() if _is_dense(t) else None for t in tensors]
         ctx.set_materialize_grads(False)
-        return tensors
+        # not the tensors, of which autograd would make views: where one is then written to, before
+        # its gradient is taken, it would complain about those, instead of naming what was written
+        return tuple([t.detach() for t in tensors])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
