@@ -70,6 +70,27 @@ def test_replicas_of_data_parallel_are_fused(name: str) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("name", [*BLOCKS, "auxiliary"])
+@pytest.mark.parametrize("pre", [False, True])
+def test_backward_hooks_of_every_layer(name: str, pre: bool) -> None:
+    """They make views of outputs, which nobody may write to: no ReLU either."""
+    make, shape = BLOCKS.get(name, (lambda: fi.InceptionAux(16, 3, map_size=6), (2, 16, 6, 6)))
+    model = make().double().eval()
+    hooked, seen = copy.deepcopy(model), set[nn.Module]()
+    for layer in hooked.modules():
+        if pre:
+            layer.register_full_backward_pre_hook(lambda layer, *_: seen.add(layer))
+        else:
+            layer.register_full_backward_hook(lambda layer, *_: seen.add(layer))
+    x = torch.randn(shape, dtype=torch.float64)
+    found = []
+    for each in (model, hooked):
+        leaves = [x.clone().requires_grad_(), *each.parameters()]
+        found.append(torch.autograd.grad(each(leaves[0]).square().sum(), leaves))
+    torch.testing.assert_close(*found)
+    assert seen.issuperset(m for m in hooked.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+
+
 @pytest.fixture
 def one_process() -> Iterator[None]:
     """A process group of this process alone."""

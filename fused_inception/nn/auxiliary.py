@@ -16,6 +16,7 @@ from fused_inception.nn.conv_block import (
     change_of,
     change_of_conv,
     global_hook,
+    relu_behind,
 )
 
 ADAPTIVE_SIDE = 4
@@ -94,7 +95,7 @@ class InceptionAux(nn.Module):
                 f"takes {taken}: it was made for maps of another size (map_size; image_size of the "
                 "network)"
             )
-        return self.fc2(self.dropout(F.relu(fc1(features), inplace=True)))
+        return self.fc2(self.dropout(relu_behind(fc1, fc1(features))))
 
     def _features(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, features]: pool and convolution, flattened."""

@@ -54,6 +54,13 @@ def global_hook() -> str | None:
     return "hooks of all modules are registered" if _has_any_global_hook() else None
 
 
+def relu_behind(layer: Any, x: Tensor) -> Tensor:
+    """relu of what `layer` gave: in place, but where backward hooks have made a view of it that
+    autograd lets nobody write to."""
+    hooked = layer._backward_hooks or layer._backward_pre_hooks or _has_any_global_hook()
+    return F.relu(x, inplace=not hooked)
+
+
 def change_of_conv(conv: Any, norm: str | None, sides: tuple[int, ...] = ()) -> str | None:
     """The same of a convolution, and options that no fused operator has.
 
@@ -170,7 +177,7 @@ class ConvBlock(nn.Module):
             before = running_of(self.bn) if self.skip_nonfinite else []
             x = self.bn(x)
             keep_finite(before)
-        return F.relu(x, inplace=True)
+        return relu_behind(conv if self.norm is None else self.bn, x)
 
     @property
     def is_fused(self) -> bool:
