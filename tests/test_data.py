@@ -65,6 +65,22 @@ def test_unsuitable_folders_are_one_line(folder, tmp_path, capsys):
     assert "one/Test has the class 'other', which" in line(tmp_path / "one")
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_a_pixel_are_scaled(mode, tmp_path):
+    """TIFF has them in both orders of bytes, PNG in one."""
+    path = tmp_path / "image.tif"
+    Image.new(mode, (9, 9), 200 * 256 + 255).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode
+    assert data.read_image(path, 4).unique().tolist() == [200]
+
+
+def test_a_data_set_has_one_name(capsys):
+    """Options follow from it: digits are enlarged to another side than photographs."""
+    for name in ("digits:", "synthetic:", "imagefolder:"):
+        assert f"unknown data set '{name}'" in fails_with(capsys, ["train", "--data", name])
+
+
 def test_digits_are_split_once():
     opened = data.open_data("digits", 8)
     assert (len(opened.train), len(opened.test)) == (1437, 360)

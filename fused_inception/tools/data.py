@@ -67,7 +67,7 @@ def open_data(spec: str, image_size: int, *, flip: bool = False) -> Data:
         UserError: unknown name, missing or unsuitable folder, an extra that is not installed.
     """
     name, _, path = spec.partition(":")
-    if name == "digits" and not path:
+    if spec == "digits":
         return _digits(image_size)
     if name == "imagefolder" and path:
         return _image_folder(Path(path), image_size, flip)
@@ -358,7 +358,8 @@ def _open_image(path: Path) -> Any:
     with _opened(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip, not scale
-            image = image.point(lambda value: value / 256, "L")
+            # I: the other orders of bytes have no point operation
+            image = image.convert("I").point(lambda value: value / 256, "L")
         return image.convert("RGB")
 
 
