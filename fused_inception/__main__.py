@@ -1,6 +1,7 @@
 """The commands: `python -m fused_inception` with one of COMMANDS."""
 
 import argparse
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: what the command says, 2 with one line on stderr for wrong arguments or
         files, 2 with a traceback for what nobody expected.
     """
+    _escape_what_has_no_code()
     parser = _Parser(prog="fused-inception", description="GoogLeNet with fused Inception modules.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (tool, text) in COMMANDS.items():
@@ -56,6 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = "not enough device memory: lower --batch-size or --image-size"
     print(f"{commands.choices[parsed.command].prog}: error: {message}", file=sys.stderr)
     return 2
+
+
+def _escape_what_has_no_code() -> None:
+    """Names of files and classes may hold what stdout cannot encode, in Latin-1 for example, or a
+    byte that is no UTF-8; stderr escapes that by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """What a command returns and prints where it cannot do its work."""
 
+import io
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_inception.__main__ import main
+from fused_inception.__main__ import COMMANDS, main
 from tests.test_verify import biased
 
 
@@ -49,3 +53,20 @@ def test_the_command_names_what_it_does_not_know(capsys: pytest.CaptureFixture) 
         main(["train", "--varient", "paper"])
     error = capsys.readouterr().err
     assert error.startswith("fused-inception train: error: unrecognized arguments: --varient paper")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_names_that_the_output_cannot_encode(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a class in another script, and of a file whose name is no UTF-8."""
+    tool = SimpleNamespace(
+        add_arguments=lambda parser: None, run=lambda _: print("\u732b \udcff") or 0
+    )
+    monkeypatch.setitem(COMMANDS, "info", (tool, ""))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    assert main(["info"]) == 0
+    sys.stdout.flush()
+    cat = "\u732b" if encoding == "utf-8" else r"\u732b"
+    assert written.getvalue().decode(encoding).rstrip() == rf"{cat} \udcff"

@@ -89,3 +89,10 @@ def test_epochs_are_whole_numbers(epochs: int, drawn: list[Figure], tmp_path: Pa
         ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
         assert ticks == [*range(1, epochs + 1)]
     assert legend_beside_axes(figure)
+
+
+@pytest.mark.parametrize("title", [r"$\no$ formula", "a byte that is no UTF-8: \udcff"])
+def test_any_name_of_a_folder_is_a_title(title: str, drawn: list[Figure], tmp_path: Path) -> None:
+    values = dict.fromkeys(("train_loss", "test_loss", "train_accuracy", "test_accuracy"), 0.5)
+    draw_curves([{"epoch": 1, **values}], title, tmp_path / "x.png")
+    assert drawn[0].get_suptitle() == title.replace("\udcff", r"\udcff")

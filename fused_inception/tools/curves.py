@@ -14,7 +14,8 @@ def draw_curves(history: Sequence[dict[str, Any]], title: str, path: Path) -> No
 
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(9, 3.9), layout="constrained")
-    figure.suptitle(title)
+    # names of folders are no formulas, and need not be text
+    figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
     panels = figure.subplots(1, 2)
     for axes, name, factor, label in zip(
         panels, ("loss", "accuracy"), (1, 100), ("cross entropy", "accuracy, %"), strict=True
