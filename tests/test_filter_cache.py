@@ -256,3 +256,22 @@ def test_traces_hold_no_packed_filters() -> None:
         assert len(made) == 1
         torch.jit.trace(look, x, check_trace=False)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(("norm", "backend"), [("batch", "torch"), (None, "triton")])
+def test_parameters_that_conversions_swap(norm: str | None, backend: str) -> None:
+    """PyTorch swaps no tensor that a weak reference knows."""
+    module, x = block(norm), torch.randn(1, 8, 3, 3)
+    weights = {name: 2 * t for name, t in module.state_dict().items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        check(module, x, backend)
+        with torch.no_grad(), fi.backend(backend):
+            module(x)
+        module.load_state_dict(weights)
+        check(module, x, backend)
+        with torch.no_grad(), fi.backend(backend):
+            module(x)
+        module.half()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

@@ -44,7 +44,8 @@ def kept(
     come at any time), under CUDA-graph capture and where Inductor runs ahead of one (a replay must
     see the parameters of its own time, and what is allocated there is the graph's), in traces, for
     inference tensors (they carry no version), with FSDP (which gathers parameters anew under the
-    same version), for parts of larger memory (`vector_to_parameters` puts new vectors under the
+    same version), where conversions of modules swap tensors (PyTorch swaps none that a weak
+    reference knows), for parts of larger memory (`vector_to_parameters` puts new vectors under the
     same version) and shared memory (other processes count for themselves).
 
     A step of an optimiser empties the cache, as fused ones raise no version, and so does an
@@ -57,6 +58,7 @@ def kept(
         or torch.is_grad_enabled()
         or _is_for_graphs(tensors[0].device)
         or _may_be_sharded()
+        or torch.__future__.get_swap_module_params_on_conversion()
         or torch.jit.is_tracing()
         or any(t.is_inference() or type(t) not in _PLAIN for t in tensors)
     ):
