@@ -300,6 +300,15 @@ def test_predict_refuses_what_it_cannot_read(finished, tmp_path, capsys):
         "do not fit its network: Error(s) in loading state_dict for GoogLeNet: Miss"
         in fails_with(capsys, ["predict", str(tmp_path / "bare.pt"), weights])
     )
+    for command, part in (
+        ("predict", "classes"),
+        ("train --evaluate", "options"),
+        ("train --resume", "optimizer"),
+    ):
+        torch.save({k: v for k, v in contents.items() if k != part}, tmp_path / "less.pt")
+        images = [weights] if command == "predict" else []
+        complaint = fails_with(capsys, [*command.split(), str(tmp_path / "less.pt"), *images])
+        assert complaint.endswith(f"not what this needs too: {part}\n")
     for name in ("other.pt", "empty.pt", "text.pt"):
         complaint = fails_with(capsys, ["predict", str(tmp_path / name), weights])
         assert "is not a checkpoint" in complaint

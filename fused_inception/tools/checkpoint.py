@@ -27,8 +27,12 @@ def load_checkpoint(path: str | Path) -> GoogLeNet:
     return network_of(read_checkpoint(path)).eval()
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint, tensors on the CPU; path and errors as in `load_checkpoint`."""
+def read_checkpoint(path: str | Path, *parts: str) -> dict[str, Any]:
+    """The contents of a checkpoint, tensors on the CPU; path and errors as in `load_checkpoint`.
+
+    `parts` beside the network must be there too: of a checkpoint that is handed on somebody may
+    have taken away what only training needs.
+    """
     path = checkpoint_file(Path(path))
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -41,6 +45,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     named = isinstance(contents, dict) and contents.get("kind") == KIND
     if not named or not {"network", "model"} <= contents.keys():
         raise UserError(f"{path} is not a checkpoint of fused_inception's train command")
+    missing = [part for part in parts if part not in contents]
+    if missing:
+        raise UserError(f"{path} holds a network, but not what this needs too: {missing[0]}")
     return contents
 
 

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         UserError, OSError: no such checkpoint, or an image that cannot be read.
     """
     require("PIL")
-    contents = read_checkpoint(arguments.checkpoint)
+    contents = read_checkpoint(arguments.checkpoint, "classes")
     size, classes = contents["network"]["image_size"], contents["classes"]
     device = pick_device(arguments.device)
     model = placed(network_of(contents), device).eval()

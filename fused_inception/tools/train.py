@@ -39,6 +39,9 @@ from fused_inception.tools.run import Run, headline, machine, speed_line, write_
 from fused_inception.tools.text import rate
 
 SYNTHETIC_CLASSES = 1000
+# parts of a checkpoint that are needed beside its network
+TESTED = ("classes", "options")
+RESUMED = (*TESTED, "history", "optimizer", "scaler")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     if testing and given.get("data") == "synthetic":
         raise UserError("--evaluate needs real images: --data digits or imagefolder:PATH")
     source = _checkpoint(arguments)
-    contents = None if source is None else read_checkpoint(source)
+    parts = TESTED if testing else RESUMED
+    contents = None if source is None else read_checkpoint(source, *parts)
     saved = None if contents is None else _saved_options(contents, given)
     options = from_flags(given, saved, str(source), testing=testing)
     device = pick_device(options.device)
