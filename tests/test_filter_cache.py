@@ -3,6 +3,7 @@
 import enum
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -275,3 +276,25 @@ def test_parameters_that_conversions_swap(norm: str | None, backend: str) -> Non
         module.half()
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_what_is_made_while_another_thread_trains_is_not_kept() -> None:
+    """Its step, of a fused optimiser that raises no version, comes between reading and keeping."""
+    weight = nn.Parameter(torch.zeros(1))
+
+    def pack() -> list[Tensor]:
+        packed = weight.detach().clone()
+        if not packed:
+            trainer = threading.Thread(target=step)
+            trainer.start()
+            trainer.join()
+        return [packed]
+
+    def step() -> None:
+        weight.data.fill_(1)
+        filter_cache.clear()
+
+    with torch.no_grad():
+        kept = [filter_cache.kept([weight], (), pack, save=False) for _ in range(3)]
+    assert [packed.item() for (packed,) in kept] == [0, 1, 1]
+    assert kept[1] is kept[2]

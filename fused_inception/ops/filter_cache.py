@@ -28,6 +28,8 @@ class _Entry(NamedTuple):
 # by the first tensor, how many there are, and the stream
 _entries: dict[tuple[int, int, int], _Entry] = {}
 _lock = threading.Lock()
+# another one after each `clear`
+_era = object()
 _listening = False
 
 
@@ -73,6 +75,7 @@ def kept(
     if any(map(_has_other_writers, tensors)):
         return make()
     _listen()
+    era = _era
     # what is made in inference mode carries no version, and could not be kept by the next
     with torch.inference_mode(False), torch.no_grad():
         result = make()
@@ -82,7 +85,8 @@ def kept(
     first = weakref.ref(tensors[0], lambda _: _entries.pop(owner, None))
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
     with _lock:
-        _entries[owner] = _Entry(key, [first, *map(weakref.ref, tensors[1:])], storages, result)
+        if era is _era:  # else another thread has written to parameters while they were read
+            _entries[owner] = _Entry(key, [first, *map(weakref.ref, tensors[1:])], storages, result)
     return result
 
 
@@ -157,6 +161,7 @@ def clear() -> None:
     """Forget all packed filters: needed only after writes that raise no version: through `.data`,
     by collectives of `torch.distributed`, by replays of a captured optimiser step, by other
     processes that share CUDA memory."""
-    if _entries:
-        with _lock:
-            _entries.clear()
+    global _era
+    with _lock:
+        _era = object()
+        _entries.clear()
