@@ -189,7 +189,11 @@ def test_torchvision_variant_trains_with_heads(tmp_path, capsys):
         (["--evaluate", "x", "--resume", "y"], "--evaluate writes nothing"),
         (
             ["--image-size", "16", "--variant", "torchvision", "--no-aux", "--batch-size", "1"],
-            "needs an --image-size of 47 or more",
+            "--batch-size 1 with BatchNorm needs an --image-size of 47 or more",
+        ),
+        (
+            ["--image-size", "16", "--variant", "torchvision", "--no-aux", "--limit", "1"],
+            "--limit 1 with BatchNorm needs an --image-size of 47 or more",
         ),
         (["--evaluate", "pyproject.toml"], "pyproject.toml is not a checkpoint"),
     ],
@@ -199,6 +203,27 @@ def test_wrong_flags_are_one_line(flags, expected, tmp_path, capsys):
     out = [] if "--evaluate" in flags or flags == ["--resume"] else ["--out", str(tmp_path / "x")]
     assert expected in fails_with(capsys, ["train", *flags, *out])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_image_to_test_on(folder, tmp_path, capsys):
+    """Its gradients are compared at the end of a run, which needs statistics of a batch."""
+    root = tmp_path / "parts"
+    root.mkdir()
+    folder.rename(root / "train")
+    (root / "val" / "dark").mkdir(parents=True)
+    Image.new("L", (9, 9)).save(root / "val" / "dark" / "0.png")
+    flags = [*SMALL, "--variant", "torchvision", "--data", f"imagefolder:{root}"]
+    line = fails_with(capsys, ["train", *flags, "--out", str(tmp_path / "run")])
+    assert "one test image with BatchNorm needs an --image-size of 47 or more" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_takes_images_one_by_one():
+    """Running statistics do for that."""
+    saved = {"image_size": 32, "epochs": 1, "lr": 0.1, "weight_decay": 0.0, "aux": False}
+    saved["variant"] = "torchvision"
+    given = {"batch_size": 1, "limit": 1}
+    assert options.from_flags(given, saved, "", testing=True).limit == 1
 
 
 def test_smallest_images_train():

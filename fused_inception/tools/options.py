@@ -20,6 +20,8 @@ DECAYS = {"sgd": 2e-4, "adamw": 1e-2}
 CHANGEABLE = ("device", "backend", "epochs", "workers")
 CHANGEABLE_IN_TESTS = (*CHANGEABLE, "data", "limit", "batch_size", "amp")
 
+# of an image whose last maps have more than one pixel: BatchNorm trains on one such image alone
+TRAINS_ALONE = 47
 
 _Number = TypeVar("_Number", int, float)
 
@@ -85,7 +87,7 @@ def from_flags(
         UserError: a flag contradicts the checkpoint, or options do not fit together.
     """
     if saved is None:
-        return _checked(Options(**{**_defaults(given), **given}))
+        return _checked(Options(**{**_defaults(given), **given}), testing)
     changeable = CHANGEABLE_IN_TESTS if testing else CHANGEABLE
     for name, value in given.items():
         if name not in changeable and value != saved[name]:
@@ -94,7 +96,7 @@ def from_flags(
                 f"{source} was trained {was}, not {now}: "
                 f"leave out {flag}, or start a new run without the checkpoint"
             )
-    return _checked(Options(**{**saved, **given}))
+    return _checked(Options(**{**saved, **given}), testing)
 
 
 def _told_apart(name: str, saved: Any, given: Any) -> tuple[str, str, str]:
@@ -183,7 +185,7 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _checked(options: Options) -> Options:
+def _checked(options: Options, testing: bool) -> Options:
     side, paper = options.image_size, options.variant == "paper"
     least, with_heads = (smallest_image(options.variant, heads) for heads in (False, True))
     if side < least:
@@ -196,8 +198,10 @@ def _checked(options: Options) -> Options:
             f"--image-size {side} is too small for the auxiliary classifiers: "
             f"take {with_heads} or more, or --no-aux"
         )
-    if not paper and options.batch_size == 1 and side < 47:
-        raise UserError("--batch-size 1 with BatchNorm needs an --image-size of 47 or more")
+    limited = options.limit == 1 and options.data != "synthetic"
+    if not (paper or testing) and side < TRAINS_ALONE and (options.batch_size == 1 or limited):
+        flag = "--limit" if limited else "--batch-size"
+        raise UserError(f"{flag} 1 with BatchNorm needs an --image-size of {TRAINS_ALONE} or more")
     if options.flip and not options.data.startswith("imagefolder"):
         raise UserError(f"--flip is for imagefolder:PATH, not for {options.data}")
     if options.amp == "fp16" and pick_device(options.device).type != "cuda":

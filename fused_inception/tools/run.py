@@ -25,7 +25,7 @@ from fused_inception.tools.loop import (
     placed,
     train_epoch,
 )
-from fused_inception.tools.options import Options, loading, network_arguments
+from fused_inception.tools.options import TRAINS_ALONE, Options, loading, network_arguments
 from fused_inception.tools.parity import compare, modes, training_speed
 from fused_inception.tools.precompile import precompile
 from fused_inception.tools.text import rate
@@ -44,7 +44,7 @@ class Run:
         contents: the checkpoint to go on from, if any.
 
     Raises:
-        UserError: the checkpoint has more epochs than `options`.
+        UserError: the checkpoint has more epochs than `options`, or there is too little to test on.
     """
 
     def __init__(
@@ -64,6 +64,12 @@ class Run:
         if len(self.history) > options.epochs:
             raise UserError(
                 f"the checkpoint has finished {len(self.history)} epochs: --epochs must not be less"
+            )
+        alone = len(data.test) == 1 and options.image_size < TRAINS_ALONE
+        if alone and options.variant != "paper":  # the report takes its gradients
+            raise UserError(
+                "one test image with BatchNorm needs an --image-size of "
+                f"{TRAINS_ALONE} or more: add another one"
             )
         torch.manual_seed(options.seed)
         model = googlenet(**self.network) if contents is None else network_of(contents)
