@@ -70,3 +70,13 @@ def test_names_that_the_output_cannot_encode(
     sys.stdout.flush()
     cat = "\u732b" if encoding == "utf-8" else r"\u732b"
     assert written.getvalue().decode(encoding).rstrip() == rf"{cat} \udcff"
+
+
+@pytest.mark.parametrize("command", ["train", "verify --model paper", "tune --list"])
+@pytest.mark.parametrize("seed", ["x", str(2**64)])
+def test_a_seed_is_the_same_to_every_command(
+    command: str, seed: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "--seed", seed])
+    assert f"--seed: {seed} is not a whole number between 0 and" in capsys.readouterr().err

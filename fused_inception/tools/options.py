@@ -74,8 +74,8 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
     add("--amp", "mixed precision (default: off)", choices=("off", "bf16", "fp16"))
     add("--device", "cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
     add("--backend", "implementation of the fused modules (default: auto)", choices=NAMES)
-    add("--workers", "processes that read a folder (default: 0, with CUDA up to 8)", type=_count)
-    add("--seed", "of weights, order, crops and dropout (default: 0)", type=_count)
+    add("--workers", "processes that read a folder (default: 0, with CUDA up to 8)", type=count)
+    add("--seed", "of weights, order, crops and dropout (default: 0)", type=count)
 
 
 def from_flags(
@@ -163,6 +163,11 @@ def positive(text: str) -> int:
     return _number(int, text, 1, "a whole number of 1 or more")
 
 
+def count(text: str) -> int:
+    """An integer that is a seed, or none of something, for argparse."""
+    return _number(int, text, 0, f"a whole number between 0 and {2**32 - 1}", 2**32)
+
+
 def _number(kind: type[_Number], text: str, least: int, words: str, below: float = inf) -> _Number:
     """`text` as a number from `least` on; argparse's own message would name a function of ours."""
     try:
@@ -207,10 +212,6 @@ def _checked(options: Options, testing: bool) -> Options:
     if options.amp == "fp16" and pick_device(options.device).type != "cuda":
         raise UserError("--amp fp16 needs a CUDA device: take --amp bf16")
     return options
-
-
-def _count(text: str) -> int:
-    return _number(int, text, 0, f"a whole number between 0 and {2**32 - 1}", 2**32)
 
 
 def _rate(text: str) -> float:
