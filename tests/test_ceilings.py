@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu import ceilings, forms
 from benchmarks.gpu.parts import Turn
 from benchmarks.gpu.table import PARTS
+from fused_inception.tools.timing import Work
 from tests.conftest import INTERPRETED
 from tests.processes import output_of
 
@@ -100,6 +101,18 @@ def test_forms_of_a_3x3_agree(device: torch.device, monkeypatch: pytest.MonkeyPa
         conv.by_pointers()
     with pytest.raises(AssertionError, match="relative error"):
         conv.by_descriptors(TINY.tiles[0])
+
+
+def test_forms_on_a_gpu_are_calls_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    conv = forms.Convolution.draw(TINY, 1, torch.float32, torch.device("cpu"))
+    once = Work(None, lambda _: calls.append(1))
+    monkeypatch.setattr(forms.Convolution, "by_library", lambda _: once)
+    monkeypatch.setattr(forms, "captured", lambda work: (work, None))
+    monkeypatch.setattr(forms, "measured", lambda piece, *rest: (piece.run(None), rest))
+    _, (_, seconds, flops, unit) = forms.speed(conv, "library", None, torch.device("cuda"), 0.5)
+    assert (seconds, flops, unit) == (0.5, len(calls) * conv.flops, "FLOP/s")
+    assert len(calls) == forms.GRAPH_CALLS
 
 
 def test_every_form_is_an_item() -> None:
