@@ -9,7 +9,7 @@ from math import prod
 ALIGN = 8  # channels: 16 bytes in 16-bit types, the widest vector load
 # as many input channels at the most are read as an image, one element at a time
 IMAGE_CHANNELS = 4
-IMAGE_POSITIONS = 256
+IMAGE_POSITIONS = 256  # weights of one of its filters: channels x rows x columns
 # of partial sums: so many are a small part of a step; so many a GPU's L2 cache holds
 FEW_BYTES, CACHE_BYTES = 16 * 2**20, 48 * 2**20
 # above so many the partial sums of a map's tiles are summed in stages: 256 tiles of 256, 512 of 128
@@ -302,7 +302,7 @@ def why_no_conv_kernel(c_in: int, kernel: int, stride: int, padding: int) -> str
     return (
         f"kernel {kernel}, stride {stride}, padding {padding} of {c_in} channels: kernels exist "
         'for 1x1, 3x3 and 5x5 of stride 1 with "same" padding, and for images of up to '
-        f"{IMAGE_CHANNELS} channels"
+        f"{IMAGE_CHANNELS} channels with at most {IMAGE_POSITIONS} weights a filter"
     )
 
 

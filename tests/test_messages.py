@@ -1,5 +1,6 @@
 """What is said of a wrong call, where users see it."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,13 @@ def test_vmap_says_what_to_do(norm: str | None, backend: str, what: str) -> None
         arguments = {name: torch.stack([p, p]) for name, p in module.named_parameters()}, x[0]
     with fi.backend(backend), pytest.raises(RuntimeError, match=r"vmap.*unfuse_ the model first"):
         call(*arguments)
+
+
+def test_how_large_filters_of_images_may_be_is_said() -> None:
+    """9x9 of 3 channels has 243 weights and a kernel, of 4 channels 324 and none."""
+    path = "PyTorch's operators: kernel 9, .* with at most 256 weights a filter"
+    assert re.search(path, repr(fi.ConvBlock(4, 8, kernel_size=9)))
+    assert not re.search(path, repr(fi.ConvBlock(3, 8, kernel_size=9)))
 
 
 def test_errors_of_a_copy_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

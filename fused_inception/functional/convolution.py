@@ -24,9 +24,9 @@ def conv2d_relu(
 
     Source: Szegedy et al., arXiv 1409.4842, table 1, whose every convolution has a ReLU behind it.
 
-    Kernels exist for 1x1, 3x3 and 5x5 filters of stride 1 with "same" padding, and for filters of
-    any size, stride and padding on images of up to 4 channels (at most 256 filter positions). All
-    else runs through ATen; under the backend "triton" it raises.
+    Kernels exist for 1x1, 3x3 and 5x5 filters of stride 1 with "same" padding, and on images of up
+    to 4 channels for any stride, padding and size of at most 256 weights a filter (C_in * K * K).
+    All else runs through ATen; under the backend "triton" it raises.
 
     Args:
         x: [N, C_in, H, W] in fp16, bf16, fp32 or fp64. Images are read in their own layout, other

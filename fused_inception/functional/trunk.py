@@ -37,7 +37,8 @@ def inception_trunk(
     """Inception modules one behind the other, with the max pools behind them and, at the end, the
     global average pool with dropout.
 
-    y = (dropout(mean over pixels of)) inception_k( ... maxpool(inception_1(inception_0(x))))
+    y = inception_k( ... maxpool(inception_1(inception_0(x)))), and of that, with `global_pool`,
+    dropout(mean over height and width)
 
     Source: Szegedy et al., arXiv 1409.4842, table 1; GoogLeNet has three, which end with its max
     pools and its global pool. On the Triton path one operator: the launch that makes the gradient

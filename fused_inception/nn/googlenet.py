@@ -204,7 +204,7 @@ def googlenet(
         transform_input: turn images normalised by ImageNet's statistics into images normalised by
             mean 0.5 and deviation 0.5.
         init_weights: the paper's network: He-normal filters (classifiers: deviation 0.01) and zero
-            biases; torchvision's: filters of deviation 0.01. False keeps PyTorch's defaults.
+            biases; torchvision's: weights of deviation 0.01. False keeps PyTorch's defaults.
         image_size: side of the images, which sizes the auxiliary heads of the paper's network.
         device, dtype: of the parameters.
 

@@ -158,9 +158,13 @@ def _same(refs: list["weakref.ref[torch.Tensor]"], tensors: list[torch.Tensor]) 
 
 
 def clear() -> None:
-    """Forget all packed filters: needed only after writes that raise no version: through `.data`,
-    by collectives of `torch.distributed`, by replays of a captured optimiser step, by other
-    processes that share CUDA memory."""
+    """Forget all packed and folded filters.
+
+    Needed only after writes that raise no version: through `.data`, by collectives of
+    `torch.distributed`, by replays of a captured optimiser step, by other processes that share CUDA
+    memory. And before `torch.__future__.set_swap_module_params_on_conversion` lets a conversion
+    swap parameters whose filters are kept: PyTorch swaps none that somebody refers to weakly.
+    """
     global _era
     with _lock:
         _era = object()
