@@ -80,3 +80,15 @@ def test_a_seed_is_the_same_to_every_command(
     with pytest.raises(SystemExit, match="2"):
         main([*command.split(), "--seed", seed])
     assert f"--seed: {seed} is not a whole number between 0 and" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "verify", "explain", "bench", "tune"])
+def test_help_says_where_the_backend_comes_from(
+    command: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Without the flag the environment decides."""
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert "default: FUSED_INCEPTION_BACKEND, else auto" in " ".join(
+        capsys.readouterr().out.split()
+    )

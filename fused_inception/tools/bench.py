@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=sample.sizes,
         default=[1, 8, 32],
-        help="some (default: 1,8,32)",
+        help="one or more, images in a batch (default: 1,8,32)",
         metavar="N,N",
     )
     add("--mode", choices=(*MODES, "both"), default="both", help="default: both")

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from fused_inception.backend import NAMES, backend, selected
+from fused_inception.backend import ENVIRONMENT_VARIABLE, NAMES, backend, selected
 from fused_inception.geometry import VARIANTS, smallest_image
 from fused_inception.tools.errors import UserError
 
 RATES = {"sgd": 0.01, "adamw": 5e-4}
 DECAYS = {"sgd": 2e-4, "adamw": 1e-2}
+BACKEND_DEFAULT = f"default: {ENVIRONMENT_VARIABLE}, else auto"
 
 # a checkpoint holds the options of its run; these may be given anew, all others decide the result
 CHANGEABLE = ("device", "backend", "epochs", "workers")
@@ -73,7 +74,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
     add("--flip", "mirror half of a folder's training images", action="store_true")
     add("--amp", "mixed precision (default: off)", choices=("off", "bf16", "fp16"))
     add("--device", "cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
-    add("--backend", "implementation of the fused modules (default: auto)", choices=NAMES)
+    add("--backend", f"implementation of the fused modules ({BACKEND_DEFAULT})", choices=NAMES)
     add("--workers", "processes that read a folder (default: 0, with CUDA up to 8)", type=count)
     add("--seed", "of weights, order, crops and dropout (default: 0)", type=count)
 

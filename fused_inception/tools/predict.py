@@ -10,7 +10,7 @@ from fused_inception.tools.checkpoint import network_of, read_checkpoint
 from fused_inception.tools.data import read_image, to_input
 from fused_inception.tools.errors import require
 from fused_inception.tools.loop import placed
-from fused_inception.tools.options import pick_backend, pick_device, positive
+from fused_inception.tools.options import BACKEND_DEFAULT, pick_backend, pick_device, positive
 
 BATCH = 32
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="image files")
     parser.add_argument("--top", type=positive, default=3, help="classes per image (default: 3)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: cuda, else cpu)")
-    parser.add_argument("--backend", default=None, choices=NAMES, help="default: auto")
+    parser.add_argument("--backend", default=None, choices=NAMES, help=BACKEND_DEFAULT)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,13 @@ from fused_inception.geometry import VARIANTS
 from fused_inception.nn.googlenet import googlenet
 from fused_inception.tools.errors import UserError, out_of_memory, without_advice
 from fused_inception.tools.loop import autocast, placed
-from fused_inception.tools.options import count, pick_backend, pick_device, positive
+from fused_inception.tools.options import (
+    BACKEND_DEFAULT,
+    count,
+    pick_backend,
+    pick_device,
+    positive,
+)
 
 TORCHVISION = "torchvision"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -56,7 +62,7 @@ def add_model_arguments(
     add("--dtype", choices=DTYPES, default=dtype, help=f"of model and images (default: {dtype})")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast (default: off)")
     add("--device", default="auto", help="cpu, cuda ... (default: cuda, else cpu)")
-    add("--backend", default=None, choices=NAMES, help="default: auto")
+    add("--backend", default=None, choices=NAMES, help=BACKEND_DEFAULT)
     add("--seed", type=count, default=0, help="of weights and images (default: 0)")
 
 
