@@ -90,8 +90,8 @@ def parallel_conv1x1_relu(
         ValueError: no filters, or not as many biases; else as `conv2d_relu`.
         TypeError, BackendError: as `conv2d_relu`.
 
-    Autograd saves what `conv2d_relu` does, and the filters and biases once more, concatenated.
-    A double backward raises RuntimeError.
+    Autograd saves what `conv2d_relu` does, and once more, concatenated, the filters and, on the
+    Triton path, the biases. A double backward raises RuntimeError.
     """
     checks.image_batch(x)
     for name, given in (("weights", weights), ("biases", biases)):

@@ -49,7 +49,7 @@ def googlenet_stem(
         w2, w3: filters [C_2, C_1, 1, 1] and [C_3, C_2, 3, 3]; their padding keeps the size.
         b1, b2, b3: one bias for each filter, in the dtype of `x` or fp32.
         stride, padding: of conv1.
-        pool1, pool2: windows of the max pools, `geometry.Window`.
+        pool1, pool2: windows of the max pools, `fused_inception.geometry.Window`.
         norm1, norm2: size, alpha, beta and k of `local_response_norm`.
 
     Under autocast `x` is cast, and the filters inside; biases stay as they are.

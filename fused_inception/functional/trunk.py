@@ -52,7 +52,8 @@ def inception_trunk(
     Args:
         x: [N, C_in, H, W], as in `inception`.
         parameters: twelve for each module, in the order of `inception`'s arguments.
-        pools: module, counted from 0 -> window of the max pool behind it.
+        pools: module, counted from 0 -> the `fused_inception.geometry.Window` of the max pool
+            behind it.
         taps: modules whose output is returned too, in ascending order.
         global_pool: whether the mean over height and width is behind the last module.
         dropout: probability that a mean is dropped; PyTorch's generator draws, as `dropout` would.
