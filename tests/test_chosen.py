@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -78,6 +79,23 @@ def test_heuristics_choices_pass_through_a_table(family: str) -> None:
         assert why_not(config, problem.itemsize, target) is None
 
 
+@pytest.mark.parametrize("ops", [OPS, Operands(4, "tf32"), Operands(4, "ieee")], ids=str)
+def test_heuristics_choices_for_many_pixels_pass_too(ops: Operands) -> None:
+    """What `tune` finds to be best and writes is read again, whatever the batch."""
+    naive = NaiveDims(192, 64, 128, 32)
+    for target, pixels in itertools.product(TARGETS.values(), (2**21, 2**24, 2**27)):
+        for family, arguments in {
+            "wgrad": (DIMS, pixels, ops),
+            "naive_wgrad": (naive, pixels, ops),
+            "conv": (64, 192, 3, pixels, ops, False),
+            "stem_wgrad": ((64, 64, 192), 4 * pixels, pixels, ops),
+            "avg_pool_project": (512, 128, 16, 25, pixels, ops),
+        }.items():
+            problem = chosen.Problem(family, arguments, target)
+            config = chosen.FAMILIES[family].by_heuristic(problem)
+            assert why_not(config, problem.itemsize, target) is None
+
+
 def measured_branches(**changes: Any) -> dict[str, Any]:
     """An entry for launch B, other than what the heuristic says."""
     fields = asdict(branches_config(*ARGUMENTS["branches"][:3], SM_90))
@@ -127,6 +145,44 @@ def test_measurement_that_cannot_be_launched_is_ignored_with_a_warning(
         config = choose("branches")
     assert str(path) in str(warned[0].message)
     assert config == branches_config(*ARGUMENTS["branches"][:3], SM_90)
+
+
+@pytest.mark.parametrize(
+    ("family", "inner", "changes", "why"),
+    [
+        pytest.param("mask", "", {"block_c": 4}, "block_c 4 is below 8", id="half-a-byte"),
+        pytest.param("stem_wgrad", "sums", {"block_c": 4}, "block_c 4 is below 8", id="of-sums"),
+        pytest.param("mask", "", {"pixels": 33}, "no multiple of block_p 32", id="pixels"),
+        pytest.param("norm", "", {"pixels": 33}, "no multiple of block_p 32", id="of-a-norm"),
+        pytest.param("stem_wgrad", "sums", {"pixels": 33}, "no multiple of block_p 32", id="sums"),
+        pytest.param("mask", "", {"block_p": 1024, "pixels": 1024}, "too large", id="large-block"),
+        pytest.param("branches", "conv3", {"block_n": 1024, "block_k": 16}, "too large", id="wide"),
+        pytest.param(
+            "pointwise", "pool", {"block_m": 1024, "block_k": 256}, "too large", id="pool"
+        ),
+        pytest.param(
+            "avg_pool_project",
+            "",
+            {"block_pixel": 1024, "num_warps": 1},
+            "too large",
+            id="pixels-of-a-map",
+        ),
+        pytest.param("avg_pool_project", "", {"taps": 10**6}, "taps must be between", id="taps"),
+        pytest.param("stem_conv", "forward", {"block_k": 128}, "must divide 64", id="step-128"),
+        pytest.param("march", "", {"rows": 0}, "rows must be 1 or more", id="no-rows"),
+    ],
+)
+@pytest.mark.usefixtures("own_tables")
+def test_what_no_kernel_of_a_family_can_do_is_ignored_with_a_warning(
+    family: str, inner: str, changes: dict[str, int], why: str
+) -> None:
+    problem = problem_of(family, SM_90)
+    config = chosen.FAMILIES[family].by_heuristic(problem)
+    fields = asdict(config)
+    (fields[inner] if inner else fields).update(changes)
+    put(contents([{"family": family, "key": [*problem.key], "fields": fields, "run": 0}]))
+    with pytest.warns(RuntimeWarning, match=why):
+        assert choose(family) == config
 
 
 @needs_triton

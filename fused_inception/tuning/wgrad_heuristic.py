@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fused_inception.geometry import InceptionDims, align_up
 from fused_inception.tuning.configs import Tile, WgradConfig, WgradJob
 from fused_inception.tuning.heuristic import Operands, best_tile, stages, tile_seconds, warps
+from fused_inception.tuning.limits import MAX_SPLITS
 from fused_inception.tuning.targets import Target
 
 # how long a program may take, seconds: below the first it drowns in its prologue
@@ -70,7 +71,8 @@ def wgrad_jobs(
         found = []
         for gradient, n, tile in zip(gradients, pixels, tiles, strict=True):
             splits = math.ceil(gradient.seconds(tile, n, ops, target) / limit)
-            found.append(WgradJob(tile, max(1, min(splits, n // (4 * tile.block_k)))))
+            most = min(MAX_SPLITS, n // (4 * tile.block_k))
+            found.append(WgradJob(tile, max(1, min(splits, most))))
         return found
 
     def seconds(jobs: list[WgradJob]) -> float:
