@@ -74,6 +74,16 @@ def test_padding_bounds_the_candidates() -> None:
     assert widths == {16, 32}
 
 
+def test_padding_of_an_images_filter_gradient() -> None:
+    """Its rows are the 128 filters, its columns 27 positions and the bias."""
+    problem = Problem("image_conv", (27, 128, 2**15, Operands(2, "tf32")), SM_90)
+    start = chosen.FAMILIES["image_conv"].by_heuristic(problem)
+    assert start.wgrad.tile == Tile(64, 64, 64)
+    tiles = [c.wgrad.tile for c in search.variants(problem, start, "wgrad")]
+    assert {tile.block_m for tile in tiles} == {32, 64, 128}
+    assert {tile.block_n for tile in tiles} == {32, 64}
+
+
 def test_sums_of_a_thread_bound_the_candidates() -> None:
     start = BranchesConfig(Tile(256, 128, 32), 0, Tile(128, 32, 16), 8, 3)
     warps = {c.num_warps for c in search.variants(BRANCHES, start, "launch")}

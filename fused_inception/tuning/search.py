@@ -190,7 +190,8 @@ def extents_of(problem: Problem) -> dict[str, Extents]:
         }
     if problem.family == "image_conv":
         positions, c_out, pixels, _ = problem.arguments
-        return {"forward": (pixels, c_out, positions), "wgrad": (positions, c_out, pixels)}
+        # one position more is the gradient of the bias
+        return {"forward": (pixels, c_out, positions), "wgrad": (c_out, positions + 1, pixels)}
     return {}
 
 
