@@ -241,12 +241,13 @@ def launch_lrn_max_pool_fwd(
     _, c, out_height, out_width = y.shape
     lanes = lanes_of(x.dtype)
     groups = x.shape[1] // lanes
-    columns = n * cdiv(out_height, config.rows) * out_width
+    rows = min(config.rows, out_height)
+    columns = n * cdiv(out_height, rows) * out_width
     run(
         _lrn_max_pool_fwd_kernel,
         (cdiv(columns * groups, config.block_v),),
         (
-            *(x, y, index, columns, config.rows, height, width, out_height, out_width),
+            *(x, y, index, columns, rows, height, width, out_height, out_width),
             *(x.stride(3) // ALIGN, norm.alpha_mean, norm.k),
         ),
         dict(

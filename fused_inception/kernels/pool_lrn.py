@@ -252,13 +252,15 @@ def launch_max_pool_lrn_bwd(
     _, _, out_height, out_width = dy.shape
     lanes = lanes_of(dx.dtype)
     groups = pooled.shape[1] // lanes
-    columns = n * cdiv(window.cells(height), config.rows) * window.cells(width)
+    cells = window.cells(height)
+    rows = min(config.rows, cells)
+    columns = n * cdiv(cells, rows) * window.cells(width)
     clear_gaps(dx, window)
     run(
         _max_pool_lrn_bwd_kernel,
         (cdiv(columns * groups, config.block_v),),
         (
-            *(pooled, dy, index, dx, columns, config.rows, height, width, out_height, out_width),
+            *(pooled, dy, index, dx, columns, rows, height, width, out_height, out_width),
             *(dy.stride(3) // ALIGN, norm.alpha_mean, norm.k),
         ),
         dict(

@@ -1,9 +1,11 @@
 """Launch configurations: what a launcher may be told about tiles, warps and stages, as plain frozen
 data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fused_inception.geometry import align_up
+
+REACH = 2**30  # elements of a split at the most, where offsets have 32 bits
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ class WgradJob:
         step = self.tile.block_k
         chunk = max(step, align_up(-(-n_pixels // self.splits), step))
         return chunk, -(-n_pixels // chunk)
+
+    def reaching(self, n_pixels: int, columns: int) -> "WgradJob":
+        """With as many splits as a kernel needs whose offsets in the gradient [n_pixels, columns]
+        begin at its split and have 32 bits."""
+        return replace(self, splits=max(self.splits, -(-n_pixels * columns // REACH)))
 
 
 @dataclass(frozen=True)
