@@ -18,6 +18,8 @@ _T = TypeVar("_T")
 
 NAMES = ("auto", "triton", "torch")
 OLDEST_CAPABILITY = (8, 0)
+# of a map: kernels count them in 32 bits, and with the last program some that are not there
+MOST_PIXELS = 2**31 - 2**20
 _ASSUMED = "triton, assumed"
 ENVIRONMENT_VARIABLE = "FUSED_INCEPTION_BACKEND"
 _ENVIRONMENT_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
@@ -102,13 +104,21 @@ def resolve(x: Tensor) -> Implementation:
     Raises:
         ValueError: the environment variable holds an unknown name.
         TypeError: the backend is "triton" and `x` is float64.
-        BackendError: the backend is "triton" and Triton cannot run on the device of `x`.
+        BackendError: the backend is "triton" and Triton cannot run on the device of `x`, or has no
+            kernel for so many pixels.
     """
     name = selected()
     # what `choose` would say, without its strings and devices
     if name == "auto" and _is_cpu(x):
         return "torch"
-    return choose(name, x.device, x.dtype)
+    impl = choose(name, x.device, x.dtype)
+    # a compiler would guard on the size
+    if impl == "triton" and not torch.compiler.is_compiling() and x.numel() > MOST_PIXELS:
+        pixels = x.numel() // x.shape[1]
+        if pixels > MOST_PIXELS:
+            reason = f"{pixels} pixels: kernels count to {MOST_PIXELS}"
+            return where_it_has_kernels(impl, "map", reason)
+    return impl
 
 
 def _is_cpu(x: Tensor) -> bool:

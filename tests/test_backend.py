@@ -248,3 +248,23 @@ def test_public_call_without_interpreter_is_a_clear_error() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env={}, capture_output=True, text=True, check=True
     )
     assert "interpreter" in run.stdout or "install triton" in run.stdout
+
+
+@needs_triton
+def test_more_pixels_than_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many elements in fewer pixels they take care."""
+
+    def on_a_gpu(name: str, device: torch.device, dtype: torch.dtype) -> str:
+        return choose(name, torch.device("cuda") if name == "auto" else device, dtype)
+
+    monkeypatch.setattr(BACKEND, "choose", on_a_gpu)
+    monkeypatch.setattr(BACKEND, "_is_cpu", lambda x: False)
+    monkeypatch.setattr(BACKEND, "_interpreter_is_on", lambda: True)
+    one = torch.zeros(1, 1, 1, 1)
+    few, many = one.expand(2**24, 8, 4, 4), one.expand(2**27, 8, 4, 4)
+    for name in ("auto", "triton"):
+        with fi.backend(name):
+            assert resolve(few) == "triton"
+    assert resolve(many) == "torch"
+    with fi.backend("triton"), pytest.raises(fi.BackendError, match="2147483648 pixels"):
+        fi.functional.max_pool2d(many, 2)
