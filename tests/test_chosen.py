@@ -169,6 +169,7 @@ def test_measurement_that_cannot_be_launched_is_ignored_with_a_warning(
         ),
         pytest.param("avg_pool_project", "", {"taps": 10**6}, "taps must be between", id="taps"),
         pytest.param("stem_conv", "forward", {"block_k": 128}, "must divide 64", id="step-128"),
+        pytest.param("vector", "", {"block_v": 1024, "num_warps": 1}, "too large", id="vectors"),
         pytest.param("march", "", {"rows": 0}, "rows must be 1 or more", id="no-rows"),
     ],
 )

@@ -10,11 +10,13 @@ from fused_inception.tuning.configs import (
     BranchesConfig,
     ConvConfig,
     DgradConfig,
+    MarchConfig,
     MaskConfig,
     NormConfig,
     PointwiseConfig,
     StemConvConfig,
     Tile,
+    VectorConfig,
 )
 from fused_inception.tuning.targets import Target
 
@@ -82,6 +84,8 @@ def _held(config: Any) -> Iterator[int]:
         yield max(config.block_m, config.block_n) * config.block_k
     if isinstance(config, MaskConfig | NormConfig):
         yield config.block_p * config.block_c
+    if isinstance(config, VectorConfig | MarchConfig):
+        yield config.block_v * 32  # 8 channels of several taps and neighbours
     if isinstance(config, AvgPoolProjectConfig):
         yield config.block_pixel * config.dgrad.block_m
     for part in vars(config).values():
