@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -10,19 +11,22 @@ from benchmarks.gpu import ceilings, forms
 from benchmarks.gpu.parts import Turn
 from benchmarks.gpu.table import PARTS
 from fused_inception.tools.timing import Work
+from fused_inception.tuning.configs import Tile
 from tests.conftest import INTERPRETED
 from tests.processes import output_of
 
 pytest.importorskip("triton")
 
+from fused_inception.kernels import conv2d
+
 SMALL = ceilings.Sizes(
-    copied=2**12, gemm=32, streamed=2**9, stream_block=32, programs=3, conv_batch=1,
+    copied=2**12, gemm=32, streamed=2**9, stream_block=32, programs=3,
     tile=dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP=1),
 )  # fmt: skip
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="gpu_check measures them at their true size")
-@pytest.mark.parametrize("name", ["copy", "library_gemm", "triton_gemm", "stream", "library_conv"])
+@pytest.mark.parametrize("name", ["copy", "library_gemm", "triton_gemm", "stream"])
 def test_ceilings_on_tiny_shapes(
     name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,10 +81,10 @@ def test_every_ceiling_is_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [item.key for item in items] == list(ceilings.CEILINGS)
     for item in items:
         item.run(Turn(time.time(), lambda facts: None))
-    assert measured == [0.25] * 7
+    assert measured == [0.25] * 5
 
 
-TINY = forms.Shape(5, 32, 24, (forms.Tile(32, 32, 16, 2, 4),))
+TINY = forms.Shape(5, 32, 24, (Tile(32, 32, 16),))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="gpu_check measures them at their true size")
@@ -88,15 +92,21 @@ def test_forms_of_a_3x3_agree(device: torch.device, monkeypatch: pytest.MonkeyPa
     """Each is compared with fp32 before it is timed; the last tile of pixels is not full."""
     monkeypatch.setattr(ceilings, "MIN_ROUNDS", 2)
     conv = forms.Convolution.draw(TINY, 3, torch.float16, device)
-    for form, tile in (("library", None), ("pointers", None), ("descriptors", TINY.tiles[0])):
-        facts = forms.speed(conv, form, tile, device, 0.0)
+    for form in forms.forms_of(TINY).values():
+        facts = forms.speed(conv, form, device, 0.0)
         seconds = sorted(facts["samples_s"])
         flops = 2 * 3 * 25 * 9 * 32 * 24
         assert facts["unit"] == "FLOP/s"
         assert seconds[0] <= flops / facts["value"] * 1.01
         assert flops / facts["value"] <= seconds[-1] * 1.01
-    taps = forms.Convolution._taps
-    monkeypatch.setattr(forms.Convolution, "_taps", lambda self: taps(self).flip(1))
+
+    pack = conv2d.pack_filter
+
+    def backwards(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        w, b = pack(*arguments)
+        return w.flip(1).contiguous(), b
+
+    monkeypatch.setattr(conv2d, "pack_filter", backwards)
     with pytest.raises(AssertionError, match="relative error"):
         conv.by_pointers()
     with pytest.raises(AssertionError, match="relative error"):
@@ -107,10 +117,9 @@ def test_forms_on_a_gpu_are_calls_in_a_graph(monkeypatch: pytest.MonkeyPatch) ->
     calls: list[int] = []
     conv = forms.Convolution.draw(TINY, 1, torch.float32, torch.device("cpu"))
     once = Work(None, lambda _: calls.append(1))
-    monkeypatch.setattr(forms.Convolution, "by_library", lambda _: once)
     monkeypatch.setattr(forms, "captured", lambda work: (work, None))
     monkeypatch.setattr(forms, "measured", lambda piece, *rest: (piece.run(None), rest))
-    _, (_, seconds, flops, unit) = forms.speed(conv, "library", None, torch.device("cuda"), 0.5)
+    _, (_, seconds, flops, unit) = forms.speed(conv, lambda _: once, torch.device("cuda"), 0.5)
     assert (seconds, flops, unit) == (0.5, len(calls) * conv.flops, "FLOP/s")
     assert len(calls) == forms.GRAPH_CALLS
 
@@ -128,7 +137,9 @@ import torch
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks.gpu.ceiling_kernels import _descriptor_conv_kernel
-from benchmarks.gpu.forms import SHAPES
+from benchmarks.gpu.forms import SHAPES, tile_constants
+from fused_inception.tuning.heuristic import Operands
+from fused_inception.tuning.targets import TARGETS
 from tests.compiled.collect import StubDriver
 from tests.compiled.machine_code import read_nvidia
 from benchmarks.gpu.ceilings import GEMM_TILE, Sizes
@@ -156,25 +167,31 @@ for s in (gemm, stream, one):
                       "tensor_cores": code.tensor_cores, "shared": b.shared,
                       "loads": [load.narrowest for load in code.loads]}))
 
-driver.set_active(StubDriver("sm_90"))
-for shape in SHAPES:
+def compiled(shape, tile, target):
+    driver.set_active(StubDriver(target))
     x, w, y = (torch.empty(a, b, dtype=torch.bfloat16) for a, b in (
         ((shape.side + 1) ** 2, shape.c_in), (shape.c_out, 9 * shape.c_in),
         (shape.side**2, shape.c_out),
     ))
+    return _descriptor_conv_kernel.warmup(
+        TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(w, [tile.block_n, tile.block_k]),
+        torch.empty(shape.c_out), y, x.shape[0], shape.side, shape.side,
+        9 * shape.c_in // tile.block_k, C_IN=shape.c_in, C_OUT=shape.c_out,
+        **tile_constants(tile, Operands(2, "tf32"), TARGETS[target]), grid=(1,),
+    )
+
+for shape in SHAPES:
     for tile in shape.tiles:
-        kernel = _descriptor_conv_kernel.warmup(
-            TensorDescriptor.from_tensor(x, [tile.pixels, tile.channels]),
-            TensorDescriptor.from_tensor(w, [tile.filters, tile.channels]),
-            torch.empty(shape.c_out), y, x.shape[0], shape.side, shape.side,
-            9 * shape.c_in // tile.channels, C_IN=shape.c_in, C_OUT=shape.c_out,
-            **tile.constants(), num_warps=tile.num_warps, grid=(1,),
-        )
+        kernel = compiled(shape, tile, "sm_90")
         code = read_nvidia(kernel.asm["cubin"], kernel.asm["ptx"])
         (loop,) = code.loops
         print(json.dumps({"kernel": f"{shape.side} {tile}", "stack": code.stack,
                           "registers": code.registers, "tensor_cores": code.tensor_cores,
                           "shared": kernel.metadata.shared, "issue_ratio": loop.issue_ratio}))
+for name, target in TARGETS.items():
+    for shape in SHAPES:
+        assert compiled(shape, shape.tiles[-1], name).metadata.shared <= target.shared_bytes, name
 """
 
 

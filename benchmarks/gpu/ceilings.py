@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.parts import Item
-from benchmarks.harness import LineUp, settings
-from benchmarks.problems import Problem
 from benchmarks.providers import captured
 from fused_inception.tools.timing import Spread, Work, calls_per_round, in_turn
+from fused_inception.tuning.configs import Tile
+from fused_inception.tuning.heuristic import Operands, stages
+from fused_inception.tuning.targets import target_of
 
 GEMM_TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8)
+BF16 = Operands(2, "tf32")
 GRAPH_LAUNCHES = 1000
 MIN_ROUNDS = 10
 
@@ -29,7 +30,6 @@ class Sizes:
     stream_block: int = 4096  # int32
     programs: int = 1056  # 8 for each of 132 processors
     tile: dict[str, int] | None = None
-    conv_batch: int = 256
 
 
 def items(options: dict[str, Any], device: torch.device) -> list[Item]:
@@ -63,9 +63,12 @@ def triton_gemm(device: torch.device, seconds: float, sizes: Sizes = Sizes()) ->
     a, b = _matrices(device, sizes.gemm)
     c, n, tile = torch.empty_like(a), sizes.gemm, sizes.tile or GEMM_TILE
     grid = (n // tile["BLOCK_M"] * (n // tile["BLOCK_N"]),)
+    depth = stages(
+        [Tile(tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"])], BF16, target_of(device)
+    )
 
     def run(_: None) -> None:
-        _gemm_kernel[grid](a, b, c, n, N=n, K=n, **tile, num_warps=8)
+        _gemm_kernel[grid](a, b, c, n, N=n, K=n, **tile, num_warps=8, num_stages=depth)
 
     run(None)
     close(c, a.float() @ b.float())
@@ -108,37 +111,13 @@ def launch(device: torch.device, seconds: float) -> dict[str, Any]:
     return facts | inverse | {"unit": "s"}
 
 
-def our_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
-    """Our 3x3 convolution with bias and ReLU of 200704 pixels, 128 channels to 192."""
-    problem = _conv_problem(device, sizes)
-    subject = LineUp(problem).admit("fused", "forward").subject.in_mode("forward")
-    flops = problem.flops("forward")
-    return measured(subject.work("forward"), device, seconds, flops, "FLOP/s")
-
-
-def library_conv(device: torch.device, seconds: float, sizes: Sizes = Sizes()) -> dict[str, Any]:
-    """The library's convolution of the same size, without bias and ReLU."""
-    problem = _conv_problem(device, sizes)
-    with settings(problem.dtype):
-        subject = LineUp(problem).admit("eager", "forward").subject
-        x, weight = subject.x.detach(), subject.module.get_parameter("p0").detach()
-        piece = Work(None, lambda _: F.conv2d(x, weight, padding=1))
-        return measured(piece, device, seconds, problem.flops("forward"), "FLOP/s")
-
-
 CEILINGS: dict[str, Callable[[torch.device, float], dict[str, Any]]] = {
     "copy": copy,
     "bf16 GEMM, library": library_gemm,
     "bf16 GEMM, Triton 128x256": triton_gemm,
     "L2 stream": stream,
     "launch in a graph": launch,
-    "3x3 convolution, ours": our_conv,
-    "3x3 convolution, library": library_conv,
 }
-
-
-def _conv_problem(device: torch.device, sizes: Sizes) -> Problem:
-    return Problem("kernels", "conv2d_relu_3x3", sizes.conv_batch, "bf16", device)
 
 
 def _matrices(device: torch.device, n: int) -> tuple[Tensor, Tensor]:
@@ -148,6 +127,7 @@ def _matrices(device: torch.device, n: int) -> tuple[Tensor, Tensor]:
 
 
 def close(got: Tensor, want: Tensor) -> None:
+    """A result of bf16 products; what is wrong is not timed."""
     error = ((got.float() - want).norm() / want.norm()).item()
     assert error < 0.01, f"relative error {error:.3g}"
 

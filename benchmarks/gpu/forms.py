@@ -7,7 +7,9 @@ Their products are the price, 15 % at 14 x 14 and 7 % at 28 x 28. That a map com
 timed: what makes it would have to store it so.
 """
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,30 +21,14 @@ from benchmarks.gpu.ceilings import close, measured
 from benchmarks.gpu.parts import Item, Turn
 from benchmarks.harness import settings
 from benchmarks.providers import captured
+from fused_inception.ops.problem import problem_of
 from fused_inception.tools.timing import Work
+from fused_inception.tuning.chosen import conv_config
+from fused_inception.tuning.configs import Tile
+from fused_inception.tuning.heuristic import Operands, stages, warps
+from fused_inception.tuning.targets import Target
 
 GRAPH_CALLS = 20  # so that the start of a graph does not count
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Of the descriptors' form."""
-
-    pixels: int
-    filters: int
-    channels: int
-    stages: int
-    num_warps: int = 8
-
-    def __str__(self) -> str:
-        return f"{self.pixels}x{self.filters}x{self.channels}"
-
-    def constants(self) -> dict[str, int]:
-        """The tile's part of the kernel's."""
-        return dict(
-            BLOCK_P=self.pixels, BLOCK_CO=self.filters, BLOCK_CI=self.channels,
-            NUM_STAGES=self.stages,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,8 +43,8 @@ class Shape:
 
 # of 4b to 4d, and of 3b
 SHAPES = (
-    Shape(14, 96, 208, (Tile(128, 256, 32, 4), Tile(256, 128, 32, 4))),
-    Shape(28, 128, 192, (Tile(256, 128, 64, 3), Tile(128, 128, 64, 4))),
+    Shape(14, 96, 208, (Tile(128, 256, 32), Tile(256, 128, 32))),
+    Shape(28, 128, 192, (Tile(256, 128, 64), Tile(128, 128, 64))),
 )
 BATCHES = (256, 32)
 
@@ -108,18 +94,17 @@ class Convolution:
 
     def by_pointers(self) -> Work:
         """The launch of `fused_inception`, as its heuristic or tables have it."""
-        from fused_inception.kernels.conv2d import launch_conv2d_fwd
-        from fused_inception.ops.problem import problem_of
-        from fused_inception.tuning.chosen import conv_config
+        from fused_inception.kernels.conv2d import launch_conv2d_fwd, pack_filter
 
-        y, packed = self.output(), self._taps().view(self.shape.c_out, 9, self.shape.c_in)
+        y = self.output()
+        packed, bias = pack_filter(self.weight, self.bias, y.dtype)
         ops, target, pixels = problem_of(y)
         config = conv_config(self.shape.c_in, self.shape.c_out, 3, pixels, ops, target)
         mask = y.new_empty(0, dtype=torch.uint8)
 
         def run(_: None) -> Tensor:
             launch_conv2d_fwd(
-                self.x, packed, self.bias, y, mask, config,
+                self.x, packed, bias, y, mask, config,
                 kernel=3, save=False, precision=ops.precision,
             )  # fmt: skip
             return y
@@ -132,71 +117,79 @@ class Convolution:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         from benchmarks.gpu.ceiling_kernels import _descriptor_conv_kernel
+        from fused_inception.kernels.conv2d import pack_filter
 
         _, c_in, height, width = self.x.shape
-        c_out = self.shape.c_out
         # zeros behind each row and each image
         padded = F.pad(self.x.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 1)).reshape(-1, c_in)
         y = self.output()
-        x_desc = TensorDescriptor.from_tensor(padded, [tile.pixels, tile.channels])
-        w_desc = TensorDescriptor.from_tensor(self._taps(), [tile.filters, tile.channels])
-        grid = (-(-padded.shape[0] // tile.pixels) * -(-c_out // tile.filters),)
+        packed, bias = pack_filter(self.weight, self.bias, y.dtype)
+        w = packed.flatten(1)
+        constants = tile_constants(tile, *problem_of(y)[:2])
+        x_desc = TensorDescriptor.from_tensor(padded, [tile.block_m, tile.block_k])
+        w_desc = TensorDescriptor.from_tensor(w, [tile.block_n, tile.block_k])
+        grid = (-(-padded.shape[0] // tile.block_m) * -(-w.shape[0] // tile.block_n),)
 
         def run(_: None) -> Tensor:
             _descriptor_conv_kernel[grid](
-                x_desc, w_desc, self.bias, y, padded.shape[0], height, width,
-                9 * c_in // tile.channels, C_IN=c_in, C_OUT=c_out, **tile.constants(),
-                num_warps=tile.num_warps,
+                x_desc, w_desc, bias, y, padded.shape[0], height, width,
+                w.shape[1] // tile.block_k, C_IN=c_in, C_OUT=w.shape[0], **constants,
             )  # fmt: skip
             return y
 
         self.check(run(None))
         return Work(None, run)
 
-    def _taps(self) -> Tensor:
-        """The filters as rows (tap, channel)."""
-        return self.weight.permute(0, 2, 3, 1).reshape(self.shape.c_out, -1)
+
+def tile_constants(tile: Tile, ops: Operands, target: Target) -> dict[str, int]:
+    """The descriptor kernel's part of them."""
+    return dict(
+        BLOCK_P=tile.block_m, BLOCK_CO=tile.block_n, BLOCK_CI=tile.block_k,
+        NUM_STAGES=stages([tile], ops, target), num_warps=warps([tile]),
+    )  # fmt: skip
+
+
+Form = Callable[[Convolution], Work]
+
+
+def forms_of(shape: Shape) -> dict[str, Form]:
+    """The ways by their names."""
+    by_descriptors: dict[str, Form] = {
+        f"descriptors {tile.block_m}x{tile.block_n}x{tile.block_k}": functools.partial(
+            Convolution.by_descriptors, tile=tile
+        )
+        for tile in shape.tiles
+    }
+    return {
+        "library": Convolution.by_library,
+        "pointers": Convolution.by_pointers,
+        **by_descriptors,
+    }
 
 
 def items(options: dict[str, Any], device: torch.device) -> list[Item]:
     """One for each shape, batch and form."""
 
-    def item(shape: Shape, batch: int, form: str, tile: Tile | None) -> Item:
-        name = form if tile is None else f"{form} {tile}"
-        what = f"3x3 {shape.side}x{shape.side} {shape.c_in} to {shape.c_out}, N = {batch}"
-
+    def item(shape: Shape, batch: int, name: str, form: Form) -> Item:
         def run(_: Turn) -> dict[str, Any]:
             conv = Convolution.draw(shape, batch, torch.bfloat16, device)
-            return speed(conv, form, tile, device, options["seconds"])
+            return speed(conv, form, device, options["seconds"])
 
+        what = f"3x3 {shape.side}x{shape.side} {shape.c_in} to {shape.c_out}, N = {batch}"
         return Item(f"{what}, {name}", run)
 
     return [
         item(shape, batch, *form)
         for shape, batch in itertools.product(SHAPES, BATCHES)
-        for form in (
-            ("library", None), ("pointers", None), *(("descriptors", t) for t in shape.tiles)
-        )
-    ]  # fmt: skip
+        for form in forms_of(shape).items()
+    ]
 
 
-def speed(
-    conv: Convolution, form: str, tile: Tile | None, device: torch.device, seconds: float
-) -> dict[str, Any]:
+def speed(conv: Convolution, form: Form, device: torch.device, seconds: float) -> dict[str, Any]:
     """FLOP/s, on a GPU of calls in a CUDA graph."""
     with settings("bf16"):
-        if tile is not None:
-            piece = conv.by_descriptors(tile)
-        else:
-            piece = conv.by_library() if form == "library" else conv.by_pointers()
-        once = piece
-
-        def many(_: None) -> Tensor:
-            outputs = [once.run(None) for _i in range(GRAPH_CALLS)]
-            return outputs[-1]
-
-        calls = 1
-        if device.type == "cuda":
-            calls = GRAPH_CALLS
-            piece, _ = captured(Work(None, many))
-        return measured(piece, device, seconds, conv.flops * calls, "FLOP/s")
+        once = form(conv)
+        if device.type != "cuda":
+            return measured(once, device, seconds, conv.flops, "FLOP/s")
+        many = Work(None, lambda _: [once.run(None) for _i in range(GRAPH_CALLS)][-1])
+        return measured(captured(many)[0], device, seconds, GRAPH_CALLS * conv.flops, "FLOP/s")

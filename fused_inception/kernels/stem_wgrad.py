@@ -188,7 +188,7 @@ def launch_stem_wgrad(
     )
     partial, chunks, programs = [], [], []
     for (job, pixels, rows, columns, high, wide), needed in zip(jobs, filters, strict=True):
-        chunk, splits = job.reaching(pixels, columns).chunks(pixels) if needed else (1, 0)
+        chunk, splits = job.chunks(pixels, columns) if needed else (1, 0)
         chunks.append(chunk)
         programs.append(splits * cdiv(rows, high) * cdiv(columns, wide))
         partial.append(torch.empty((splits, rows, columns), dtype=torch.float32, device=dz1.device))
@@ -361,7 +361,7 @@ def launch_packed_wgrad(
     n, slots, height, width = dz.shape
     job, n_pixels = config.wgrad, n * height * width
     n_windows = windows_until_last(n_pixels, height, width)
-    chunk, splits = job.reaching(n_windows, slots).chunks(n_windows)
+    chunk, splits = job.chunks(n_windows, slots)
     partial = torch.empty((splits, DEPTH, slots), dtype=torch.float32, device=dz.device)
     run(
         _packed_wgrad_kernel,

@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"  cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
             f"sm_{properties.major}{properties.minor}): {_implementation(name, f'cuda:{index}')}"
         )
-    if torch.cuda.is_available() and TRITON_INSTALLED and (reason := replay.why_not()):
+    launches = name != "torch" and torch.cuda.is_available() and TRITON_INSTALLED
+    if launches and (reason := replay.why_not()):
         print(f"  launches are not replayed, each takes 20 us or more on the CPU: {reason}")
     print("googlenet:")
     for variant in VARIANTS:

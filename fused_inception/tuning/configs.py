@@ -1,7 +1,7 @@
 """Launch configurations: what a launcher may be told about tiles, warps and stages, as plain frozen
 data."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fused_inception.geometry import align_up
 
@@ -111,16 +111,16 @@ class WgradJob:
     tile: Tile
     splits: int
 
-    def chunks(self, n_pixels: int) -> tuple[int, int]:
-        """(pixels of one split, number of splits): whole steps of the reduction, no empty split."""
-        step = self.tile.block_k
-        chunk = max(step, align_up(-(-n_pixels // self.splits), step))
-        return chunk, -(-n_pixels // chunk)
+    def chunks(self, n_pixels: int, columns: int = 0) -> tuple[int, int]:
+        """(pixels of one split, number of splits): whole steps of the reduction, no empty split.
 
-    def reaching(self, n_pixels: int, columns: int) -> "WgradJob":
-        """With as many splits as a kernel needs whose offsets in the gradient [n_pixels, columns]
-        begin at its split and have 32 bits."""
-        return replace(self, splits=max(self.splits, -(-n_pixels * columns // REACH)))
+        columns: of the gradient [n_pixels, columns], where a kernel's offsets in it begin at the
+        split; splits are then short enough for 32 bits, whatever their number was to be.
+        """
+        step = self.tile.block_k
+        splits = max(self.splits, -(-n_pixels * columns // REACH))
+        chunk = max(step, align_up(-(-n_pixels // splits), step))
+        return chunk, -(-n_pixels // chunk)
 
 
 @dataclass(frozen=True)
